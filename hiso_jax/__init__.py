@@ -1,0 +1,26 @@
+"""Federated zeroth-order fine-tuning in which clients send only scalars."""
+
+from hiso_jax import aggregators, directions, estimators, exact, rules, trees
+from hiso_jax.federated import Algorithm, Metrics, State, decomfl, federated_hiso, scalar_algorithm
+from hiso_jax.transform import hiso, scale_by_zeroth_order, value_and_grad, zo_sgd
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Algorithm",
+    "Metrics",
+    "State",
+    "aggregators",
+    "decomfl",
+    "directions",
+    "estimators",
+    "exact",
+    "federated_hiso",
+    "hiso",
+    "rules",
+    "scalar_algorithm",
+    "scale_by_zeroth_order",
+    "trees",
+    "value_and_grad",
+    "zo_sgd",
+]

@@ -1,0 +1,115 @@
+"""Many clients' scalars [C, K, P] in, one record [K, P] out: all that the server sees.
+
+An aggregator is a function ``(scalars [C, K, P], weights [C]) -> record [K, P]``, pure and
+jittable. A client of weight 0 is absent: its scalars are finite but must not matter.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from hiso_jax import checks
+
+Aggregator = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def mean() -> Aggregator:
+    """Weighted mean over the clients (HiSo and DeComFL use equal weights).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scalars = jnp.array([1.0, 4.0]).reshape(2, 1, 1)
+      >>> float(mean()(scalars, jnp.array([2.0, 1.0]))[0, 0])
+      2.0
+    """
+
+    def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.einsum("c,ckp->kp", weights / weights.sum(), scalars)
+
+    return aggregate
+
+
+def _sorted(scalars: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sort each of the K x P columns over the clients; absent ones go last."""
+    present = jnp.where(weights[:, None, None] > 0, scalars, jnp.inf)
+    order = jnp.argsort(present, axis=0)
+    values = jnp.take_along_axis(scalars, order, axis=0)
+    return values, weights[order]
+
+
+def median() -> Aggregator:
+    """Weighted median of every scalar; with equal weights, the ordinary median."""
+
+    def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
+        values, sorted_weights = _sorted(scalars, weights)
+        below, half = jnp.cumsum(sorted_weights, axis=0), weights.sum() / 2
+        low = jnp.argmax(below >= half, axis=0)
+        # An exact tie lies between two clients: their midpoint.
+        high = jnp.where(
+            jnp.take_along_axis(below, low[None], 0)[0] == half, jnp.argmax(below > half, 0), low
+        )
+        picked = jnp.take_along_axis(values, jnp.stack([low, high]), axis=0)
+        return picked.mean(0)
+
+    return aggregate
+
+
+def trimmed_mean(trim: float = 0.1) -> Aggregator:
+    """Weighted mean of each scalar without its lowest and highest floor(trim * C) clients.
+
+    Args:
+      trim: fraction cut at each end, in [0, 0.5).
+    """
+    checks.number("trim", trim, 0, 0.5)
+    if trim == 0.5:
+        raise ValueError("trim: expected a number < 0.5, got 0.5, which leaves no client")
+
+    def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
+        values, sorted_weights = _sorted(scalars, weights)
+        present = (weights > 0).sum()
+        cut = jnp.floor(trim * present).astype(int)
+        rank = jnp.arange(scalars.shape[0])[:, None, None]
+        kept = jnp.where((rank >= cut) & (rank < present - cut), sorted_weights, 0)
+        return (kept * values).sum(0) / kept.sum(0)
+
+    return aggregate
+
+
+def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
+    """Krum, or multi-Krum: the clients closest to their neighbours (Blanchard et al. 2017).
+
+    A client's score is the sum of squared distances, over all its K x P scalars, to its
+    C - num_byzantine - 2 nearest neighbours; the weighted mean of the `num_selected` lowest
+    scores is returned.
+
+    Args:
+      num_byzantine: number of attackers to withstand, f >= 0; needs C >= 2 f + 3.
+      num_selected: 1 is Krum, more is multi-Krum; at most C - f.
+    """
+    if num_byzantine != 0:
+        checks.count("num_byzantine", num_byzantine)
+    checks.count("num_selected", num_selected)
+
+    def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
+        clients = scalars.shape[0]
+        if clients < 2 * num_byzantine + 3 or num_selected > clients - num_byzantine:
+            raise ValueError(
+                f"krum: with num_byzantine={num_byzantine} and num_selected={num_selected} it needs "
+                f"at least {max(2 * num_byzantine + 3, num_byzantine + num_selected)} clients, "
+                f"got {clients}"
+            )
+        flat = scalars.reshape(clients, -1)
+        squared = ((flat[:, None] - flat[None]) ** 2).sum(-1)
+        absent = weights <= 0
+        other = ~(jnp.eye(clients, dtype=bool) | absent[None])
+        nearest = jnp.sort(jnp.where(other, squared, jnp.inf), axis=1)
+        # Absent clients are nobody's neighbours, so fewer are counted.
+        neighbours = jnp.maximum((~absent).sum() - num_byzantine - 2, 1)
+        counted = jnp.arange(clients)[None] < neighbours
+        score = jnp.where(absent, jnp.inf, jnp.where(counted, nearest, 0).sum(1))
+        rank = jnp.argsort(jnp.argsort(score))
+        kept = jnp.where(rank < num_selected, weights, 0)
+        return jnp.einsum("c,ckp->kp", kept / kept.sum(), scalars)
+
+    return aggregate

@@ -1,0 +1,171 @@
+"""Shared keys in, noise out: the only file that draws random numbers for perturbations.
+
+The noise of a leaf is a function of (root key, round, local step, perturbation, leaf
+name) and of nothing else. Every party holds the root key, so a direction is never sent.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from hiso_jax import checks, exact, trees
+
+Distribution = Literal["normal", "rademacher"]
+
+# Step number of the stream that rounds narrow floats; no run has this many local steps.
+_ROUNDING = 2**32 - 1
+
+
+def as_key(key: Any) -> jax.Array:
+    """Return a typed threefry key from a typed key or an old-style uint32 key of shape [2].
+
+    Raises:
+      TypeError: `key` is neither.
+      ValueError: another PRNG implementation; its draws change under vmap and sharding, so
+        parties would disagree.
+    """
+    if not isinstance(key, jax.Array) or not (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+    ):
+        raise TypeError(f"key: expected jax.random.key(seed), got {key!r}")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.shape != (2,):
+            raise TypeError(f"key: an old-style key has shape (2,), got {key.shape}")
+        return jax.random.wrap_key_data(key, impl="threefry2x32")
+    if key.shape != ():
+        raise TypeError(f"key: expected a single key, got an array of shape {key.shape}")
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+        raise ValueError(
+            f"key: expected impl 'threefry2x32', got {str(jax.random.key_impl(key))!r}, whose "
+            "draws change under vmap and sharding; use jax.random.key(seed, impl='threefry2x32')"
+        )
+    return key
+
+
+def check_distribution(distribution: str) -> Distribution:
+    """Return `distribution`, or raise ValueError naming the choices."""
+    return checks.choice("distribution", distribution, get_args(Distribution))
+
+
+def direction_key(
+    key: jax.Array, round: Any, step: Any, perturbation: Any
+) -> jax.Array:
+    """Key of one direction: the root key with round, local step and perturbation folded in."""
+    for counter in (round, step, perturbation):
+        key = jax.random.fold_in(key, counter)
+    return key
+
+
+def threefry(
+    key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 with 20 rounds (Salmon et al. 2011), the cipher of ``jax.random``.
+
+    The same words as jax's own, written so that it fuses with what consumes it: several times
+    faster on CPU, quicker to compile, and no array of counters is ever in memory.
+
+    Args:
+      key, counter: pairs of uint32 arrays that broadcast together.
+
+    Returns:
+      A pair of uint32 arrays of random words.
+    """
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
+    x, y = counter[0] + schedule[0], counter[1] + schedule[1]
+    for block in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[block % 2]:
+            x = x + y
+            y = x ^ ((y << turn) | (y >> (32 - turn)))
+        x = x + schedule[(block + 1) % 3]
+        y = y + schedule[(block + 2) % 3] + jnp.uint32(block + 1)
+    return x, y
+
+
+def _words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random words: word i is the cipher of counter i, so any part can be drawn alone."""
+    data = jax.random.key_data(key)
+    size = math.prod(shape)
+    low = jax.lax.iota(jnp.uint32, size % 2**32 if size < 2**32 else size)
+    return threefry((data[0], data[1]), (jnp.zeros_like(low), low))[0].reshape(shape)
+
+
+def draw(key: jax.Array, shape: tuple[int, ...], distribution: Distribution) -> jax.Array:
+    """Draw zero-mean, unit-variance, independent float32 noise.
+
+    ``"normal"`` is N(0, 1), the paper's. ``"rademacher"`` is +1 or -1, 32 signs from
+    each random word along the last axis: integers only, and far cheaper.
+
+    Example:
+      >>> import jax
+      >>> draw(jax.random.key(0), (2, 3), "rademacher").shape
+      (2, 3)
+    """
+    if distribution == "normal":
+        whole = jax.lax.bitcast_convert_type(_words(key, shape), jnp.int32) >> 8
+        # Exact, symmetric and inside (-1, 1): 24 bits hold an odd multiple of 2^-24.
+        uniform = (whole.astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
+        return jnp.float32(2**0.5) * jax.lax.erf_inv(uniform)
+    rows, width = shape[:-1], (shape[-1] if shape else 1)
+    words = _words(key, (*rows, -(-width // 32)))
+    # Bit j becomes the sign bit of the j-th number: +1.0 is 0x3f800000.
+    signs = (words[..., None] << jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(0x80000000)
+    ones = jax.lax.bitcast_convert_type(signs | jnp.uint32(0x3F800000), jnp.float32)
+    return ones.reshape(*rows, words.shape[-1] * 32)[..., :width].reshape(shape)
+
+
+def _leaf_keys(key: jax.Array, names: list[str]) -> jax.Array:
+    hashes = jnp.asarray([trees.leaf_hash(name) for name in names], jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
+
+
+def noise(
+    key: jax.Array, leaves: Mapping[str, Any], distribution: Distribution = "normal"
+) -> trees.Leaves:
+    """Draw the noise u of every named leaf.
+
+    Args:
+      key: the key of one direction, from `direction_key`.
+      leaves: name -> anything with a shape; from `trees.select`.
+      distribution: ``"normal"`` or ``"rademacher"``.
+
+    Returns:
+      name -> float32 array of the leaf's shape, whatever the leaf's dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> both = noise(jax.random.key(0), {"a": jnp.ones(3), "b": jnp.ones((2, 2))})
+      >>> alone = noise(jax.random.key(0), {"b": jnp.ones((2, 2))})
+      >>> bool((both["b"] == alone["b"]).all())  # a leaf's noise depends on its name only
+      True
+    """
+    names = sorted(leaves)
+    keys = _leaf_keys(key, names)
+    return {n: draw(keys[i], jnp.shape(leaves[n]), distribution) for i, n in enumerate(names)}
+
+
+def perturb(
+    params: trees.Params, direction: Mapping[str, jax.Array], scale: jax.typing.ArrayLike
+) -> trees.Params:
+    """Return ``params + scale * direction``, each leaf in its own dtype."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            (leaf + scale * direction[name]).astype(leaf.dtype)
+            if (name := trees.leaf_name(path)) in direction
+            else leaf
+        ),
+        params,
+    )
+
+
+def round_leaves(
+    key: jax.Array, round: Any, leaves: Mapping[str, jax.Array], like: Mapping[str, jax.Array]
+) -> trees.Leaves:
+    """Round float32 leaves to the dtypes of `like`, stochastically and from the shared key."""
+    names = sorted(leaves)
+    keys = _leaf_keys(jax.random.fold_in(jax.random.fold_in(key, round), _ROUNDING), names)
+    return {
+        n: exact.stochastic_round(keys[i], leaves[n], like[n].dtype) for i, n in enumerate(names)
+    }

@@ -1,0 +1,383 @@
+"""A federated run as a fold over scalars: probe, aggregate, advance, replay.
+
+    scalars = probe(state, batches)     # clients: see private data, change nothing
+    record  = aggregate(scalars)        # server: sees scalars only
+    state   = advance(state, record)    # everyone: sees no data; the only thing that moves
+
+`advance` is the one function that changes parameters. A client that was away, a crash,
+a resumed run and a shipped model are all `replay`, the fold of `advance` over records.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from hiso_jax import aggregators, checks, directions, estimators, exact, rules, trees
+
+LossFn = Callable[[trees.Params, Any], jax.Array]
+"""(params, batch) -> scalar loss, pure; need not be differentiable."""
+
+
+class State(NamedTuple):
+    """What every party holds; a function of the initial state and the records alone."""
+
+    params: trees.Params  # any pytree
+    key: jax.Array  # root PRNG key, never changes
+    round: jax.Array  # shape=(), dtype=int32: rounds advanced so far
+    rule: Any  # the rule's state, float32 leaves by name
+
+
+class Metrics(NamedTuple):
+    """What a simulation may look at after a round. Only `record` exists outside one."""
+
+    loss: jax.Array  # shape=(): mean of `losses` over the clients that count
+    losses: jax.Array  # [C, K] loss of each client at its own parameters; never sent
+    scalars: jax.Array  # [C, K, P] what each client sent
+    record: jax.Array  # [K, P] what everybody applied
+    finite: jax.Array  # [C] bool: the client's scalars are all finite
+
+
+class Algorithm(NamedTuple):
+    """A federated algorithm as pure functions; C clients, K local steps, P perturbations.
+
+    Attributes:
+      init: ``(params, key) -> State``.
+      probe: ``(state, batches) -> scalars [C, K, P]``; batch leaves are [C, K, ...].
+      aggregate: ``(scalars [C, K, P], weights [C] or None) -> record [K, P]``.
+      advance: ``(state, record [K, P]) -> State``.
+      round: ``(state, batches, weights=None) -> (State, Metrics)``: all of the above in
+        one program; the one to jit in a simulation.
+      replay: ``(state, records [R, K, P]) -> State``: the fold of `advance`.
+    """
+
+    init: Callable[..., State]
+    probe: Callable[..., jax.Array]
+    aggregate: Callable[..., jax.Array]
+    advance: Callable[..., State]
+    round: Callable[..., tuple[State, Metrics]]
+    replay: Callable[..., State]
+
+
+class Options(TypedDict, total=False):
+    """What every algorithm takes by keyword; explained at `scalar_algorithm`."""
+
+    estimator: str | estimators.Estimator
+    aggregator: aggregators.Aggregator | None
+    local_steps: int
+    num_perturbations: int
+    smoothing: float
+    distribution: str
+    trainable: trees.Trainable
+    nonfinite: str
+
+
+def scalar_algorithm(
+    loss_fn: LossFn,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rule: rules.Rule,
+    estimator: str | estimators.Estimator = "forward",
+    aggregator: aggregators.Aggregator | None = None,
+    local_steps: int = 1,
+    num_perturbations: int = 5,
+    smoothing: float = 1e-3,
+    distribution: str = "normal",
+    trainable: trees.Trainable = None,
+    nonfinite: str = "raise",
+) -> Algorithm:
+    """Build a scalar-only federated algorithm from a rule (HiSo's Algorithm 1).
+
+    Each client takes K local steps from the global parameters, all with the round's
+    shared noise, sends K x P scalars and forgets the steps. Everybody then takes the same
+    steps with the aggregated scalars: ``x <- x - learning_rate * step_k`` for k < K.
+
+    With K = 1 all clients evaluate the same perturbed parameters, so their batches go
+    through one forward pass. With K > 1 clients run one after another: memory does not
+    grow with C.
+
+    Args:
+      loss_fn: pure function of (params, one client's batch) returning a float32 scalar.
+      learning_rate: float, or optax schedule of the round.
+      rule: how scalars become steps, see `hiso_jax.rules`.
+      estimator: ``"forward"`` (P + 1 forward passes), ``"central"`` (2 P) or a function.
+      aggregator: see `hiso_jax.aggregators`; the weighted mean by default.
+      local_steps: K >= 1.
+      num_perturbations: P >= 1.
+      smoothing: finite-difference step mu > 0.
+      distribution: noise, ``"normal"`` or ``"rademacher"``.
+      trainable: mask as in `hiso_jax.trees.select`; other leaves are never perturbed,
+        drawn for or changed.
+      nonfinite: what a client with a NaN or infinite scalar does. ``"raise"``: `aggregate`
+        raises ValueError naming it; inside jit, where nothing can be raised, the whole
+        round moves nothing, its record is NaN, and ``metrics.finite`` names the client.
+        ``"exclude"``: it gets weight 0.
+
+    Returns:
+      An `Algorithm`.
+
+    Raises:
+      TypeError, ValueError: an argument out of range, by name, before anything is computed.
+
+    Example:
+      >>> import hiso_jax as hj, jax, jax.numpy as jnp
+      >>> loss_fn = lambda params, batch: ((params["w"] - batch) ** 2).mean()
+      >>> alg = hj.scalar_algorithm(loss_fn, 0.1, rule=hj.rules.identity())
+      >>> state = alg.init({"w": jnp.zeros(3)}, jax.random.key(0))
+      >>> batches = jnp.ones((4, 1, 3))  # 4 clients, 1 local step
+      >>> state, metrics = jax.jit(alg.round)(state, batches)
+      >>> metrics.record.shape, int(state.round)
+      ((1, 5), 1)
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn: expected a function (params, batch) -> loss, got {loss_fn!r}")
+    if not callable(learning_rate):
+        checks.number("learning_rate", learning_rate, 0)
+    steps = checks.count("local_steps", local_steps)
+    perturbations = checks.count("num_perturbations", num_perturbations)
+    checks.number("smoothing", smoothing, 0, above=True)
+    noise_law = directions.check_distribution(distribution)
+    checks.choice("nonfinite", nonfinite, ("raise", "exclude"))
+    estimate = estimators.get(estimator)
+    combine_clients = aggregators.mean() if aggregator is None else aggregator
+    shape = (steps, perturbations)
+
+    def direction_at(
+        state: State, leaves: trees.Leaves, step: Any
+    ) -> estimators.Direction:
+        def direction(p: Any) -> trees.Leaves:
+            key = directions.direction_key(state.key, state.round, step, p)
+            return rule.direction(state.rule, directions.noise(key, leaves, noise_law))
+
+        return direction
+
+    def local_step(
+        state: State, leaves: trees.Leaves, rule_state: Any, step: Any, scalars: jax.Array
+    ) -> tuple[trees.Leaves, Any]:
+        """Move float32 leaves by one local step's scalars [P]; clients and server alike."""
+        delta = estimators.reconstruct(scalars, direction_at(state, leaves, step), leaves)
+        move, rule_state = rule.update(rule_state, delta, scalars, jnp.equal(step, steps - 1))
+        rate = learning_rate(state.round) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(rate, jnp.float32)
+        return {n: x - exact.mul(rate, move[n]) for n, x in leaves.items()}, rule_state
+
+    def wide(params: trees.Params) -> trees.Leaves:
+        return {n: x.astype(jnp.float32) for n, x in trees.select(params, trainable).items()}
+
+    def narrow(params: trees.Params, leaves: trees.Leaves) -> trees.Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: leaves.get(trees.leaf_name(path), x).astype(x.dtype), params
+        )
+
+    def init(params: trees.Params, key: jax.Array) -> State:
+        """Start a run: `params` any pytree of arrays, `key` the shared root key."""
+        key = directions.as_key(key)
+        # Weakly typed leaves (Python numbers) would change type, and recompile, after a round.
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
+        return State(
+            params=params,
+            key=key,
+            round=jnp.zeros((), jnp.int32),
+            rule=rule.init(trees.select(params, trainable)),
+        )
+
+    def evaluate(state: State, batches: Any) -> tuple[jax.Array, jax.Array]:
+        """Return losses [C, K] and scalars [C, K, P]."""
+        _check_batches(loss_fn, state.params, batches, steps)
+        leaves = trees.select(state.params, trainable)
+        args = (perturbations, smoothing)
+        if steps == 1:
+            data = jax.tree.map(lambda x: x[:, 0], batches)
+            losses, scalars = estimate(
+                lambda params: jax.vmap(loss_fn, (None, 0))(params, data),
+                state.params,
+                direction_at(state, leaves, 0),
+                *args,
+            )
+            return losses[:, None], scalars.T[:, None]
+
+        def client(data: Any) -> tuple[jax.Array, jax.Array]:
+            def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
+                leaves, rule_state = carry
+                k, batch = inputs
+                direction = direction_at(state, leaves, k)
+                params = narrow(state.params, leaves)
+                loss, scalars = estimate(lambda x: loss_fn(x, batch), params, direction, *args)
+                return local_step(state, leaves, rule_state, k, scalars), (loss, scalars)
+
+            start = (wide(state.params), state.rule)
+            return lax.scan(step, start, (jnp.arange(steps), data))[1]
+
+        return lax.map(client, batches)
+
+    def combine(scalars: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return record [K, P], effective weights [C] and finite [C]."""
+        if scalars.ndim != 3 or scalars.shape[1:] != shape:
+            raise ValueError(f"scalars: expected shape [C, {steps}, {perturbations}] (clients, "
+                             f"local steps, perturbations), got {scalars.shape}")  # fmt: skip
+        weights = _check_weights(weights, scalars.shape[0])
+        finite = jnp.isfinite(scalars).all((1, 2))
+        counts = weights > 0
+        if checks.is_concrete((scalars, weights)) and nonfinite == "raise":
+            if bad := np.flatnonzero(~np.asarray(finite | ~counts)).tolist():
+                raise ValueError(
+                    f"scalars: clients {bad} (positions along the first axis) sent NaN or infinite "
+                    'scalars; lower the learning rate, or leave them out with nonfinite="exclude"'
+                )
+        weights = jnp.where(finite, weights, 0)
+        record = combine_clients(jnp.where((weights > 0)[:, None, None], scalars, 0), weights)
+        # A record nobody may apply is NaN: `advance` then moves nothing.
+        usable = weights.sum() > 0
+        if nonfinite == "raise":
+            usable &= (finite | ~counts).all()
+        return jnp.where(usable, record, jnp.nan), weights, finite
+
+    def probe(state: State, batches: Any) -> jax.Array:
+        return evaluate(state, batches)[1]
+
+    def aggregate(scalars: jax.Array, weights: Any = None) -> jax.Array:
+        return combine(jnp.asarray(scalars, jnp.float32), weights)[0]
+
+    def advance(state: State, record: jax.Array) -> State:
+        record = jnp.asarray(record, jnp.float32)
+        if record.shape != shape:
+            raise ValueError(f"record: expected shape {shape} (local steps, perturbations), got "
+                             f"{record.shape}")  # fmt: skip
+        usable = jnp.isfinite(record).all()
+        if checks.is_concrete(record) and not usable:
+            raise ValueError(
+                f"record: expected finite scalars, got {np.asarray(record).tolist()}; no client "
+                "sent a usable scalar in this round"
+            )
+        # Without the barrier the scalars may be computed anew, and differently, where used.
+        record = exact.seal(lax.optimization_barrier(jnp.where(usable, record, 0)))
+
+        def step(carry: Any, inputs: Any) -> tuple[Any, None]:
+            return local_step(state, *carry, *inputs), None
+
+        start = wide(state.params)
+        (leaves, rule_state), _ = lax.scan(step, (start, state.rule), (jnp.arange(steps), record))
+        like = trees.select(state.params, trainable)
+        leaves = directions.round_leaves(state.key, state.round, leaves, like)
+        kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731
+        return State(
+            params=trees.merge(state.params, jax.tree.map(kept, leaves, like)),
+            key=state.key,
+            round=state.round + 1,
+            rule=jax.tree.map(kept, rule_state, state.rule),
+        )
+
+    def round(state: State, batches: Any, weights: Any = None) -> tuple[State, Metrics]:
+        losses, scalars = evaluate(state, batches)
+        record, weights, finite = combine(scalars, weights)
+        record = lax.optimization_barrier(record)
+        metrics = Metrics(
+            loss=jnp.where(weights > 0, weights * losses.mean(1), 0).sum() / weights.sum(),
+            losses=losses,
+            scalars=scalars,
+            record=record,
+            finite=finite,
+        )
+        return advance(state, record), metrics
+
+    def replay(state: State, records: jax.Array) -> State:
+        records = jnp.asarray(records, jnp.float32)
+        if records.ndim != 3 or records.shape[1:] != shape:
+            raise ValueError(f"records: expected shape [R, {steps}, {perturbations}] (rounds, local "
+                             f"steps, perturbations), got {records.shape}")  # fmt: skip
+        if checks.is_concrete(records):
+            bad = np.flatnonzero(~np.isfinite(np.asarray(records)).all((1, 2)))
+            if bad.size:
+                raise ValueError(f"records: NaN or infinite scalars in records {bad.tolist()}")
+        return lax.scan(lambda s, record: (advance(s, record), None), state, records)[0]
+
+    return Algorithm(init, probe, aggregate, advance, round, replay)
+
+
+def federated_hiso(
+    loss_fn: LossFn,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    decay: float = 0.95,
+    epsilon: float = 1e-8,
+    update_steps: str = "last",
+    **options: Unpack[Options],
+) -> Algorithm:
+    """HiSo (arXiv 2506.02370): noise whitened by a curvature estimate made of the scalars.
+
+    Args:
+      loss_fn, learning_rate: as in `scalar_algorithm`.
+      decay, epsilon, update_steps: as in `hiso_jax.rules.hiso`.
+      **options: `local_steps`, `num_perturbations`, `smoothing`, `estimator`, `aggregator`,
+        `distribution`, `trainable`, `nonfinite`, as in `scalar_algorithm`.
+
+    Example:
+      >>> import hiso_jax as hj, jax, jax.numpy as jnp
+      >>> loss_fn = lambda params, batch: ((params["w"] - batch) ** 2).mean()
+      >>> alg = hj.federated_hiso(loss_fn, 0.1, local_steps=2, num_perturbations=3)
+      >>> state = alg.init({"w": jnp.zeros(3)}, jax.random.key(0))
+      >>> scalars = alg.probe(state, jnp.ones((4, 2, 3)))  # four clients, two local steps
+      >>> state = alg.advance(state, alg.aggregate(scalars))
+      >>> scalars.shape, state.rule.curvature["w"].shape
+      ((4, 2, 3), (3,))
+    """
+    rule = rules.hiso(decay, epsilon, update_steps)
+    return scalar_algorithm(loss_fn, learning_rate, rule=rule, **options)
+
+
+def decomfl(
+    loss_fn: LossFn, learning_rate: optax.ScalarOrSchedule, **options: Unpack[Options]
+) -> Algorithm:
+    """DeComFL (arXiv 2405.15861): no preconditioner; HiSo with H = 1.
+
+    Args: as `scalar_algorithm`, without `rule`.
+    """
+    return scalar_algorithm(loss_fn, learning_rate, rule=rules.identity(), **options)
+
+
+def _check_batches(loss_fn: LossFn, params: trees.Params, batches: Any, steps: int) -> None:
+    leaves = jax.tree.leaves(batches)
+    shapes = {jnp.shape(x)[:2] for x in leaves}
+    if not leaves or len(shapes) != 1 or len(next(iter(shapes))) != 2 or min(shapes)[1] != steps:
+        given = jax.tree.map(jnp.shape, batches)
+        raise ValueError(
+            f"batches: every leaf must have leading axes [C, K] (clients, {steps} local steps), "
+            f"the same C for all; got shapes {given}"
+        )
+    if min(shapes)[0] == 0:
+        raise ValueError("batches: expected at least one client along the first axis, got none")
+    first = lambda batches: jax.tree.map(lambda x: x[0, 0], batches)  # noqa: E731
+    check_loss(jax.eval_shape(lambda params, all: loss_fn(params, first(all)), params, batches))
+
+
+def check_loss(loss: Any) -> None:
+    """Raise unless `loss` (value or its shape) is one float32 or float64 number."""
+    if not hasattr(loss, "shape") or loss.shape != ():
+        raise ValueError(
+            f"loss_fn: expected a scalar loss of shape (), got {jax.tree.map(jnp.shape, loss)}"
+        )
+    if loss.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(
+            f"loss_fn: expected a float32 loss, got {loss.dtype}; a difference of two losses needs "
+            "its digits, so cast the logits with .astype(jnp.float32) before the loss"
+        )
+
+
+def _check_weights(weights: Any, clients: int) -> jax.Array:
+    if weights is None:
+        return jnp.ones(clients, jnp.float32)
+    weights = jnp.asarray(weights, jnp.float32)
+    if weights.shape != (clients,):
+        raise ValueError(f"weights: expected shape ({clients},), one a client, got {weights.shape}")
+    if checks.is_concrete(weights):
+        values = np.asarray(weights)
+        if not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+            raise ValueError(
+                "weights: expected finite numbers >= 0 with a sum > 0, got "
+                f"{values.tolist()}"
+            )
+    return weights

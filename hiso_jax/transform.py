@@ -1,0 +1,254 @@
+"""The optax face: zeroth-order updates for one machine, from loss values alone."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hiso_jax import checks, directions, estimators, exact, federated, rules, trees
+
+ValueFn = Callable[[trees.Params], jax.Array]
+"""params -> scalar loss, as in ``optax.lbfgs``."""
+
+
+class ZerothOrderState(NamedTuple):
+    """State of `hiso`, `zo_sgd` and `scale_by_zeroth_order`."""
+
+    count: jax.Array  # shape=(), dtype=int32: updates made
+    key: jax.Array  # root PRNG key data, shape=(2,), dtype=uint32, never changes
+    value: jax.Array  # shape=(), dtype=float32: the loss last seen
+    rule: Any  # the rule's state
+
+
+def _transform(
+    learning_rate: optax.ScalarOrSchedule | None,
+    rule: rules.Rule,
+    num_perturbations: int,
+    smoothing: float,
+    estimator: str | estimators.Estimator,
+    distribution: str,
+    trainable: trees.Trainable,
+    seed: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation; with a learning rate of None it gives the ascent step."""
+    if learning_rate is not None and not callable(learning_rate):
+        checks.number("learning_rate", learning_rate, 0)
+    perturbations = checks.count("num_perturbations", num_perturbations)
+    checks.number("smoothing", smoothing, 0, above=True)
+    noise_law = directions.check_distribution(distribution)
+    estimate = estimators.get(estimator)
+
+    def init(params: trees.Params) -> ZerothOrderState:
+        return ZerothOrderState(
+            count=jnp.zeros((), jnp.int32),
+            key=jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
+            value=jnp.full((), jnp.nan, jnp.float32),
+            rule=rule.init(trees.select(params, trainable)),
+        )
+
+    def update(
+        updates: Any,
+        state: ZerothOrderState,
+        params: trees.Params | None = None,
+        *,
+        value_fn: ValueFn | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, ZerothOrderState]:
+        del extra
+        if updates is not None:
+            raise ValueError(
+                "updates: expected None, since zeroth order takes no gradients; put this "
+                "transformation first in optax.chain, or use hj.value_and_grad"
+            )
+        if params is None or value_fn is None:
+            missing = "params" if params is None else "value_fn"
+            raise ValueError(f"{missing}: needed, call update(None, state, params, value_fn=...)")
+        federated.check_loss(jax.eval_shape(value_fn, params))
+        leaves = trees.select(params, trainable)
+        key = directions.as_key(state.key)
+
+        def direction(p: Any) -> trees.Leaves:
+            drawn = directions.noise(
+                directions.direction_key(key, state.count, 0, p), leaves, noise_law
+            )
+            return rule.direction(state.rule, drawn)
+
+        value, scalars = estimate(value_fn, params, direction, perturbations, smoothing)
+        scalars = exact.seal(jax.lax.optimization_barrier(scalars))
+        delta = estimators.reconstruct(scalars, direction, leaves)
+        step, rule_state = rule.update(state.rule, delta, scalars, jnp.bool_(True))
+        if learning_rate is not None:
+            rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+            rate = jnp.asarray(rate, jnp.float32)
+            wide = {n: x.astype(jnp.float32) for n, x in leaves.items()}
+            moved = {n: x - exact.mul(rate, step[n]) for n, x in wide.items()}
+            rounded = directions.round_leaves(key, state.count, moved, leaves)
+            # float32: the plain product, so that nothing is lost in adding and subtracting x.
+            step = {
+                n: -exact.mul(rate, step[n])
+                if x.dtype == jnp.float32
+                else rounded[n].astype(jnp.float32) - wide[n]
+                for n, x in leaves.items()
+            }
+        new_updates = trees.merge(
+            jax.tree.map(jnp.zeros_like, params),
+            {n: step[n].astype(x.dtype) for n, x in leaves.items()},
+        )
+        return new_updates, ZerothOrderState(
+            count=state.count + 1, key=state.key, value=value.astype(jnp.float32), rule=rule_state
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_zeroth_order(
+    rule: rules.Rule,
+    *,
+    num_perturbations: int = 5,
+    smoothing: float = 1e-3,
+    estimator: str | estimators.Estimator = "forward",
+    distribution: str = "normal",
+    trainable: trees.Trainable = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Turn losses into an ascent step by any rule; chain it with what should follow.
+
+    Args: as `hiso`.
+
+    Example:
+      >>> import hiso_jax as hj, optax
+      >>> tx = optax.chain(
+      ...     hj.scale_by_zeroth_order(hj.rules.hiso()),
+      ...     optax.add_decayed_weights(1e-4),
+      ...     optax.scale_by_learning_rate(1e-3),
+      ... )
+    """
+    return _transform(
+        None, rule, num_perturbations, smoothing, estimator, distribution, trainable, seed
+    )
+
+
+def hiso(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_perturbations: int = 5,
+    smoothing: float = 1e-3,
+    decay: float = 0.95,
+    epsilon: float = 1e-8,
+    estimator: str | estimators.Estimator = "forward",
+    distribution: str = "normal",
+    trainable: trees.Trainable = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """HiSo on one machine, as an optax transformation (arXiv 2506.02370).
+
+    The same numbers as `hiso_jax.federated_hiso` with one client and one local step.
+    Composes with ``optax.chain`` (first in it), schedules, ``apply_if_finite`` and
+    ``inject_hyperparams`` (with ``static_args=("num_perturbations",)``). For
+    ``optax.partition`` and ``MultiSteps``, which need a gradient tree, use `value_and_grad`.
+
+    Args:
+      learning_rate: float, or optax schedule of the update count.
+      num_perturbations: P >= 1; an update costs P + 1 forward passes (``"central"``: 2 P).
+      smoothing: finite-difference step mu > 0.
+      decay, epsilon: of the curvature average, see `hiso_jax.rules.hiso`.
+      estimator: ``"forward"``, ``"central"`` or a function.
+      distribution: ``"normal"`` or ``"rademacher"``.
+      trainable: mask as in `hiso_jax.trees.select`; updates of other leaves are zero.
+      seed: of the noise.
+
+    Returns:
+      A transformation whose update is called ``tx.update(None, state, params,
+      value_fn=value_fn)`` with ``value_fn(params) -> float32 scalar``. The loss at hand is
+      ``state.value``.
+
+    Example:
+      >>> import hiso_jax as hj, jax.numpy as jnp, optax
+      >>> params = {"w": jnp.ones(3)}
+      >>> value_fn = lambda params: (params["w"] ** 2).sum()
+      >>> tx = hj.hiso(0.1)
+      >>> opt_state = tx.init(params)
+      >>> updates, opt_state = tx.update(None, opt_state, params, value_fn=value_fn)
+      >>> params = optax.apply_updates(params, updates)
+      >>> float(opt_state.value)
+      3.0
+    """
+    rule = rules.hiso(decay, epsilon)
+    return _transform(
+        learning_rate, rule, num_perturbations, smoothing, estimator, distribution, trainable, seed
+    )
+
+
+def zo_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_perturbations: int = 1,
+    smoothing: float = 1e-3,
+    estimator: str | estimators.Estimator = "central",
+    distribution: str = "normal",
+    trainable: trees.Trainable = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Zeroth-order SGD; with its defaults, MeZO (arXiv 2305.17333). Args: as `hiso`."""
+    rule = rules.identity()
+    return _transform(
+        learning_rate, rule, num_perturbations, smoothing, estimator, distribution, trainable, seed
+    )
+
+
+def value_and_grad(
+    loss_fn: federated.LossFn,
+    *,
+    num_perturbations: int = 5,
+    smoothing: float = 1e-3,
+    estimator: str | estimators.Estimator = "forward",
+    distribution: str = "normal",
+    trainable: trees.Trainable = None,
+) -> Callable[[trees.Params, Any, jax.Array], tuple[jax.Array, trees.Params]]:
+    """Like ``jax.value_and_grad``, but the gradient is estimated from losses alone.
+
+    The estimate ``(1/P) sum_p scalar_p u_p`` is unbiased for the gradient of the smoothed
+    loss and feeds any optax chain: adam, partition, MultiSteps, apply_if_finite.
+
+    Args: as `hiso`, and `loss_fn(params, batch) -> float32 scalar`, which need not be
+      differentiable.
+
+    Returns:
+      ``(params, batch, key) -> (value, grads)``; use a new key for every call. `grads` has
+      the structure and dtypes of `params`; leaves that are not trainable get zeros.
+
+    Example:
+      >>> import hiso_jax as hj, jax, jax.numpy as jnp
+      >>> loss_fn = lambda params, batch: ((params["w"] - batch) ** 2).sum()
+      >>> value, grads = hj.value_and_grad(loss_fn, num_perturbations=8)(
+      ...     {"w": jnp.zeros(3)}, jnp.ones(3), jax.random.key(0))
+      >>> float(value), grads["w"].shape
+      (3.0, (3,))
+    """
+    perturbations = checks.count("num_perturbations", num_perturbations)
+    checks.number("smoothing", smoothing, 0, above=True)
+    noise_law = directions.check_distribution(distribution)
+    estimate = estimators.get(estimator)
+
+    def estimated(
+        params: trees.Params, batch: Any, key: jax.Array
+    ) -> tuple[jax.Array, trees.Params]:
+        key = directions.as_key(key)
+        federated.check_loss(jax.eval_shape(loss_fn, params, batch))
+        leaves = trees.select(params, trainable)
+
+        def direction(p: Any) -> trees.Leaves:
+            return directions.noise(directions.direction_key(key, 0, 0, p), leaves, noise_law)
+
+        value, scalars = estimate(
+            lambda x: loss_fn(x, batch), params, direction, perturbations, smoothing
+        )
+        delta = estimators.reconstruct(scalars, direction, leaves)
+        return value, trees.merge(
+            jax.tree.map(jnp.zeros_like, params),
+            {n: delta[n].astype(x.dtype) for n, x in leaves.items()},
+        )
+
+    return estimated
