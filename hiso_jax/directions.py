@@ -84,36 +84,38 @@ def threefry(
     return x, y
 
 
-def _words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _words(key: jax.Array, size: int) -> jax.Array:
     """Random words: word i is the cipher of counter i, so any part can be drawn alone."""
     data = jax.random.key_data(key)
-    size = math.prod(shape)
-    low = jax.lax.iota(jnp.uint32, size % 2**32 if size < 2**32 else size)
-    return threefry((data[0], data[1]), (jnp.zeros_like(low), low))[0].reshape(shape)
+    if size > 2**32:
+        raise ValueError(f"params: a leaf needs {size} random words, more than its 2^32 counters")
+    low = jax.lax.iota(jnp.uint32, size)
+    return threefry((data[0], data[1]), (jnp.zeros_like(low), low))[0]
 
 
 def draw(key: jax.Array, shape: tuple[int, ...], distribution: Distribution) -> jax.Array:
     """Draw zero-mean, unit-variance, independent float32 noise.
 
-    ``"normal"`` is N(0, 1), the paper's. ``"rademacher"`` is +1 or -1, 32 signs from
-    each random word along the last axis: integers only, and far cheaper.
+    ``"normal"`` is N(0, 1), the paper's: number i, counted over the flattened leaf, comes from
+    word i. ``"rademacher"`` is +1 or -1, sign i from bit i % 32 of word i // 32: integers only,
+    and far cheaper.
 
     Example:
       >>> import jax
       >>> draw(jax.random.key(0), (2, 3), "rademacher").shape
       (2, 3)
     """
+    size = math.prod(shape)
     if distribution == "normal":
-        whole = jax.lax.bitcast_convert_type(_words(key, shape), jnp.int32) >> 8
+        whole = jax.lax.bitcast_convert_type(_words(key, size), jnp.int32) >> 8
         # Exact, symmetric and inside (-1, 1): 24 bits hold an odd multiple of 2^-24.
         uniform = (whole.astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
-        return jnp.float32(2**0.5) * jax.lax.erf_inv(uniform)
-    rows, width = shape[:-1], (shape[-1] if shape else 1)
-    words = _words(key, (*rows, -(-width // 32)))
+        return exact.normal_quantile(uniform).reshape(shape)
+    words = _words(key, -(-size // 32))
     # Bit j becomes the sign bit of the j-th number: +1.0 is 0x3f800000.
-    signs = (words[..., None] << jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(0x80000000)
+    signs = (words[:, None] << jnp.arange(32, dtype=jnp.uint32)[None]) & jnp.uint32(0x80000000)
     ones = jax.lax.bitcast_convert_type(signs | jnp.uint32(0x3F800000), jnp.float32)
-    return ones.reshape(*rows, words.shape[-1] * 32)[..., :width].reshape(shape)
+    return ones.reshape(-1)[:size].reshape(shape)
 
 
 def _leaf_keys(key: jax.Array, names: list[str]) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Params = Any
 """Any pytree of arrays."""
@@ -29,6 +30,12 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 def leaf_hash(name: str) -> int:
     """Stable 32-bit hash of a leaf name, the same on every machine and in every run."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+
+
+def named(params: Params) -> dict[str, Any]:
+    """Every leaf of a pytree by name, trainable or not, in tree order."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {leaf_name(path): leaf for path, leaf in flat}
 
 
 def _is_float(leaf: Any) -> bool:
@@ -50,7 +57,7 @@ def _mask(params: Params, trainable: Trainable) -> list[bool]:
             f"prefix of it; {error}"
         ) from None
     for keep in mask:
-        if not isinstance(keep, (bool, jnp.bool_)) and jnp.result_type(keep) != bool:
+        if np.asarray(keep).dtype != bool:
             raise TypeError(f"trainable: expected bools as leaves, got {keep!r}")
     return [bool(keep) for keep in mask]
 
@@ -72,6 +79,7 @@ def select(params: Params, trainable: Trainable = None) -> Leaves:
 
     Example:
       >>> import jax.numpy as jnp
+import numpy as np
       >>> list(select({"a": {"w": jnp.ones(2)}, "step": jnp.int32(0)}))
       ['a/w']
     """

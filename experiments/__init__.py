@@ -1,0 +1,1 @@
+"""Jobs to run: ``python -m experiments.finetune --help``."""

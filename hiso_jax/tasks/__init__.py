@@ -1,0 +1,1 @@
+"""Tasks: where examples come from and how they are split over clients."""

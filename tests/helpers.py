@@ -1,0 +1,43 @@
+"""Small problems and comparisons shared by the tests."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Odd shapes on purpose: widths around a word of 32 signs, empty, scalar, long and flat.
+SHAPES = [(), (1,), (7,), (33,), (3, 5), (64,), (0, 3), (5, 3, 2, 2), (129, 257), (301, 97),
+          (1000, 43), (512, 256), (2, 100, 11), (31, 32), (8, 1), (40, 320)]  # fmt: skip
+
+
+def odd_tree(seed: int = 0) -> dict[str, Any]:
+    """A tree of more than 250 thousand parameters in odd shapes."""
+    rng = np.random.default_rng(seed)
+    leaves = {f"leaf{i}": jnp.asarray(rng.normal(size=s), jnp.float32) for i, s in enumerate(SHAPES)}
+    return {"first": leaves, "second": [jnp.ones((16, 17)), {"deep": jnp.full((3, 3), 0.5)}]}
+
+
+def odd_loss(params: Any, batch: Any) -> jax.Array:
+    """Loss on any tree that depends on every leaf and on the batch."""
+    angle = batch.mean()
+    terms = [(jnp.tanh(x) * jnp.cos(x * angle + angle)).sum() for x in jax.tree.leaves(params)]
+    return sum(terms, jnp.float32(0)) / 1000
+
+
+def quadratic_loss(params: Any, batch: Any) -> jax.Array:
+    """Mean squared distance of ``params["w"]`` to the rows of the batch."""
+    return ((params["w"] - batch) ** 2).mean()
+
+
+def bits(tree: Any) -> list[bytes]:
+    """The bit patterns of all leaves."""
+    plain = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
+    return [np.asarray(plain(x)).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def assert_same_bits(first: Any, second: Any) -> None:
+    """Compare two pytrees bit by bit and name the leaves that differ."""
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(first)]
+    pairs = zip(names, bits(first), bits(second), strict=True)
+    assert [name for name, a, b in pairs if a != b] == []
