@@ -10,19 +10,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 import hiso_jax as hj
 from experiments.problem import Problem
 from hiso_jax import files, simulation
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 console = Console()
 METHODS = {"hiso": hj.federated_hiso, "decomfl": hj.decomfl}
@@ -80,9 +77,10 @@ def algorithm(options: Options, problem: Problem, learning_rate: float) -> hj.Al
 def _progress() -> Progress:
     return Progress(
         TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} rounds"),
-        TextColumn("{task.fields[status]}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed}/{task.total}"),
+        # On a narrow terminal the figures go on on the next line.
+        TextColumn("{task.fields[status]}", table_column=Column(overflow="fold")),
         TimeRemainingColumn(),
         console=console,
     )
@@ -113,8 +111,8 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(options.seed))
     traffic = simulation.Traffic((options.local_steps, options.num_perturbations))
     clients = problem.clients
-    rows = [dict(round=0, **dict(zip(("dev_loss", "dev_accuracy"),
-                                     _accuracy(score, problem.params, problem.dev), strict=True)))]  # fmt: skip
+    dev = _accuracy(score, problem.params, problem.dev)
+    rows: list[dict[str, Any]] = [dict(round=0, dev_loss=dev[0], dev_accuracy=dev[1])]
     seconds, compile_seconds, done = [], 0.0, 0
 
     def totals() -> tuple[int, int]:
@@ -157,7 +155,8 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
                 task,
                 completed=done,
                 status=f"loss {row['loss']:.3f}  dev {latest['dev_accuracy']:.1%}  "
-                f"{1 / np.median(seconds[-20:]):.1f} rounds/s  up {_bytes(up)}  down {_bytes(down)}",
+                f"{1 / np.median(seconds[-20:]):.1f} rounds/s  "
+                f"up {_bytes(up)}  down {_bytes(down)}",
             )
             start = time.perf_counter()
     if seconds:
@@ -202,7 +201,8 @@ def _bytes(count: float) -> str:
 
 def draw(curves: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
     """Draw dev accuracy and loss against rounds, one curve a method."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")  # no pyplot: no display, no state
+    axes = figure.subplots(1, 2)
     for name, rows in curves.items():
         points = [r for r in rows if "dev_accuracy" in r]
         rounds = [r["round"] for r in points]
@@ -216,7 +216,6 @@ def draw(curves: dict[str, list[dict[str, Any]]], title: str, path: Path) -> Non
     figure.suptitle(title, fontsize=10)
     with files.whole(path) as part:
         figure.savefig(part, dpi=150)
-    plt.close(figure)
 
 
 def table(summaries: list[dict[str, Any]]) -> Table:
@@ -232,7 +231,7 @@ def table(summaries: list[dict[str, Any]]) -> Table:
         "sent by a client": lambda s: _bytes(s["uplink_bytes_per_client"]),
         "received by a client": lambda s: _bytes(s["downlink_bytes_per_client"]),
         "FedAvg would have moved": lambda s: _bytes(s["fedavg_bytes_per_client"]),
-        "seconds a round": lambda s: f"{s['seconds_per_round']:.2f}",
+        "seconds a round": lambda s: f"{s['seconds_per_round']:.3g}",
         "compile seconds": lambda s: f"{s['compile_seconds']:.1f}",
     }
     for name, cell in lines.items():
@@ -253,5 +252,6 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
         curves = {TITLES[s["method"]]: s["rows"] for s in summaries}
         draw(curves, problem.name, options.out / "curve.png")
     console.print(table(summaries))
-    console.print(f"Written to [bold]{options.out}/[/bold]: curve.png, metrics.jsonl, summary.json, "
-                  "the weights")  # fmt: skip
+    console.print(
+        f"Written to [bold]{options.out}/[/bold]: curve.png, metrics.jsonl, summary.json, weights"
+    )

@@ -1,4 +1,4 @@
-"""The search behind the defaults of `experiments.finetune`, on the dev split only.
+"""The search behind the learning rates of the jobs, on the dev split only.
 
 Every combination of the options given is run for every seed; one JSON line a run, runs
 already in the file are skipped, so the search can be stopped and gone on with.
@@ -9,7 +9,7 @@ import itertools
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,47 +18,42 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import finetune, job
+from experiments import digits, finetune, job
 from hiso_jax import simulation
 
-AXES = ("method", "learning_rate", "scale", "label_norm", "length", "batch_size",
-        "num_perturbations", "rounds")  # fmt: skip
+TASKS: dict[str, tuple[Any, Any]] = {
+    "finetune": (finetune.Options, lambda options: finetune.docstring_topics(options.length)),
+    "digits": (digits.Options, lambda options: digits.digits()),
+}
+AXES = ("method", "learning_rate", "batch_size", "num_perturbations", "rounds")
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Grid search on the dev split; every option takes several values."""
+    """Grid search on the dev split; an option takes several values, none is the job's default."""
 
-    method: tuple[str, ...] = ("decomfl", "hiso")
+    task: Literal["finetune", "digits"] = "finetune"
+    """The job whose options are searched."""
+    method: tuple[str, ...] = tuple(job.METHODS)
     """Methods; all get the same grid."""
     learning_rate: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
     """Peak learning rates; they fall linearly to 0."""
-    scale: tuple[float, ...] = (finetune.Options.scale,)
-    """Scale of the cosines."""
-    label_norm: tuple[float, ...] = (finetune.Options.label_norm,)
-    """Length of the label embeddings at the start."""
-    length: tuple[int, ...] = (finetune.Options.length,)
-    """Tokens a text is cut to."""
-    batch_size: tuple[int, ...] = (finetune.Options.batch_size,)
+    batch_size: tuple[int, ...] = ()
     """Examples of a client in a round."""
-    num_perturbations: tuple[int, ...] = (finetune.Options.num_perturbations,)
+    num_perturbations: tuple[int, ...] = ()
     """Scalars a round."""
-    rounds: tuple[int, ...] = (finetune.Options.rounds,)
+    rounds: tuple[int, ...] = ()
     """Rounds."""
     seeds: int = 3
     """Seeds 0 to this number less one."""
     out: Path = Path("runs/search.jsonl")
     """One row a run."""
-    model: Path | None = None
-    """Folder of the model; by default the installed package's."""
 
 
-def one(problem: Any, point: dict[str, Any], seed: int) -> dict[str, Any]:
+def one(options: job.Options, problem: Any) -> dict[str, Any]:
     """Run one point of the grid; return what it reached on the dev split."""
-    options = dataclasses.replace(
-        finetune.Options(), seed=seed, **{k: v for k, v in point.items() if k != "learning_rate"}
-    )
-    alg = job.algorithm(options, problem, point["learning_rate"])
+    seed = options.seed
+    alg = job.algorithm(options, problem, options.learning_rate or 0.0)
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(seed))
     score, start = jax.jit(problem.score), time.perf_counter()
     for report in simulation.run(
@@ -99,22 +94,22 @@ def search(options: Search) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lines = options.out.read_text().splitlines() if options.out.exists() else []
     rows = [json.loads(line) for line in lines]
-    grid = [dict(zip(AXES, values, strict=True))
-            for values in itertools.product(*(getattr(options, axis) for axis in AXES))]  # fmt: skip
-    done = {tuple(row[a] for a in (*AXES, "seed")) for row in rows}
-    problems: dict[Any, Any] = {}
+    defaults, build = TASKS[options.task][0](), TASKS[options.task][1]
+    axes = {axis: getattr(options, axis) or (getattr(defaults, axis),) for axis in AXES}
+    grid = [dict(zip(AXES, point, strict=True)) for point in itertools.product(*axes.values())]
+    done = {(row["task"], *(row[a] for a in AXES), row["seed"]) for row in rows}
+    problem = build(defaults)
     with open(options.out, "a") as file:
         for point, seed in track(list(itertools.product(grid, range(options.seeds)))):
-            if (*point.values(), seed) in done:
+            if (options.task, *point.values(), seed) in done:
                 continue
-            shape = (point["length"], point["scale"], point["label_norm"])
-            if shape not in problems:
-                problems[shape] = finetune.docstring_topics(*shape, model=options.model)
-            row = point | {"seed": seed} | one(problems[shape], point, seed)
+            row = {"task": options.task, "seed": seed} | point
+            row |= one(dataclasses.replace(defaults, seed=seed, **point), problem)
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
-    Console().print(best([r for r in rows if {a: r[a] for a in AXES} in grid]))
+    mine = [r for r in rows if r["task"] == options.task and {a: r[a] for a in AXES} in grid]
+    Console().print(best(mine))
 
 
 if __name__ == "__main__":

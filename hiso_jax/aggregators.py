@@ -93,11 +93,11 @@ def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
 
     def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
         clients = scalars.shape[0]
-        if clients < 2 * num_byzantine + 3 or num_selected > clients - num_byzantine:
+        needed = max(2 * num_byzantine + 3, num_byzantine + num_selected)
+        if clients < needed:
             raise ValueError(
-                f"krum: with num_byzantine={num_byzantine} and num_selected={num_selected} it needs "
-                f"at least {max(2 * num_byzantine + 3, num_byzantine + num_selected)} clients, "
-                f"got {clients}"
+                f"krum: with num_byzantine={num_byzantine} and num_selected={num_selected} "
+                f"it needs at least {needed} clients, got {clients}"
             )
         flat = scalars.reshape(clients, -1)
         squared = ((flat[:, None] - flat[None]) ** 2).sum(-1)

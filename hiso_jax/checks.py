@@ -6,16 +6,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def is_concrete(x: Any) -> bool:
     """Whether the values of `x` can be looked at now (they cannot inside jit)."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x))
 
 
 def count(name: str, value: Any) -> int:
     """Return a whole number >= 1 as int."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise TypeError(
             f"{name}: must be known before compiling, got a traced value; under "
             f"optax.inject_hyperparams pass static_args=({name!r},)"
@@ -35,7 +36,7 @@ def number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False
 ) -> Any:
     """Return a real number in [low, high] (or (low, high] if `above`); traced values pass."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return value
     if isinstance(value, (bool, str)) or np.ndim(value) or not np.isrealobj(value):
         raise TypeError(f"{name}: expected a real number, got {value!r}")

@@ -50,9 +50,7 @@ def check_distribution(distribution: str) -> Distribution:
     return checks.choice("distribution", distribution, get_args(Distribution))
 
 
-def direction_key(
-    key: jax.Array, round: Any, step: Any, perturbation: Any
-) -> jax.Array:
+def direction_key(key: jax.Array, round: Any, step: Any, perturbation: Any) -> jax.Array:
     """Key of one direction: the root key with round, local step and perturbation folded in."""
     for counter in (round, step, perturbation):
         key = jax.random.fold_in(key, counter)

@@ -146,9 +146,7 @@ def scalar_algorithm(
     combine_clients = aggregators.mean() if aggregator is None else aggregator
     shape = (steps, perturbations)
 
-    def direction_at(
-        state: State, leaves: trees.Leaves, step: Any
-    ) -> estimators.Direction:
+    def direction_at(state: State, leaves: trees.Leaves, step: Any) -> estimators.Direction:
         def direction(p: Any) -> trees.Leaves:
             key = directions.direction_key(state.key, state.round, step, p)
             return rule.direction(state.rule, directions.noise(key, leaves, noise_law))
@@ -169,9 +167,8 @@ def scalar_algorithm(
         return {n: x.astype(jnp.float32) for n, x in trees.select(params, trainable).items()}
 
     def narrow(params: trees.Params, leaves: trees.Leaves) -> trees.Params:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: leaves.get(trees.leaf_name(path), x).astype(x.dtype), params
-        )
+        like = trees.select(params, trainable)
+        return trees.merge(params, {n: x.astype(like[n].dtype) for n, x in leaves.items()})
 
     def init(params: trees.Params, key: jax.Array) -> State:
         """Start a run: `params` any pytree of arrays, `key` the shared root key."""
@@ -287,8 +284,8 @@ def scalar_algorithm(
     def replay(state: State, records: jax.Array) -> State:
         records = jnp.asarray(records, jnp.float32)
         if records.ndim != 3 or records.shape[1:] != shape:
-            raise ValueError(f"records: expected shape [R, {steps}, {perturbations}] (rounds, local "
-                             f"steps, perturbations), got {records.shape}")  # fmt: skip
+            raise ValueError(f"records: expected shape [R, {steps}, {perturbations}] (rounds, "
+                             f"local steps, perturbations), got {records.shape}")  # fmt: skip
         if checks.is_concrete(records):
             bad = np.flatnonzero(~np.isfinite(np.asarray(records)).all((1, 2)))
             if bad.size:
@@ -377,7 +374,6 @@ def _check_weights(weights: Any, clients: int) -> jax.Array:
         values = np.asarray(weights)
         if not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
             raise ValueError(
-                "weights: expected finite numbers >= 0 with a sum > 0, got "
-                f"{values.tolist()}"
+                f"weights: expected finite numbers >= 0 with a sum > 0, got {values.tolist()}"
             )
     return weights

@@ -175,8 +175,8 @@ def run(
         if not usable:
             bad = [n for n, ok in zip(names, np.asarray(metrics.finite), strict=True) if not ok]
             raise FloatingPointError(
-                f"round {round}: clients {bad} sent NaN or infinite scalars; the round moved nothing. "
-                "Lower the learning rate or the smoothing"
+                f"round {round}: clients {bad} sent NaN or infinite scalars; the round moved "
+                "nothing. Lower the learning rate or the smoothing"
             )
 
 

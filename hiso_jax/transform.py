@@ -16,7 +16,7 @@ ValueFn = Callable[[trees.Params], jax.Array]
 class ZerothOrderState(NamedTuple):
     """State of `hiso`, `zo_sgd` and `scale_by_zeroth_order`."""
 
-    count: jax.Array  # shape=(), dtype=int32: updates made
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), dtype=int32: updates made
     key: jax.Array  # root PRNG key data, shape=(2,), dtype=uint32, never changes
     value: jax.Array  # shape=(), dtype=float32: the loss last seen
     rule: Any  # the rule's state
@@ -50,7 +50,7 @@ def _transform(
 
     def update(
         updates: Any,
-        state: ZerothOrderState,
+        state: Any,
         params: trees.Params | None = None,
         *,
         value_fn: ValueFn | None = None,
@@ -145,9 +145,9 @@ def hiso(
     """HiSo on one machine, as an optax transformation (arXiv 2506.02370).
 
     The same numbers as `hiso_jax.federated_hiso` with one client and one local step.
-    Composes with ``optax.chain`` (first in it), schedules, ``apply_if_finite`` and
-    ``inject_hyperparams`` (with ``static_args=("num_perturbations",)``). For
-    ``optax.partition`` and ``MultiSteps``, which need a gradient tree, use `value_and_grad`.
+    Composes with ``optax.chain`` (first in it), schedules and ``inject_hyperparams`` (with
+    ``static_args=("num_perturbations",)``). For what needs a gradient tree (``optax.partition``,
+    ``MultiSteps``, ``apply_if_finite``) use `value_and_grad`.
 
     Args:
       learning_rate: float, or optax schedule of the update count.

@@ -14,7 +14,9 @@ SHAPES = [(), (1,), (7,), (33,), (3, 5), (64,), (0, 3), (5, 3, 2, 2), (129, 257)
 def odd_tree(seed: int = 0) -> dict[str, Any]:
     """A tree of more than 250 thousand parameters in odd shapes."""
     rng = np.random.default_rng(seed)
-    leaves = {f"leaf{i}": jnp.asarray(rng.normal(size=s), jnp.float32) for i, s in enumerate(SHAPES)}
+    leaves = {
+        f"leaf{i}": jnp.asarray(rng.normal(size=s), jnp.float32) for i, s in enumerate(SHAPES)
+    }
     return {"first": leaves, "second": [jnp.ones((16, 17)), {"deep": jnp.full((3, 3), 0.5)}]}
 
 

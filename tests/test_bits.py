@@ -17,7 +17,12 @@ ROUNDS = 50
 def make(local_steps: int = 1, **options: Any) -> hj.Algorithm:
     schedule = optax.cosine_decay_schedule(1e-2, ROUNDS + 10)
     return hj.federated_hiso(
-        odd_loss, schedule, local_steps=local_steps, num_perturbations=5, update_steps="all", **options
+        odd_loss,
+        schedule,
+        local_steps=local_steps,
+        num_perturbations=5,
+        update_steps="all",
+        **options,
     )
 
 
@@ -82,7 +87,9 @@ def test_sharded_over_eight_devices(run: dict[str, Any]):
 
     def place(x: jax.Array) -> jax.Array:
         split = x.ndim > 0 and x.shape[0] % 8 == 0
-        return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec("model") if split else spec()))
+        return jax.device_put(
+            x, jax.sharding.NamedSharding(mesh, spec("model") if split else spec())
+        )
 
     start = run["alg"].init(jax.tree.map(place, odd_tree()), jax.random.key(1))
     end = jax.jit(run["alg"].replay)(start, run["records"])
@@ -126,7 +133,9 @@ def test_decay_one_is_decomfl():
     records = jnp.asarray(np.random.default_rng(0).normal(size=(20, 3, 5)), jnp.float32)
     hiso = hj.federated_hiso(odd_loss, 1e-2, local_steps=3, decay=1.0)
     decomfl = hj.decomfl(odd_loss, 1e-2, local_steps=3)
-    ends = [jax.jit(a.replay)(a.init(odd_tree(), jax.random.key(0)), records) for a in (hiso, decomfl)]
+    ends = [
+        jax.jit(a.replay)(a.init(odd_tree(), jax.random.key(0)), records) for a in (hiso, decomfl)
+    ]
     assert_same_bits(ends[0].params, ends[1].params)
     one = batches(0, 2, 3)
     probes = [jax.jit(a.probe)(a.init(odd_tree(), jax.random.key(0)), one) for a in (hiso, decomfl)]

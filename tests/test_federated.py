@@ -85,9 +85,14 @@ def test_equals_the_paper(method: str, update: str, steps: int, perturbations: i
             centres = rng.normal(size=(3, steps, D)) / 4 + taking_part[:, None, None] / 10
             scales = rng.uniform(0.5, 1.5, size=(3, steps, 1))
             weights = rng.uniform(0.5, 2, size=3).astype(np.float32)
-            data = [[{"centre": centres[c, k], "scale": scales[c, k]} for k in range(steps)] for c in range(3)]
+            data = [
+                [{"centre": centres[c, k], "scale": scales[c, k]} for k in range(steps)]
+                for c in range(3)
+            ]
             paper.round(r, data, weights.astype(np.float64))
-            state, _ = step(state, {"centre": jnp.asarray(centres), "scale": jnp.asarray(scales)}, weights)
+            state, _ = step(
+                state, {"centre": jnp.asarray(centres), "scale": jnp.asarray(scales)}, weights
+            )
         assert np.abs(paper.x - x).max() > 0.05  # something moved
         scale = np.abs(paper.x).max()
         np.testing.assert_allclose(state.params["w"], paper.x, rtol=1e-5, atol=1e-5 * scale)

@@ -23,7 +23,7 @@ class _Embeddings(nnx.Module):
         self.LayerNorm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs)
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
-        positions = jnp.arange(input_ids.shape[1])
+        positions = jnp.arange(input_ids.shape[1])[None]
         return self.LayerNorm(
             self.word_embeddings(input_ids)
             + self.position_embeddings(positions)
@@ -109,7 +109,9 @@ class Bert(nnx.Module):
 
     def __init__(self, config: Any, rngs: nnx.Rngs):
         if config.hidden_act != "gelu":
-            raise ValueError(f"config: hidden_act {config.hidden_act!r} is not supported, only 'gelu'")
+            raise ValueError(
+                f"config: hidden_act {config.hidden_act!r} is not supported, only 'gelu'"
+            )
         self.embeddings = _Embeddings(config, rngs)
         self.encoder = _Encoder(config, rngs)
 

@@ -1,0 +1,139 @@
+"""The encoder against transformers' torch model, folders in and out, and refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from transformers import BertConfig
+
+from experiments import finetune
+from hiso_jax import models, trees
+
+CONFIG = dict(
+    vocab_size=99, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=36,
+    max_position_embeddings=20, type_vocab_size=2, layer_norm_eps=1e-12,
+)  # fmt: skip
+
+
+def random_folder(folder: Path) -> Path:
+    """A Hugging Face folder of a small random BERT, made without torch."""
+    config = BertConfig(**CONFIG)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config.to_json_string())
+    rng, width, inner = np.random.default_rng(0), 24, 36
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (99, width),
+        "embeddings.position_embeddings.weight": (20, width),
+        "embeddings.token_type_embeddings.weight": (2, width),
+        "pooler.dense.weight": (width, width),
+        "pooler.dense.bias": (width,),
+    }
+    norms = ["embeddings.LayerNorm"]
+    for i in range(3):
+        layer = f"encoder.layer.{i}"
+        dense = {f"attention.self.{n}": (width, width) for n in ("query", "key", "value")}
+        dense |= {"attention.output.dense": (width, width), "intermediate.dense": (inner, width),
+                  "output.dense": (width, inner)}  # fmt: skip
+        for name, shape in dense.items():
+            shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
+        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+    for name in norms:
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    tensors = {n: rng.normal(size=s).astype(np.float32) * 0.3 for n, s in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def batch() -> dict[str, np.ndarray]:
+    """Left- and right-padded rows."""
+    ids = np.random.default_rng(1).integers(5, 99, (4, 9)).astype(np.int32)
+    mask = np.ones((4, 9), np.int32)
+    mask[1, 6:], mask[2, :3], mask[3, 1:] = 0, 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def torch_difference(folder: Path, inputs: dict[str, np.ndarray]) -> float:
+    """Largest difference of the hidden states to transformers' torch model."""
+    torch = pytest.importorskip("torch", reason="extra 'parity': pip install torch")
+    from transformers import BertModel
+
+    reference = BertModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        wanted = reference(**{k: torch.tensor(v).long() for k, v in inputs.items()})
+    model = models.from_pretrained(folder)
+    got = np.asarray(jax.jit(model.apply)(model.params, **inputs))
+    return float(
+        np.abs((got - wanted.last_hidden_state.numpy()) * inputs["attention_mask"][..., None]).max()
+    )
+
+
+def test_random_model_equals_torch(tmp_path: Path):
+    assert torch_difference(random_folder(tmp_path), batch()) < 1e-5
+
+
+def test_minilm_equals_torch():
+    try:
+        folder = finetune.bundled_model()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    from transformers import AutoTokenizer
+
+    texts = ["Return the number of bytes.", "x", "Open the file for reading and close the socket."]
+    tokens = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="np")
+    inputs = {k: np.asarray(tokens[k]) for k in ("input_ids", "attention_mask")}
+    assert torch_difference(folder, inputs) < 1e-5
+
+
+def test_padding_does_not_matter(tmp_path: Path):
+    model = models.from_pretrained(random_folder(tmp_path))
+    inputs = batch()
+    whole = model.apply(model.params, **inputs)
+    cut = model.apply(model.params, inputs["input_ids"][:, :6], inputs["attention_mask"][:, :6])
+    np.testing.assert_allclose(whole[1, :6], cut[1], atol=2e-5)
+
+
+def test_round_trip_is_exact(tmp_path: Path):
+    """Every tensor comes back bit by bit, the ones the encoder does not use too."""
+    folder = random_folder(tmp_path / "in")
+    models.save_pretrained(models.from_pretrained(folder), tmp_path / "out")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    model = models.from_pretrained(tmp_path / "out")
+    moved = jax.tree.map(lambda x: x + 1, model.params)
+    models.save_pretrained(model, tmp_path / "out", moved)
+    again = models.from_pretrained(tmp_path / "out").params
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), again, moved)))
+
+
+def test_layers_are_stacked(tmp_path: Path):
+    leaves = trees.select(models.from_pretrained(random_folder(tmp_path)).params)
+    assert leaves["encoder/layer/attention/self/query/kernel"].shape == (3, 24, 24)
+    assert all(x.dtype == jnp.float32 for x in leaves.values()) and len(leaves) == 21
+
+
+@pytest.mark.parametrize("spoil, text", [
+    (lambda t: t.pop("encoder.layer.1.output.dense.bias"), "missing.*layer.1.output.dense.bias"),
+    (lambda t: t.update(extra=np.zeros(2, np.float32)), "unknown tensors.*extra"),
+    (lambda t: t.update({"embeddings.LayerNorm.bias": np.zeros(7, np.float32)}), "LayerNorm.bias.*expected"),
+])  # fmt: skip
+def test_wrong_tensors_are_named(tmp_path: Path, spoil: Any, text: str):
+    folder = random_folder(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=text):
+        models.from_pretrained(folder)
+
+
+def test_other_model_types_and_folders_are_refused(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="expected a folder with config.json"):
+        models.from_pretrained(tmp_path / "nothing")
+    folder = random_folder(tmp_path)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="'gpt2' is not supported"):
+        models.from_pretrained(folder)

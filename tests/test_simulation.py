@@ -1,0 +1,102 @@
+"""Clients, traffic and the round loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hiso_jax as hj
+from hiso_jax import simulation
+from hiso_jax.simulation import Clients, Traffic
+from tests.helpers import assert_same_bits
+
+DATA = {f"c{i}": {"x": np.arange(100 * i, 100 * i + 3 + i, dtype=np.float32)} for i in range(6)}
+
+
+def test_batches_come_from_their_clients_and_small_ones_are_padded():
+    clients = Clients(DATA)
+    names = ["c5", "c0"]
+    batch = clients.batches(names, round=3, batch_size=4, local_steps=2, seed=1)
+    assert batch["x"].shape == batch["weight"].shape == (2, 2, 4)
+    for name, x, weight in zip(names, batch["x"], batch["weight"], strict=True):
+        for k in range(2):
+            real = x[k][weight[k] > 0]
+            assert len(set(real)) == min(len(DATA[name]["x"]), 4)
+            assert set(real) <= set(DATA[name]["x"])
+
+
+def test_everything_is_a_function_of_seed_and_round():
+    one, two = Clients(DATA), Clients(DATA)
+    assert one.sample(3, 5, seed=1) == two.sample(3, 5, seed=1)
+    assert len({tuple(one.sample(3, r)) for r in range(20)}) > 10
+    a = one.batches(["c1", "c2"], 5, 3, seed=1)
+    b = two.batches(["c2"], 5, 3, seed=1)  # whoever else takes part does not matter
+    assert_same_bits(a["x"][1], b["x"][0])
+
+
+def test_every_client_takes_part():
+    clients = Clients(DATA)
+    assert {n for r in range(60) for n in clients.sample(2, r)} == set(DATA)
+
+
+@pytest.mark.parametrize("data, text", [
+    ({}, "at least one client"), ({"a": {"x": np.zeros(0)}}, "'a' needs columns"),
+    ({"a": {"x": np.zeros(2), "y": np.zeros(3)}}, "'a' needs columns of one length"),
+    ({"a": {"x": np.zeros(2)}, "b": {"y": np.zeros(2)}}, "'b' must have the same columns"),
+    ({"a": {"weight": np.zeros(2)}}, 'called "weight"'),
+])  # fmt: skip
+def test_bad_data(data: dict, text: str):
+    with pytest.raises(ValueError, match=text):
+        Clients(data)
+
+
+def test_too_many_clients_asked():
+    with pytest.raises(ValueError, match="count: expected 1 to 6 clients a round, got 7"):
+        Clients(DATA).sample(7, 0)
+
+
+def test_traffic_adds_up():
+    traffic = Traffic((1, 5))
+    traffic.ask(["a", "b"], 0)
+    traffic.ask(["b"], 1)
+    traffic.ask(["a"], 4)
+    assert traffic.up == {"a": 40, "b": 40}  # twice 5 float32 each
+    assert traffic.down == {"a": 8 + 4 + 4 + 4 * 20, "b": 8 + 4 + 4 + 20}
+    traffic.catch_up(["a", "b", "c"], 5)
+    assert [traffic.down[n] for n in "abc"] == [8 + 8 + 100, 8 + 8 + 100, 8 + 100]
+
+
+def loss_fn(params: dict, batch: dict) -> jax.Array:
+    return (((params["w"] - batch["x"]) ** 2) * batch["weight"]).sum() / batch["weight"].sum()
+
+
+def test_a_run_can_be_stopped_and_gone_on_with():
+    alg, clients = hj.federated_hiso(loss_fn, 1e-4), Clients(DATA)
+    options = dict(clients_per_round=2, batch_size=3, seed=4)
+    start = lambda: alg.init({"w": jnp.zeros(())}, jax.random.key(0))  # noqa: E731
+    whole = list(simulation.run(alg, start(), clients, rounds=6, **options))
+    half = list(simulation.run(alg, start(), clients, rounds=3, **options))
+    rest = list(simulation.run(alg, half[-1].state, clients, rounds=6, **options))
+    assert [r.round for r in half + rest] == [r.round for r in whole] == [1, 2, 3, 4, 5, 6]
+    assert_same_bits(rest[-1].state, whole[-1].state)
+
+
+def test_a_nan_names_the_client_and_loses_nothing():
+    data = DATA | {"bad": {"x": np.full(3, np.nan, np.float32)}}
+    alg, clients = hj.decomfl(loss_fn, 1e-4), Clients(data)
+    state = alg.init({"w": jnp.ones(())}, jax.random.key(0))
+    seen = []
+    with pytest.raises(FloatingPointError, match=r"clients \['bad'\] sent NaN"):
+        for report in simulation.run(
+            alg, state, clients, rounds=50, clients_per_round=2, batch_size=2
+        ):
+            seen.append(float(report.state.params["w"]))
+    assert np.isfinite(seen).all() and seen[-1] == (seen[-2] if len(seen) > 1 else 1.0)
+
+
+def test_evaluate_counts_every_example_once():
+    sums = simulation.evaluate(
+        lambda params, batch: {"sum": (batch["x"] * batch["weight"]).sum(), "n": batch["weight"].sum()},
+        None, {"x": np.arange(10.0)}, batch_size=4,
+    )  # fmt: skip
+    assert sums == {"sum": 45.0, "n": 10.0}
