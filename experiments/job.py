@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,13 +94,24 @@ def _accuracy(score: Any, params: Any, data: simulation.Arrays) -> tuple[float, 
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def _stop_on_ctrl_c() -> Iterator[threading.Event]:
+    """Give an event that Ctrl-C sets: the round under way is finished, not lost."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: Any) -> None:
+        del number, frame
+        if stop.is_set():
+            raise KeyboardInterrupt  # the second time, at once
+        stop.set()
+        console.print("[yellow]Stopping after this round; keeping what was done.")
+
+    before = signal.signal(signal.SIGINT, ask)
     try:
-        yield
-    except KeyboardInterrupt:
-        console.print("[yellow]Stopped; keeping what was done.")
+        yield stop
     except FloatingPointError as error:
         console.print(f"[red]{error}")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def train(options: Options, problem: Problem, learning_rate: float) -> dict[str, Any]:
@@ -118,7 +131,7 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
     def totals() -> tuple[int, int]:
         return sum(traffic.up.values()), sum(traffic.down.values())
 
-    with _progress() as bar, open(folder / "metrics.jsonl", "w") as log, _interruptible():
+    with _progress() as bar, open(folder / "metrics.jsonl", "w") as log, _stop_on_ctrl_c() as stop:
         log.write(json.dumps(rows[0]) + "\n")
         task = bar.add_task(TITLES[options.method], total=options.rounds, status="compiling")
         start = time.perf_counter()
@@ -159,6 +172,8 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
                 f"up {_bytes(up)}  down {_bytes(down)}",
             )
             start = time.perf_counter()
+            if stop.is_set():
+                break
     if seconds:
         steady = float(np.median(seconds[1:] or seconds))
         compile_seconds = max(seconds[0] - steady, 0.0)
@@ -185,10 +200,18 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
         compile_seconds=compile_seconds,
     )
     problem.save(folder, state.params)
-    with files.whole(folder / "summary.json") as part:
-        part.write_text(json.dumps(summary, indent=2) + "\n")
+    _write_json(folder / "summary.json", summary)
     draw({TITLES[options.method]: rows}, problem.name, folder / "curve.png")
     return summary | {"rows": rows}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with files.whole(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _without_rows(summary: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in summary.items() if k != "rows"}
 
 
 def _bytes(count: float) -> str:
@@ -251,6 +274,7 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
     if options.compare:
         curves = {TITLES[s["method"]]: s["rows"] for s in summaries}
         draw(curves, problem.name, options.out / "curve.png")
+        _write_json(options.out / "summary.json", [_without_rows(s) for s in summaries])
     console.print(table(summaries))
     console.print(
         f"Written to [bold]{options.out}/[/bold]: curve.png, metrics.jsonl, summary.json, weights"

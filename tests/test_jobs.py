@@ -1,0 +1,112 @@
+"""The jobs as real processes: what they leave behind, and how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import finetune
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"COLUMNS": "100"}
+SUMMARY = {"method", "rounds", "accuracy_before", "accuracy", "uplink_bytes_per_client",
+           "downlink_bytes_per_client", "seconds_per_round", "compile_seconds"}  # fmt: skip
+
+
+def start(job: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", f"experiments.{job}", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_digits_leaves_its_folder_and_is_reproducible(tmp_path: Path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    options = ("--rounds", "60", "--eval-every", "20", "--seed", "3")
+    runs = [start("digits", *options, "--out", str(folder)) for folder in folders]
+    outputs = [finish(run) for run in runs]
+    assert "test accuracy after" in outputs[0] and "FedAvg would have moved" in outputs[0]
+    histories = []
+    for folder in folders:
+        assert {p.name for p in folder.iterdir()} == {
+            "curve.png", "metrics.jsonl", "model.safetensors", "summary.json"}  # fmt: skip
+        assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary.keys() >= SUMMARY
+        # 60 rounds x 8 of 40 clients x 10 float32
+        assert summary["uplink_bytes_per_client"] == 60 * 8 * 40 / 40
+        assert summary["downlink_bytes_per_client"] == 8 + 60 * 8 * 4 / 40 + 60 * 40
+        assert summary["accuracy"] > summary["accuracy_before"]
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [r["round"] for r in rows] == list(range(61))
+        histories.append([{k: v for k, v in r.items() if k != "seconds"} for r in rows])
+    assert histories[0] == histories[1]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1]
+
+
+def test_compare_draws_both(tmp_path: Path):
+    output = finish(start("digits", "--compare", "--rounds", "20", "--out", str(tmp_path)))
+    assert "HiSo" in output and "DeComFL" in output
+    both = json.loads((tmp_path / "summary.json").read_text())
+    assert [s["method"] for s in both] == ["hiso", "decomfl"]
+    first = [json.loads((tmp_path / m / "metrics.jsonl").read_text().splitlines()[5])
+             for m in ("hiso", "decomfl")]  # fmt: skip
+    assert first[0]["clients"] == first[1]["clients"]  # the same seeds
+
+
+def test_ctrl_c_keeps_what_was_done(tmp_path: Path):
+    process = start("digits", "--rounds", "1000000", "--out", str(tmp_path))
+    log, deadline = tmp_path / "metrics.jsonl", time.time() + 120
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 5):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert "keeping what was done" in finish(process)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 5 <= summary["rounds"] < 1_000_000
+    assert (tmp_path / "model.safetensors").exists() and (tmp_path / "curve.png").exists()
+
+
+def test_divergence_is_said(tmp_path: Path):
+    output = finish(
+        start("digits", "--learning-rate", "1e6", "--rounds", "50", "--out", str(tmp_path))
+    )
+    assert "sent NaN or infinite" in output
+    assert json.loads((tmp_path / "summary.json").read_text())["rounds"] < 50
+
+
+@pytest.mark.parametrize("job", ["finetune", "digits", "search"])
+def test_help(job: str):
+    output = finish(start(job, "--help"))
+    assert "--rounds" in output and "Traceback" not in output
+
+
+def test_finetune_runs_on_the_real_model(tmp_path: Path):
+    try:
+        finetune.bundled_model()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    finish(start("finetune", "--rounds", "3", "--out", str(tmp_path)))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["rounds"] == 3 and summary["parameters"] == 22_567_680
+    assert 0.5 < summary["accuracy_before"] < 0.7
+    # 8 clients x 20 bytes x 3 rounds over all clients: less than ten bytes each on average
+    assert summary["uplink_bytes_per_client"] == 3 * 8 * 20 / summary["clients"]
+    files = {p.name for p in (tmp_path / "model").iterdir()}
+    assert files == {"model.safetensors", "config.json", "labels.safetensors"}
