@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +107,8 @@ class Options(job.Options):
     """Communication rounds."""
     out: Path = Path("runs/finetune")
     """Folder for metrics.jsonl, curve.png, summary.json and model/."""
+    sampling: Literal["uniform", "size"] = "size"
+    """Which clients take part: all alike, or in proportion to their examples."""
     length: int = 24
     """Tokens a text is cut to."""
 

@@ -46,6 +46,8 @@ class Options:
     """Peak learning rate, falling linearly to 0; by default the tuned one of the method."""
     clients_per_round: int = 8
     """Clients sampled a round (C)."""
+    sampling: Literal["uniform", "size"] = "uniform"
+    """Which clients take part: all alike, or in proportion to their examples."""
     batch_size: int = 4
     """Examples of a client in a local step."""
     local_steps: int = 1
@@ -144,6 +146,7 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
             batch_size=options.batch_size,
             local_steps=options.local_steps,
             seed=options.seed,
+            sampling=options.sampling,
         ):
             seconds.append(time.perf_counter() - start)
             state, done = report.state, report.round

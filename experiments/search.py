@@ -64,6 +64,7 @@ def one(options: job.Options, problem: Any) -> dict[str, Any]:
         clients_per_round=options.clients_per_round,
         batch_size=options.batch_size,
         seed=seed,
+        sampling=options.sampling,
     ):
         state = report.state
         if not np.isfinite(float(report.metrics.loss)) or float(report.metrics.loss) > 20:

@@ -59,12 +59,26 @@ class Clients:
     def __len__(self) -> int:
         return len(self.names)
 
-    def sample(self, count: int, round: int, seed: int = 0) -> list[str]:
-        """Draw the names of `count` different clients for a round, uniformly."""
+    def sample(self, count: int, round: int, seed: int = 0, sampling: str = "uniform") -> list[str]:
+        """Draw the names of `count` different clients for a round.
+
+        Args:
+          count: C.
+          round: number of the round.
+          seed: of the run.
+          sampling: ``"uniform"``, or ``"size"``: with probability in proportion to a
+            client's examples, so that the plain mean over clients stands for the mean over
+            examples (as in FedProx, arXiv 1812.06127).
+        """
+        checks.choice("sampling", sampling, ("uniform", "size"))
         if not 1 <= count <= len(self):
             raise ValueError(f"count: expected 1 to {len(self)} clients a round, got {count}")
         rng = np.random.default_rng([seed, round, 0])
-        return [self.names[i] for i in rng.choice(len(self), count, replace=False)]
+        shares = None
+        if sampling == "size":
+            sizes = np.array([self.sizes[name] for name in self.names], float)
+            shares = sizes / sizes.sum()
+        return [self.names[i] for i in rng.choice(len(self), count, replace=False, p=shares)]
 
     def batches(
         self, names: Sequence[str], round: int, batch_size: int, local_steps: int = 1, seed: int = 0
@@ -137,6 +151,7 @@ def run(
     batch_size: int,
     local_steps: int = 1,
     seed: int = 0,
+    sampling: str = "uniform",
 ) -> Iterator[Report]:
     """Yield a report after every round, from ``state.round`` on.
 
@@ -146,10 +161,13 @@ def run(
     Args:
       algorithm: with the same `local_steps`.
       state: from ``algorithm.init`` or an earlier report.
+      clients: whose data it is.
       rounds: the round to stop before.
       clients_per_round: C.
       batch_size: B, examples of a client in a local step.
+      local_steps: K.
       seed: of who takes part with which examples; independent of the noise.
+      sampling: ``"uniform"`` or ``"size"``, see `Clients.sample`.
 
     Raises:
       FloatingPointError: clients sent NaN or infinite scalars, by name. It is raised after
@@ -160,7 +178,7 @@ def run(
     step = jax.jit(algorithm.round, donate_argnums=0)
 
     def prepare(round: int) -> tuple[list[str], Any]:
-        names = clients.sample(clients_per_round, round, seed)
+        names = clients.sample(clients_per_round, round, seed, sampling)
         return names, clients.batches(names, round, batch_size, local_steps, seed)
 
     first = int(state.round)

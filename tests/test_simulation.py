@@ -39,6 +39,15 @@ def test_every_client_takes_part():
     assert {n for r in range(60) for n in clients.sample(2, r)} == set(DATA)
 
 
+def test_sampling_by_size():
+    """Clients take part in proportion to their examples, within five standard errors."""
+    data = {f"c{i}": {"x": np.zeros(1 + 9 * (i == 0))} for i in range(31)}
+    draws = [Clients(data).sample(1, r, sampling="size")[0] for r in range(400)]
+    assert abs(draws.count("c0") / 400 - 10 / 40) < 5 * np.sqrt(0.25 * 0.75 / 400)
+    with pytest.raises(ValueError, match="sampling: .*'loud'"):
+        Clients(data).sample(1, 0, sampling="loud")
+
+
 @pytest.mark.parametrize("data, text", [
     ({}, "at least one client"), ({"a": {"x": np.zeros(0)}}, "'a' needs columns"),
     ({"a": {"x": np.zeros(2), "y": np.zeros(3)}}, "'a' needs columns of one length"),
