@@ -29,7 +29,7 @@ digits: $(VENV)/.experiments  ## the same in twenty seconds: a small network on 
 	$(BIN)/python -m experiments.digits $(ARGS)
 
 test: $(VENV)/.test  ## run the tests, the docstrings' examples and the notebooks
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" --nbmake tests hiso_jax notebooks $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --nbmake tests hiso_jax notebooks $(ARGS)
 
 slow: $(VENV)/.test  ## run the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow tests $(ARGS)

@@ -79,14 +79,19 @@ def one(options: job.Options, problem: Any) -> dict[str, Any]:
 
 
 def best(rows: list[dict[str, Any]]) -> Table:
-    """Mean and spread over the seeds, best first."""
-    groups: dict[tuple[Any, ...], list[float]] = {}
+    """Means over the seeds and the spread of the accuracy, lowest loss first."""
+    groups: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[a] for a in AXES), []).append(row["dev_accuracy"])
-    table = Table(*AXES, "dev accuracy", "spread", "seeds")
-    for point, values in sorted(groups.items(), key=lambda g: -float(np.mean(g[1]))):
+        result = (row["dev_loss"], row["dev_accuracy"])
+        groups.setdefault(tuple(row[a] for a in AXES), []).append(result)
+    table = Table(*AXES, "dev loss", "dev accuracy", "spread", "seeds")
+    for point, results in sorted(
+        groups.items(), key=lambda g: float(np.mean([r[0] for r in g[1]]))
+    ):
+        loss, accuracy = np.mean(results, 0)
+        spread = np.std([r[1] for r in results])
         cells = [f"{v:g}" if isinstance(v, float) else str(v) for v in point]
-        table.add_row(*cells, f"{np.mean(values):.1%}", f"{np.std(values):.1%}", str(len(values)))
+        table.add_row(*cells, f"{loss:.3f}", f"{accuracy:.1%}", f"{spread:.1%}", str(len(results)))
     return table
 
 
