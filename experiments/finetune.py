@@ -103,7 +103,7 @@ class Options(job.Options):
     is one client. Defaults were chosen on the dev split by `experiments.search`.
     """
 
-    rounds: int = 160
+    rounds: int = 300
     """Communication rounds."""
     out: Path = Path("runs/finetune")
     """Folder for metrics.jsonl, curve.png, summary.json and model/."""
