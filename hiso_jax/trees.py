@@ -79,7 +79,6 @@ def select(params: Params, trainable: Trainable = None) -> Leaves:
 
     Example:
       >>> import jax.numpy as jnp
-    import numpy as np
       >>> list(select({"a": {"w": jnp.ones(2)}, "step": jnp.int32(0)}))
       ['a/w']
     """
