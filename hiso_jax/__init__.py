@@ -4,8 +4,6 @@ from hiso_jax import aggregators, directions, estimators, exact, rules, trees
 from hiso_jax.federated import Algorithm, Metrics, State, decomfl, federated_hiso, scalar_algorithm
 from hiso_jax.transform import hiso, scale_by_zeroth_order, value_and_grad, zo_sgd
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Algorithm",
     "Metrics",
