@@ -166,11 +166,10 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
             rows.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()
-            latest = next(r for r in reversed(rows) if "dev_accuracy" in r)
             bar.update(
                 task,
                 completed=done,
-                status=f"loss {row['loss']:.3f}  dev {latest['dev_accuracy']:.1%}  "
+                status=f"loss {row['loss']:.3f}  dev {dev[1]:.1%}  "
                 f"{1 / np.median(seconds[-20:]):.1f} rounds/s  "
                 f"up {_bytes(up)}  down {_bytes(down)}",
             )
