@@ -2,9 +2,11 @@
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -55,3 +57,47 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
     return value
+
+
+def batches(loss_fn: Callable[..., Any], params: Any, batches: Any, steps: int) -> None:
+    """Raise unless the leaves of `batches` are [C, K, ...] and the loss of one is a number."""
+    shapes = {jnp.shape(x)[:2] for x in jax.tree.leaves(batches)}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 2 or min(shapes)[1] != steps:
+        given = jax.tree.map(jnp.shape, batches)
+        raise ValueError(
+            f"batches: every leaf must have leading axes [C, K] (clients, {steps} local steps), "
+            f"the same C for all; got shapes {given}"
+        )
+    if min(shapes)[0] == 0:
+        raise ValueError("batches: expected at least one client along the first axis, got none")
+    first = lambda batches: jax.tree.map(lambda x: x[0, 0], batches)  # noqa: E731
+    loss(jax.eval_shape(lambda params, all: loss_fn(params, first(all)), params, batches))
+
+
+def loss(value: Any) -> None:
+    """Raise unless a loss (or its shape) is one float32 or float64 number."""
+    if not hasattr(value, "shape") or value.shape != ():
+        raise ValueError(
+            f"loss_fn: expected a scalar loss of shape (), got {jax.tree.map(jnp.shape, value)}"
+        )
+    if value.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(
+            f"loss_fn: expected a float32 loss, got {value.dtype}; a difference of two losses "
+            "needs its digits, so cast the logits with .astype(jnp.float32) before the loss"
+        )
+
+
+def weights(weights: Any, clients: int) -> jax.Array:
+    """Return the clients' weights as float32 [C]; by default all are 1."""
+    if weights is None:
+        return jnp.ones(clients, jnp.float32)
+    weights = jnp.asarray(weights, jnp.float32)
+    if weights.shape != (clients,):
+        raise ValueError(f"weights: expected shape ({clients},), one a client, got {weights.shape}")
+    if is_concrete(weights):
+        values = np.asarray(weights)
+        if not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+            raise ValueError(
+                f"weights: expected finite numbers >= 0 with a sum > 0, got {values.tolist()}"
+            )
+    return weights

@@ -82,21 +82,29 @@ def threefry(
     return x, y
 
 
-def _words(key: jax.Array, size: int) -> jax.Array:
+def words(key: jax.Array, size: int, start: Any = 0) -> jax.Array:
     """Random words: word i is the cipher of counter i, so any part can be drawn alone."""
     data = jax.random.key_data(key)
     if size > 2**32:
         raise ValueError(f"params: a leaf needs {size} random words, more than its 2^32 counters")
-    low = jax.lax.iota(jnp.uint32, size)
+    low = jax.lax.iota(jnp.uint32, size) + jnp.asarray(start, jnp.uint32)
     return threefry((data[0], data[1]), (jnp.zeros_like(low), low))[0]
 
 
-def draw(key: jax.Array, shape: tuple[int, ...], distribution: Distribution) -> jax.Array:
+def draw(
+    key: jax.Array, shape: tuple[int, ...], distribution: Distribution, start: Any = 0
+) -> jax.Array:
     """Draw zero-mean, unit-variance, independent float32 noise.
 
     ``"normal"`` is N(0, 1), the paper's: number i, counted over the flattened leaf, comes from
     word i. ``"rademacher"`` is +1 or -1, sign i from bit i % 32 of word i // 32: integers only,
     and far cheaper.
+
+    Args:
+      key: of one leaf in one direction.
+      shape: of what is drawn.
+      distribution: ``"normal"`` or ``"rademacher"``.
+      start: number of the first element, a multiple of 32, to draw a part of a leaf.
 
     Example:
       >>> import jax
@@ -105,13 +113,13 @@ def draw(key: jax.Array, shape: tuple[int, ...], distribution: Distribution) -> 
     """
     size = math.prod(shape)
     if distribution == "normal":
-        whole = jax.lax.bitcast_convert_type(_words(key, size), jnp.int32) >> 8
+        whole = jax.lax.bitcast_convert_type(words(key, size, start), jnp.int32) >> 8
         # Exact, symmetric and inside (-1, 1): 24 bits hold an odd multiple of 2^-24.
         uniform = (whole.astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
         return exact.normal_quantile(uniform).reshape(shape)
-    words = _words(key, -(-size // 32))
+    drawn = words(key, -(-size // 32), start // 32)
     # Bit j becomes the sign bit of the j-th number: +1.0 is 0x3f800000.
-    signs = (words[:, None] << jnp.arange(32, dtype=jnp.uint32)[None]) & jnp.uint32(0x80000000)
+    signs = (drawn[:, None] << jnp.arange(32, dtype=jnp.uint32)[None]) & jnp.uint32(0x80000000)
     ones = jax.lax.bitcast_convert_type(signs | jnp.uint32(0x3F800000), jnp.float32)
     return ones.reshape(-1)[:size].reshape(shape)
 
@@ -160,12 +168,22 @@ def perturb(
     )
 
 
+def rounding_key(key: jax.Array, round: Any) -> jax.Array:
+    """Key of the stream that rounds narrow floats at the end of a round."""
+    return jax.random.fold_in(jax.random.fold_in(key, round), _ROUNDING)
+
+
 def round_leaves(
     key: jax.Array, round: Any, leaves: Mapping[str, jax.Array], like: Mapping[str, jax.Array]
 ) -> trees.Leaves:
     """Round float32 leaves to the dtypes of `like`, stochastically and from the shared key."""
-    names = sorted(leaves)
-    keys = _leaf_keys(jax.random.fold_in(jax.random.fold_in(key, round), _ROUNDING), names)
-    return {
-        n: exact.stochastic_round(keys[i], leaves[n], like[n].dtype) for i, n in enumerate(names)
+    names = [n for n in sorted(leaves) if like[n].dtype != jnp.float32]
+    if not names:
+        return dict(leaves)
+    keys = _leaf_keys(rounding_key(key, round), names)
+    drawn = {
+        n: words(keys[i], leaves[n].size).reshape(leaves[n].shape) for i, n in enumerate(names)
+    }
+    return dict(leaves) | {
+        n: exact.stochastic_round(drawn[n], leaves[n], like[n].dtype) for n in names
     }

@@ -12,7 +12,7 @@ from hiso_jax import directions, exact, trees
 Loss = Callable[[trees.Params], jax.Array]
 """Parameters -> loss, any shape: one loss, or one per client."""
 Direction = Callable[[Any], trees.Leaves]
-"""Number of a perturbation -> direction z."""
+"""Number of a perturbation -> direction z (or noise u)."""
 Estimator = Callable[[Loss, trees.Params, Direction, int, Any], tuple[jax.Array, jax.Array]]
 """(loss, params, direction, P, smoothing) -> (value [...], scalars [P, ...])."""
 
@@ -89,26 +89,29 @@ def get(estimator: str | Estimator) -> Estimator:
 
 
 def reconstruct(
-    scalars: jax.Array, direction: Direction, like: Mapping[str, jax.Array]
+    scalars: jax.Array, noise: Direction, like: Mapping[str, jax.Array]
 ) -> trees.Leaves:
-    """Rebuild the ascent direction from scalars: ``Delta = (1/P) sum_p scalars[p] z_p``.
+    """Add up noise by its scalars: ``(1/P) sum_p scalars[p] u_p``.
 
-    The sum runs in the order of p and every product is rounded on its own, so that all
-    parties, whatever program they compile, reach the same bits.
+    Preconditioning is linear, so it comes after the sum, once instead of P times. The sum
+    runs in the order of p and every product is rounded on its own, so that all parties,
+    whatever program they compile, reach the same bits.
 
     Args:
       scalars: float32 [P].
-      direction: p -> z_p.
+      noise: p -> u_p.
       like: name -> array; gives names and shapes.
 
     Returns:
       name -> float32 array.
     """
-    weights = exact.seal(scalars / scalars.shape[0])
+    weights = exact.mul(scalars, jnp.float32(1 / scalars.shape[0]))
+    # Whatever is multiplied by these stays clear of subnormal numbers.
+    weights = jnp.where(jnp.abs(weights) < 2**-60, 0, weights)
 
     def add(p: jax.Array, total: trees.Leaves) -> trees.Leaves:
-        z = direction(p)
-        return {n: total[n] + exact.mul(weights[p], z[n]) for n in total}
+        u = noise(p)
+        return {n: total[n] + exact.seal(weights[p] * u[n]) for n in total}
 
     zeros = {n: jnp.zeros(jnp.shape(x), jnp.float32) for n, x in like.items()}
     return lax.fori_loop(0, scalars.shape[0], add, zeros)

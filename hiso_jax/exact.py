@@ -1,10 +1,16 @@
-"""Float arithmetic that every program rounds the same way.
+"""Float arithmetic that every program, on every backend, rounds the same way.
 
-Compilers contract ``a * b + c`` into a fused multiply-add in one program and not in
-the next, depending on what they fuse and unroll, so two parties that run the same
-source may disagree in the last bit. A product that has passed through `seal` cannot
-be contracted: the clamp changes what an infinity would become, so no compiler may
-look through it.
+Three things make two parties that run the same source disagree in the last bit:
+
+* Compilers contract ``a * b + c`` into a fused multiply-add in one program and not in the
+  next. A product that has passed through `seal` or `mul` cannot be contracted: they
+  change what an infinity or a subnormal number would become, so no compiler may look
+  through them.
+* Divisions, square roots and transcendental functions are approximations of their own on
+  every accelerator. Nothing here uses one: only integer operations, comparisons, sums and
+  products, which IEEE 754 rounds correctly everywhere.
+* Subnormal numbers (below 2^-126) are kept by some processors and zero on others. `mul`
+  and `flush` make them zero on all.
 """
 
 from collections.abc import Sequence
@@ -17,6 +23,8 @@ from jax import lax
 def seal(x: jax.Array) -> jax.Array:
     """Return `x` unchanged (infinities become the largest finite value), uncontractable.
 
+    The cheapest of the three, for products that cannot be subnormal.
+
     Args:
       x: any float array.
 
@@ -27,22 +35,59 @@ def seal(x: jax.Array) -> jax.Array:
     return lax.clamp(-limit, x, limit)
 
 
+def flush(x: jax.Array) -> jax.Array:
+    """Make the subnormal numbers of a float32 array zero of the same sign, uncontractable.
+
+    Example:
+      >>> import numpy as np
+      >>> flush(np.array([1e-40, 1e-30, -2.0], np.float32)).tolist() == [0.0, np.float32(1e-30), -2]
+      True
+    """
+    pattern = lax.bitcast_convert_type(x, jnp.int32)
+    zero = pattern & jnp.int32(-(2**31))
+    kept = jnp.where(pattern & jnp.int32(0x7F800000) == 0, zero, pattern)
+    return lax.bitcast_convert_type(kept, jnp.float32)
+
+
 def mul(a: jax.typing.ArrayLike, b: jax.typing.ArrayLike) -> jax.Array:
-    """Multiply and round once, whatever the compiler fuses around it.
+    """Multiply float32 numbers and round once, whatever the compiler fuses around it.
 
     Example:
       >>> import jax.numpy as jnp
       >>> float(mul(jnp.float32(3.0), jnp.float32(0.5)))
       1.5
     """
-    return seal(jnp.multiply(a, b))
+    return flush(jnp.multiply(a, b))
+
+
+def rsqrt(x: jax.Array) -> jax.Array:
+    """Return 1 / sqrt(x) of positive normal float32 numbers, to 2 units in the last place.
+
+    Three Newton steps from the well-known integer guess.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(rsqrt(jnp.float32(4.0)))
+      0.5
+    """
+    guess = jnp.int32(0x5F3759DF) - (lax.bitcast_convert_type(x, jnp.int32) >> 1)
+    y, half = lax.bitcast_convert_type(guess, jnp.float32), seal(jnp.float32(0.5) * x)
+    for _ in range(3):
+        # As a correction of y, not a product: so the roots of powers of four are exact.
+        y = y + seal(y * (jnp.float32(0.5) - seal(seal(half * y) * y)))
+    return y
+
+
+def _times(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply numbers whose product is never subnormal."""
+    return seal(a * b)
 
 
 def _horner(x: jax.Array, coefficients: Sequence[jax.typing.ArrayLike]) -> jax.Array:
     """Evaluate a polynomial, highest power first."""
     total = jnp.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
-        total = mul(total, x) + coefficient
+        total = _times(total, x) + coefficient
     return total
 
 
@@ -53,27 +98,28 @@ def _log(x: jax.Array) -> jax.Array:
     exponent = (pattern - 0x3F3504F3) >> 23
     mantissa = lax.bitcast_convert_type(pattern - (exponent << 23), jnp.float32)
     t, e = mantissa - 1, exponent.astype(jnp.float32)
-    square = mul(t, t)
-    tail = mul(mul(_horner(t, _LOG), t), square) - mul(jnp.float32(0.5), square)
+    square = _times(t, t)
+    tail = _times(_times(_horner(t, _LOG), t), square) - _times(jnp.float32(0.5), square)
     # ln 2 in two parts, the first exact in a product with the exponent.
-    return (t + (tail - mul(e, jnp.float32(2.12194440e-4)))) + mul(e, jnp.float32(0.693359375))
+    return (t + (tail - _times(e, jnp.float32(2.12194440e-4)))) + _times(
+        e, jnp.float32(0.693359375)
+    )
 
 
 def normal_quantile(x: jax.Array) -> jax.Array:
     """Return ``sqrt(2) erf_inv(x)``: x uniform in (-1, 1) becomes N(0, 1).
 
-    Giles' single-precision polynomials (GPU Computing Gems, 2010), built from integer
-    operations, sums and sealed products only: ``lax.erf_inv`` differs in the last bit
-    between programs, this one does not.
+    Giles' single-precision polynomials (GPU Computing Gems, 2010). ``lax.erf_inv`` differs
+    in the last bit between programs, this one does not.
 
     Args:
       x: float32 in [-1 + 2^-24, 1 - 2^-24].
     """
-    w = -_log(mul(1 - x, 1 + x))
+    w = -_log(_times(1 - x, 1 + x))
     near = w < 5
-    t = jnp.where(near, w - 2.5, jnp.sqrt(w) - 3)
+    t = jnp.where(near, w - 2.5, _times(w, rsqrt(w)) - 3)
     pairs = [jnp.where(near, a, b) for a, b in zip(_CENTRE, _TAIL, strict=True)]
-    return mul(mul(_horner(t, pairs), x), jnp.float32(2**0.5))
+    return _times(_times(_horner(t, pairs), x), jnp.float32(2**0.5))
 
 
 # fmt: off
@@ -86,26 +132,24 @@ _TAIL = [-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573
 # fmt: on
 
 
-def stochastic_round(key: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def stochastic_round(words: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Round float32 to a narrower float at random, so that its expectation is `x`.
 
     Rounding to nearest would lose every update smaller than half a unit in the last
-    place, which at bfloat16 is nearly every zeroth-order update. The random bits come
+    place, which at bfloat16 is nearly every zeroth-order update. The random words come
     from the shared key, so all parties round alike.
 
     Args:
-      key: typed PRNG key, consumed.
+      words: random uint32 words of the shape of `x`.
       x: float32 array.
-      dtype: float32 (returned unchanged), bfloat16 or float16.
+      dtype: bfloat16 or float16.
     """
-    if dtype == jnp.float32:
-        return x
     nearest = x.astype(dtype)
     error = x - nearest.astype(jnp.float32)  # exact: both have few bits
     towards = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
     neighbour = jnp.nextafter(nearest, towards)
     gap = jnp.abs(neighbour.astype(jnp.float32) - nearest.astype(jnp.float32))
     # 24 random bits make a uniform number in [0, 1) without rounding.
-    uniform = (jax.random.bits(key, x.shape, jnp.uint32) >> 8).astype(jnp.float32)
+    uniform = (words >> 8).astype(jnp.float32)
     move = mul(uniform, gap) < mul(jnp.abs(error), jnp.float32(2**24))
     return jnp.where(move & jnp.isfinite(neighbour), neighbour, nearest)

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from hiso_jax import aggregators, checks, directions, estimators, exact, rules, trees
+from hiso_jax import aggregators, checks, directions, estimators, exact, rules, trees, updates
 
 LossFn = Callable[[trees.Params, Any], jax.Array]
 """(params, batch) -> scalar loss, pure; need not be differentiable."""
@@ -38,7 +38,8 @@ class Metrics(NamedTuple):
     loss: jax.Array  # shape=(): mean of `losses` over the clients that count
     losses: jax.Array  # [C, K] loss of each client at its own parameters; never sent
     scalars: jax.Array  # [C, K, P] what each client sent
-    record: jax.Array  # [K, P] what everybody applied
+    record: jax.Array  # [K, P] what everybody applied; NaN if nobody counted
+    learning_rate: jax.Array  # shape=(): what everybody applied it with
     finite: jax.Array  # [C] bool: the client's scalars are all finite
 
 
@@ -49,10 +50,14 @@ class Algorithm(NamedTuple):
       init: ``(params, key) -> State``.
       probe: ``(state, batches) -> scalars [C, K, P]``; batch leaves are [C, K, ...].
       aggregate: ``(scalars [C, K, P], weights [C] or None) -> record [K, P]``.
-      advance: ``(state, record [K, P]) -> State``.
+      advance: ``(state, record [K, P], learning_rate=None) -> State``. The rate of a schedule
+        is itself computed; a party whose schedule might round differently, or that has none,
+        is given the value.
       round: ``(state, batches, weights=None) -> (State, Metrics)``: all of the above in
         one program; the one to jit in a simulation.
-      replay: ``(state, records [R, K, P]) -> State``: the fold of `advance`.
+      replay: ``(state, records [R, K, P], learning_rates=None) -> State``: the fold of `advance`.
+      recipe: every hyper-parameter by name, as data: what a `hiso_jax.Ledger` writes down.
+      trainable: ``params -> Leaves``: the leaves that are trained, by name.
     """
 
     init: Callable[..., State]
@@ -61,6 +66,8 @@ class Algorithm(NamedTuple):
     advance: Callable[..., State]
     round: Callable[..., tuple[State, Metrics]]
     replay: Callable[..., State]
+    recipe: dict[str, Any]
+    trainable: Callable[[trees.Params], trees.Leaves]
 
 
 class Options(TypedDict, total=False):
@@ -146,22 +153,19 @@ def scalar_algorithm(
     combine_clients = aggregators.mean() if aggregator is None else aggregator
     shape = (steps, perturbations)
 
-    def direction_at(state: State, leaves: trees.Leaves, step: Any) -> estimators.Direction:
-        def direction(p: Any) -> trees.Leaves:
+    def noise_at(state: State, leaves: trees.Leaves, step: Any) -> estimators.Direction:
+        def noise(p: Any) -> trees.Leaves:
             key = directions.direction_key(state.key, state.round, step, p)
-            return rule.direction(state.rule, directions.noise(key, leaves, noise_law))
+            return directions.noise(key, leaves, noise_law)
 
-        return direction
+        return noise
 
-    def local_step(
-        state: State, leaves: trees.Leaves, rule_state: Any, step: Any, scalars: jax.Array
-    ) -> tuple[trees.Leaves, Any]:
-        """Move float32 leaves by one local step's scalars [P]; clients and server alike."""
-        delta = estimators.reconstruct(scalars, direction_at(state, leaves, step), leaves)
-        move, rule_state = rule.update(rule_state, delta, scalars, jnp.equal(step, steps - 1))
-        rate = learning_rate(state.round) if callable(learning_rate) else learning_rate
-        rate = jnp.asarray(rate, jnp.float32)
-        return {n: x - exact.mul(rate, move[n]) for n, x in leaves.items()}, rule_state
+    def rate_at(round: jax.Array) -> jax.Array:
+        # A branch is compiled by itself: the schedule rounds alike in every program.
+        scheduled = lambda r: jnp.asarray(learning_rate(r), jnp.float32)  # noqa: E731  # pyright: ignore
+        if not callable(learning_rate):
+            return jnp.asarray(learning_rate, jnp.float32)
+        return lax.cond(round >= 0, scheduled, lambda r: jnp.float32(jnp.nan), round)
 
     def wide(params: trees.Params) -> trees.Leaves:
         return {n: x.astype(jnp.float32) for n, x in trees.select(params, trainable).items()}
@@ -184,7 +188,7 @@ def scalar_algorithm(
 
     def evaluate(state: State, batches: Any) -> tuple[jax.Array, jax.Array]:
         """Return losses [C, K] and scalars [C, K, P]."""
-        _check_batches(loss_fn, state.params, batches, steps)
+        checks.batches(loss_fn, state.params, batches, steps)
         leaves = trees.select(state.params, trainable)
         args = (perturbations, smoothing)
         if steps == 1:
@@ -192,19 +196,25 @@ def scalar_algorithm(
             losses, scalars = estimate(
                 lambda params: jax.vmap(loss_fn, (None, 0))(params, data),
                 state.params,
-                direction_at(state, leaves, 0),
+                lambda p: rule.direction(state.rule, noise_at(state, leaves, 0)(p)),
                 *args,
             )
             return losses[:, None], scalars.T[:, None]
+
+        rate = rate_at(state.round)
 
         def client(data: Any) -> tuple[jax.Array, jax.Array]:
             def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
                 leaves, rule_state = carry
                 k, batch = inputs
-                direction = direction_at(state, leaves, k)
-                params = narrow(state.params, leaves)
+                noise, params = noise_at(state, leaves, k), narrow(state.params, leaves)
+                direction = lambda p: rule.direction(state.rule, noise(p))  # noqa: E731
                 loss, scalars = estimate(lambda x: loss_fn(x, batch), params, direction, *args)
-                return local_step(state, leaves, rule_state, k, scalars), (loss, scalars)
+                last = jnp.equal(k, steps - 1)
+                moved = updates.local_step(
+                    rule, state.rule, noise, leaves, rule_state, scalars, rate, last
+                )
+                return moved, (loss, scalars)
 
             start = (wide(state.params), state.rule)
             return lax.scan(step, start, (jnp.arange(steps), data))[1]
@@ -216,7 +226,7 @@ def scalar_algorithm(
         if scalars.ndim != 3 or scalars.shape[1:] != shape:
             raise ValueError(f"scalars: expected shape [C, {steps}, {perturbations}] (clients, "
                              f"local steps, perturbations), got {scalars.shape}")  # fmt: skip
-        weights = _check_weights(weights, scalars.shape[0])
+        weights = checks.weights(weights, scalars.shape[0])
         finite = jnp.isfinite(scalars).all((1, 2))
         counts = weights > 0
         if checks.is_concrete((scalars, weights)) and nonfinite == "raise":
@@ -239,25 +249,26 @@ def scalar_algorithm(
     def aggregate(scalars: jax.Array, weights: Any = None) -> jax.Array:
         return combine(jnp.asarray(scalars, jnp.float32), weights)[0]
 
-    def advance(state: State, record: jax.Array) -> State:
+    def advance(state: State, record: jax.Array, learning_rate: Any = None) -> State:
         record = jnp.asarray(record, jnp.float32)
         if record.shape != shape:
             raise ValueError(f"record: expected shape {shape} (local steps, perturbations), got "
                              f"{record.shape}")  # fmt: skip
         usable = jnp.isfinite(record).all()
-        if checks.is_concrete(record) and not usable:
+        if checks.is_concrete(record) and not usable and not jnp.isnan(record).all():
             raise ValueError(
-                f"record: expected finite scalars, got {np.asarray(record).tolist()}; no client "
-                "sent a usable scalar in this round"
+                "record: expected finite scalars, or NaN only for a round nobody answered, got "
+                f"{np.asarray(record).tolist()}"
             )
+        rate = rate_at(state.round)
+        if learning_rate is not None:
+            rate = jnp.asarray(checks.number("learning_rate", learning_rate, 0), jnp.float32)
         # Without the barrier the scalars may be computed anew, and differently, where used.
         record = exact.seal(lax.optimization_barrier(jnp.where(usable, record, 0)))
 
-        def step(carry: Any, inputs: Any) -> tuple[Any, None]:
-            return local_step(state, *carry, *inputs), None
-
         start = wide(state.params)
-        (leaves, rule_state), _ = lax.scan(step, (start, state.rule), (jnp.arange(steps), record))
+        noise = lambda k: noise_at(state, start, k)  # noqa: E731
+        leaves, rule_state = updates.apply_record(rule, noise, start, state.rule, record, rate)
         like = trees.select(state.params, trainable)
         leaves = directions.round_leaves(state.key, state.round, leaves, like)
         kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731
@@ -277,22 +288,42 @@ def scalar_algorithm(
             losses=losses,
             scalars=scalars,
             record=record,
+            learning_rate=rate_at(state.round),
             finite=finite,
         )
         return advance(state, record), metrics
 
-    def replay(state: State, records: jax.Array) -> State:
+    def replay(state: State, records: jax.Array, learning_rates: Any = None) -> State:
         records = jnp.asarray(records, jnp.float32)
         if records.ndim != 3 or records.shape[1:] != shape:
             raise ValueError(f"records: expected shape [R, {steps}, {perturbations}] (rounds, "
                              f"local steps, perturbations), got {records.shape}")  # fmt: skip
         if checks.is_concrete(records):
-            bad = np.flatnonzero(~np.isfinite(np.asarray(records)).all((1, 2)))
+            values = np.asarray(records)
+            bad = np.flatnonzero(~np.isfinite(values).all((1, 2)) & ~np.isnan(values).all((1, 2)))
             if bad.size:
                 raise ValueError(f"records: NaN or infinite scalars in records {bad.tolist()}")
-        return lax.scan(lambda s, record: (advance(s, record), None), state, records)[0]
+        if learning_rates is not None:
+            learning_rates = jnp.asarray(learning_rates, jnp.float32)
+            if learning_rates.shape != records.shape[:1]:
+                raise ValueError(f"learning_rates: expected shape ({len(records)},), one a record, "
+                                 f"got {learning_rates.shape}")  # fmt: skip
+        step = lambda state, inputs: (advance(state, *inputs), None)  # noqa: E731
+        return lax.scan(step, state, (records, learning_rates))[0]
 
-    return Algorithm(init, probe, aggregate, advance, round, replay)
+    recipe = dict(
+        rule=rule.recipe,
+        learning_rate="schedule" if callable(learning_rate) else learning_rate,
+        local_steps=steps,
+        num_perturbations=perturbations,
+        smoothing=smoothing,
+        estimator=getattr(estimator, "__qualname__", estimator),
+        aggregator=getattr(combine_clients, "__qualname__", repr(combine_clients)),
+        distribution=noise_law,
+        nonfinite=nonfinite,
+    )
+    chosen = lambda params: trees.select(params, trainable)  # noqa: E731
+    return Algorithm(init, probe, aggregate, advance, round, replay, recipe, chosen)
 
 
 def federated_hiso(
@@ -334,46 +365,3 @@ def decomfl(
     Args: as `scalar_algorithm`, without `rule`.
     """
     return scalar_algorithm(loss_fn, learning_rate, rule=rules.identity(), **options)
-
-
-def _check_batches(loss_fn: LossFn, params: trees.Params, batches: Any, steps: int) -> None:
-    leaves = jax.tree.leaves(batches)
-    shapes = {jnp.shape(x)[:2] for x in leaves}
-    if not leaves or len(shapes) != 1 or len(next(iter(shapes))) != 2 or min(shapes)[1] != steps:
-        given = jax.tree.map(jnp.shape, batches)
-        raise ValueError(
-            f"batches: every leaf must have leading axes [C, K] (clients, {steps} local steps), "
-            f"the same C for all; got shapes {given}"
-        )
-    if min(shapes)[0] == 0:
-        raise ValueError("batches: expected at least one client along the first axis, got none")
-    first = lambda batches: jax.tree.map(lambda x: x[0, 0], batches)  # noqa: E731
-    check_loss(jax.eval_shape(lambda params, all: loss_fn(params, first(all)), params, batches))
-
-
-def check_loss(loss: Any) -> None:
-    """Raise unless `loss` (value or its shape) is one float32 or float64 number."""
-    if not hasattr(loss, "shape") or loss.shape != ():
-        raise ValueError(
-            f"loss_fn: expected a scalar loss of shape (), got {jax.tree.map(jnp.shape, loss)}"
-        )
-    if loss.dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(
-            f"loss_fn: expected a float32 loss, got {loss.dtype}; a difference of two losses needs "
-            "its digits, so cast the logits with .astype(jnp.float32) before the loss"
-        )
-
-
-def _check_weights(weights: Any, clients: int) -> jax.Array:
-    if weights is None:
-        return jnp.ones(clients, jnp.float32)
-    weights = jnp.asarray(weights, jnp.float32)
-    if weights.shape != (clients,):
-        raise ValueError(f"weights: expected shape ({clients},), one a client, got {weights.shape}")
-    if checks.is_concrete(weights):
-        values = np.asarray(weights)
-        if not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
-            raise ValueError(
-                f"weights: expected finite numbers >= 0 with a sum > 0, got {values.tolist()}"
-            )
-    return weights

@@ -3,7 +3,7 @@
 A rule is three pure functions over named leaves (see `hiso_jax.trees`):
 
 * ``init(leaves) -> state``
-* ``direction(state, noise) -> direction``: precondition the noise u into z;
+* ``direction(state, noise) -> direction``: precondition the noise u into z, linearly;
 * ``update(state, delta, scalars, last) -> (step, state)``: `delta` is the ascent
   direction ``(1/P) sum_p scalars[p] z_p`` rebuilt from the record; the parameters move by
   ``-learning_rate * step``. `scalars` is the record's [P] of this local step, `last` a bool
@@ -11,11 +11,15 @@ A rule is three pure functions over named leaves (see `hiso_jax.trees`):
 
 Everything a rule knows comes from the shared key and the record, so any rule keeps
 scalar-only communication. All K local steps of a round take their directions from the
-state that entered the round. Use `hiso_jax.exact.mul` for products that are added to
-something, and replay is exact to the bit under any compiler.
+state that entered the round.
+
+What makes replay exact, and possible in blocks of a leaf: every function works element by
+element on the leaves (numbers that belong to no element come from `scalars` alone), and
+uses `hiso_jax.exact` for products and roots. `recipe` names the rule and its arguments, so that
+a ledger can build it again; it is a function of `RULES`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +35,7 @@ class Rule(NamedTuple):
     init: Callable[[Leaves], Any]
     direction: Callable[[Any, Leaves], Leaves]
     update: Callable[[Any, Leaves, jax.Array, jax.Array], tuple[Leaves, Any]]
+    recipe: Mapping[str, Any] | None = None  # {"rule": name, argument: value, ...}
 
 
 class HisoState(NamedTuple):
@@ -63,8 +68,7 @@ def hiso(decay: Any = 0.95, epsilon: Any = 1e-8, update_steps: str = "last") -> 
         )
 
     def direction(state: HisoState, noise: Leaves) -> Leaves:
-        # The seal keeps sqrt and division apart: fused, they become an approximate rsqrt.
-        return {n: u / exact.seal(jnp.sqrt(state.curvature[n])) for n, u in noise.items()}
+        return {n: exact.mul(u, exact.rsqrt(state.curvature[n])) for n, u in noise.items()}
 
     def update(
         state: HisoState, delta: Leaves, scalars: jax.Array, last: jax.Array
@@ -74,11 +78,12 @@ def hiso(decay: Any = 0.95, epsilon: Any = 1e-8, update_steps: str = "last") -> 
 
         def average(h: jax.Array, d: jax.Array) -> jax.Array:
             new = exact.mul(decay, h) + exact.mul(1 - decay, exact.mul(d, d) + epsilon)
-            return jnp.where(enters, new, h)
+            return jnp.where(enters, exact.flush(new), h)
 
         return delta, HisoState({n: average(h, delta[n]) for n, h in state.curvature.items()})
 
-    return Rule(init, direction, update)
+    recipe = dict(rule="hiso", decay=decay, epsilon=epsilon, update_steps=update_steps)
+    return Rule(init, direction, update, recipe)
 
 
 def identity() -> Rule:
@@ -87,4 +92,29 @@ def identity() -> Rule:
         init=lambda leaves: (),
         direction=lambda state, noise: noise,
         update=lambda state, delta, scalars, last: (delta, state),
+        recipe=dict(rule="identity"),
     )
+
+
+RULES: dict[str, Callable[..., Rule]] = {"hiso": hiso, "identity": identity}
+"""By the name in a recipe."""
+
+
+def from_recipe(recipe: Mapping[str, Any]) -> Rule:
+    """Build a rule again from ``rule.recipe``.
+
+    Raises:
+      ValueError: no rule of that name, or arguments it does not take.
+
+    Example:
+      >>> from_recipe(hiso(decay=0.9).recipe).recipe["decay"]
+      0.9
+    """
+    arguments = dict(recipe)
+    name = arguments.pop("rule", None)
+    if name not in RULES:
+        raise ValueError(f"recipe: expected a rule of {tuple(RULES)}, got {name!r}")
+    try:
+        return RULES[name](**arguments)
+    except TypeError as error:
+        raise ValueError(f"recipe: rule {name!r}: {error}") from None

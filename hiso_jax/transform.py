@@ -65,19 +65,18 @@ def _transform(
         if params is None or value_fn is None:
             missing = "params" if params is None else "value_fn"
             raise ValueError(f"{missing}: needed, call update(None, state, params, value_fn=...)")
-        federated.check_loss(jax.eval_shape(value_fn, params))
+        checks.loss(jax.eval_shape(value_fn, params))
         leaves = trees.select(params, trainable)
         key = directions.as_key(state.key)
 
-        def direction(p: Any) -> trees.Leaves:
-            drawn = directions.noise(
-                directions.direction_key(key, state.count, 0, p), leaves, noise_law
-            )
-            return rule.direction(state.rule, drawn)
+        def noise(p: Any) -> trees.Leaves:
+            at = directions.direction_key(key, state.count, 0, p)
+            return directions.noise(at, leaves, noise_law)
 
+        direction = lambda p: rule.direction(state.rule, noise(p))  # noqa: E731
         value, scalars = estimate(value_fn, params, direction, perturbations, smoothing)
         scalars = exact.seal(jax.lax.optimization_barrier(scalars))
-        delta = estimators.reconstruct(scalars, direction, leaves)
+        delta = rule.direction(state.rule, estimators.reconstruct(scalars, noise, leaves))
         step, rule_state = rule.update(state.rule, delta, scalars, jnp.bool_(True))
         if learning_rate is not None:
             rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -236,7 +235,7 @@ def value_and_grad(
         params: trees.Params, batch: Any, key: jax.Array
     ) -> tuple[jax.Array, trees.Params]:
         key = directions.as_key(key)
-        federated.check_loss(jax.eval_shape(loss_fn, params, batch))
+        checks.loss(jax.eval_shape(loss_fn, params, batch))
         leaves = trees.select(params, trainable)
 
         def direction(p: Any) -> trees.Leaves:

@@ -13,8 +13,10 @@ FLOORS = [
     {"trees"},
     {"directions"},
     {"estimators", "rules", "aggregators"},
+    {"updates", "fingerprint"},
     {"federated"},
-    {"transform"},
+    {"transform", "ledger"},
+    {"replay", "server"},
     {"models", "tasks"},
     {"simulation"},
 ]

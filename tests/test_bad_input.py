@@ -77,7 +77,7 @@ def test_record():
     with pytest.raises(ValueError, match=r"record: expected shape \(1, 5\).* got \(5,\)"):
         alg.advance(state, jnp.ones(5))
     with pytest.raises(ValueError, match="record: expected finite scalars"):
-        alg.advance(state, jnp.full((1, 5), jnp.nan))
+        alg.advance(state, jnp.full((1, 5), jnp.nan).at[0, 2].set(1.0))
     with pytest.raises(ValueError, match=r"records: expected shape \[R, 1, 5\].* got \(1, 5\)"):
         alg.replay(state, jnp.ones((1, 5)))
     records = np.ones((4, 1, 5))
