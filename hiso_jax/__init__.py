@@ -1,7 +1,8 @@
 """Federated zeroth-order fine-tuning in which clients send only scalars."""
 
-from hiso_jax import aggregators, directions, estimators, exact, rules, trees
+from hiso_jax import aggregators, directions, estimators, exact, fingerprint, rules, trees
 from hiso_jax.federated import Algorithm, Metrics, State, decomfl, federated_hiso, scalar_algorithm
+from hiso_jax.fingerprint import digest
 from hiso_jax.transform import hiso, scale_by_zeroth_order, value_and_grad, zo_sgd
 
 __all__ = [
@@ -10,10 +11,12 @@ __all__ = [
     "State",
     "aggregators",
     "decomfl",
+    "digest",
     "directions",
     "estimators",
     "exact",
     "federated_hiso",
+    "fingerprint",
     "hiso",
     "rules",
     "scalar_algorithm",
