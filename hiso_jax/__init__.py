@@ -3,10 +3,16 @@
 from hiso_jax import aggregators, directions, estimators, exact, fingerprint, rules, trees
 from hiso_jax.federated import Algorithm, Metrics, State, decomfl, federated_hiso, scalar_algorithm
 from hiso_jax.fingerprint import digest
+from hiso_jax.ledger import CorruptLedger, Ledger, LedgerError, LedgerMismatch, LedgerWriteError
 from hiso_jax.transform import hiso, scale_by_zeroth_order, value_and_grad, zo_sgd
 
 __all__ = [
     "Algorithm",
+    "CorruptLedger",
+    "Ledger",
+    "LedgerError",
+    "LedgerMismatch",
+    "LedgerWriteError",
     "Metrics",
     "State",
     "aggregators",

@@ -14,6 +14,12 @@ from hiso_jax import checks
 Aggregator = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+def _named(aggregator: Aggregator, name: str) -> Aggregator:
+    """Give it the name that a ledger writes down."""
+    aggregator.__qualname__ = name
+    return aggregator
+
+
 def mean() -> Aggregator:
     """Weighted mean over the clients (HiSo and DeComFL use equal weights).
 
@@ -27,7 +33,7 @@ def mean() -> Aggregator:
     def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
         return jnp.einsum("c,ckp->kp", weights / weights.sum(), scalars)
 
-    return aggregate
+    return _named(aggregate, "mean()")
 
 
 def _sorted(scalars: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -52,7 +58,7 @@ def median() -> Aggregator:
         picked = jnp.take_along_axis(values, jnp.stack([low, high]), axis=0)
         return picked.mean(0)
 
-    return aggregate
+    return _named(aggregate, "median()")
 
 
 def trimmed_mean(trim: float = 0.1) -> Aggregator:
@@ -73,7 +79,7 @@ def trimmed_mean(trim: float = 0.1) -> Aggregator:
         kept = jnp.where((rank >= cut) & (rank < present - cut), sorted_weights, 0)
         return (kept * values).sum(0) / kept.sum(0)
 
-    return aggregate
+    return _named(aggregate, f"trimmed_mean({trim})")
 
 
 def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
@@ -112,4 +118,4 @@ def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
         kept = jnp.where(rank < num_selected, weights, 0)
         return jnp.einsum("c,ckp->kp", kept / kept.sum(), scalars)
 
-    return aggregate
+    return _named(aggregate, f"krum({num_byzantine}, {num_selected})")

@@ -56,6 +56,7 @@ class Algorithm(NamedTuple):
       round: ``(state, batches, weights=None) -> (State, Metrics)``: all of the above in
         one program; the one to jit in a simulation.
       replay: ``(state, records [R, K, P], learning_rates=None) -> State``: the fold of `advance`.
+      learning_rate: ``round -> float32``, what `advance` takes by default.
       recipe: every hyper-parameter by name, as data: what a `hiso_jax.Ledger` writes down.
       trainable: ``params -> Leaves``: the leaves that are trained, by name.
     """
@@ -66,6 +67,7 @@ class Algorithm(NamedTuple):
     advance: Callable[..., State]
     round: Callable[..., tuple[State, Metrics]]
     replay: Callable[..., State]
+    learning_rate: Callable[[jax.Array], jax.Array]
     recipe: dict[str, Any]
     trainable: Callable[[trees.Params], trees.Leaves]
 
@@ -323,7 +325,7 @@ def scalar_algorithm(
         nonfinite=nonfinite,
     )
     chosen = lambda params: trees.select(params, trainable)  # noqa: E731
-    return Algorithm(init, probe, aggregate, advance, round, replay, recipe, chosen)
+    return Algorithm(init, probe, aggregate, advance, round, replay, rate_at, recipe, chosen)
 
 
 def federated_hiso(

@@ -9,6 +9,7 @@ whoever may write the parameters can also look for another set with the same dig
 """
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -53,6 +54,22 @@ def _digest(tree: Any) -> jax.Array:
     for name, leaf in trees.named(tree).items():
         total += part(leaf, salts(name, leaf))
     return total
+
+
+_part = jax.jit(lambda x, salts: part(x, salts))
+
+
+def by_leaf(tree: Any) -> dict[str, np.ndarray]:
+    """Digest of every leaf of a pytree by name; their sum is the digest of the tree.
+
+    Compiled once a shape instead of once a tree, for trees that are seen once.
+    """
+    return {n: np.asarray(_part(x, salts(n, x))) for n, x in trees.named(tree).items()}
+
+
+def total(digests: Iterable[np.ndarray]) -> np.ndarray:
+    """Add up digests uint32 [2]."""
+    return np.sum(list(digests), 0, dtype=np.uint32).reshape(2)
 
 
 def salts(name: str, leaf: Any) -> np.ndarray:

@@ -1,0 +1,161 @@
+"""What a run was made of, as plain data: the header of a ledger, and whether it fits."""
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiso_jax import fingerprint, trees
+from hiso_jax.federated import Algorithm, State
+
+
+class Mismatch(ValueError):
+    """A header belongs to another base model, algorithm or state."""
+
+
+def describe(
+    algorithm: Algorithm, state: State, about: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the header of a run that starts at `state`.
+
+    ``algorithm``: every hyper-parameter (``learning_rate`` is ``"schedule"`` where it is a
+    function; the values are then in the records). ``key``: PRNG implementation and root key.
+    ``base``: digest of the parameters. ``leaves``: [name, dtype, shape, trainable, digest] of
+    each. ``software``: versions and backend. ``about``: yours.
+
+    Raises:
+      ValueError: `state` is not fresh, the rule has no recipe, or `about` is not plain data.
+    """
+    if int(state.round):
+        raise ValueError(f"state: expected one fresh from init, got one of round {state.round}")
+    if not algorithm.recipe["rule"]:
+        raise ValueError(
+            'algorithm: its rule has no recipe to write down; give it Rule(recipe={"rule": '
+            '"name", argument: value, ...})'
+        )
+    trained = algorithm.trainable(state.params)
+    digests = fingerprint.by_leaf(state.params)
+    leaves = [
+        [n, str(jnp.result_type(x)), list(jnp.shape(x)), n in trained, fingerprint.text(digests[n])]
+        for n, x in trees.named(state.params).items()
+    ]
+    header = dict(
+        algorithm=plain(algorithm.recipe),
+        key=_key(state),
+        base=fingerprint.text(fingerprint.total(digests.values())),
+        leaves=leaves,
+        software={name: metadata.version(name) for name in ("hiso-jax", "jax", "jaxlib")}
+        | {"backend": jax.default_backend()},
+        about=dict(about or {}),
+    )
+    try:
+        return json.loads(canonical(header))
+    except TypeError as error:
+        raise ValueError(f"about: expected plain data (JSON): {error}") from None
+
+
+def _key(state: State) -> dict[str, Any]:
+    data = np.asarray(jax.random.key_data(state.key)).tolist()
+    return {"implementation": str(jax.random.key_impl(state.key)), "data": data}
+
+
+def plain(value: Any) -> Any:
+    """Numbers of NumPy and JAX as Python's, all the way down."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return np.asarray(value).tolist()
+    return value
+
+
+def canonical(header: Mapping[str, Any]) -> str:
+    """The one way in which a header is written as JSON."""
+    return json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def shape(header: Mapping[str, Any]) -> tuple[int, int]:
+    """(K, P) of its records."""
+    algorithm = header["algorithm"]
+    return int(algorithm["local_steps"]), int(algorithm["num_perturbations"])
+
+
+def check(header: Any) -> None:
+    """Raise ValueError unless all that others rely on is there."""
+    missing = {"algorithm", "key", "base", "leaves", "software", "about"} - set(header) - {"about"}
+    if missing:
+        raise ValueError(f"the header lacks {sorted(missing)}")
+    wanted = {"rule", "learning_rate", "local_steps", "num_perturbations", "distribution"}
+    if missing := wanted - set(header["algorithm"]):
+        raise ValueError(f"the header's algorithm lacks {sorted(missing)}")
+    fingerprint.parse(header["base"])
+
+
+def match_algorithm(header: Mapping[str, Any], algorithm: Algorithm) -> None:
+    """Raise Mismatch, naming the fields, unless the header is of this algorithm."""
+    ours, given = header["algorithm"], json.loads(canonical(plain(algorithm.recipe)))
+    differ = [
+        f"{field} is {ours.get(field)!r} there and {given.get(field)!r} here"
+        for field in sorted(ours.keys() | given.keys())
+        if ours.get(field) != given.get(field)
+    ]
+    if differ:
+        raise Mismatch(f"it belongs to another algorithm: {'; '.join(differ)}")
+
+
+def match_state(
+    header: Mapping[str, Any],
+    state: State,
+    algorithm: Algorithm | None,
+    rounds: int,
+    digest: str | None,
+) -> None:
+    """Raise Mismatch, naming the leaves, unless the header's run passes through this state.
+
+    Args:
+      header: of the run.
+      state: fresh from init, or later.
+      algorithm: to compare what is trainable, if given.
+      rounds: how long the run is.
+      digest: the run's after as many rounds as `state` has, if it is known.
+    """
+    if header["key"] != _key(state):
+        raise Mismatch(f"another root key: {header['key']} there, {_key(state)} here")
+    if (done := int(state.round)) > rounds:
+        raise Mismatch(f"it has {rounds} rounds, the state {done}")
+    if not done:
+        _match_base(header, state, algorithm)
+    elif digest not in (None, here := fingerprint.text(fingerprint.digest(state))):
+        raise Mismatch(f"its digest after {done} rounds is {digest}, the state's {here}")
+
+
+def _match_base(header: Mapping[str, Any], state: State, algorithm: Algorithm | None) -> None:
+    ours = {entry[0]: entry[1:] for entry in header["leaves"]}
+    given = trees.named(state.params)
+    if ours.keys() != given.keys():
+        there, here = sorted(ours.keys() - given.keys()), sorted(given.keys() - ours.keys())
+        raise Mismatch(f"other leaves: only there {_few(there)}, only here {_few(here)}")
+    for name, leaf in given.items():
+        kind = [str(jnp.result_type(leaf)), list(jnp.shape(leaf))]
+        if ours[name][:2] != kind:
+            raise Mismatch(f"leaf {name!r} is {ours[name][:2]} there and {kind} here")
+    if algorithm is not None:
+        trained = algorithm.trainable(state.params)
+        if wrong := [n for n in ours if ours[n][2] != (n in trained)]:
+            raise Mismatch(f"other leaves are trainable there: {_few(wrong)}")
+    digests = fingerprint.by_leaf(state.params)
+    if fingerprint.text(fingerprint.total(digests.values())) != header["base"]:
+        # A compact file has no digests of single leaves.
+        wrong = [n for n, x in digests.items() if fingerprint.text(x) not in ours[n]]
+        where = f"; leaves with other values: {_few(wrong)}" if len(header["leaves"][0]) > 4 else ""
+        raise Mismatch(f"another base model: its digest is not {header['base']}{where}")
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) or "none") + more

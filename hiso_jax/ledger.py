@@ -1,0 +1,419 @@
+"""The ledger: everything a run has learned, as a header and one record a round.
+
+One SQLite file, so that a record is there as a whole or not at all, whatever is killed and
+whenever, and so that people's own tools can read it. A chain of SHA-256 sums runs through
+header and records: a byte of them that has changed is found when the file is opened, and so
+is a record that has gone.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from hiso_jax import checks, compact, files, fingerprint
+from hiso_jax import header as headers
+from hiso_jax.federated import Algorithm, State
+
+FORMAT = 1
+_APPLICATION = 0x4869536F  # "HiSo", in the file's own header
+_TABLES = """
+CREATE TABLE header (json TEXT NOT NULL, sha256 BLOB NOT NULL);
+CREATE TABLE records (
+  round INTEGER PRIMARY KEY, scalars BLOB NOT NULL, learning_rate REAL NOT NULL,
+  digest TEXT, reported TEXT NOT NULL, chain BLOB NOT NULL);
+CREATE TABLE head (rounds INTEGER NOT NULL, chain BLOB NOT NULL);
+"""
+
+
+class LedgerError(Exception):
+    """Something is wrong with a ledger; what and where is in the message."""
+
+
+class CorruptLedger(LedgerError):
+    """The file is not a ledger, or not as it was written."""
+
+
+class LedgerMismatch(LedgerError):
+    """The ledger belongs to another base model, algorithm or state."""
+
+
+class LedgerWriteError(LedgerError):
+    """A record could not be written; the ledger is as it was before."""
+
+
+class Records(NamedTuple):
+    """A stretch of a ledger: what an absent client needs, and what is kept about it."""
+
+    first: int  # number of the first round
+    scalars: np.ndarray  # float32 [R, K, P]; NaN in the rounds that nobody answered
+    learning_rates: np.ndarray | None  # float32 [R] if they follow a schedule
+    digests: list[str | None]  # [R] of the state after each; None where it was not kept
+    reported: list[dict[str, float]]  # [R] weights of those who reported, by name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a client is sent: scalars, and learning rates if they follow a schedule."""
+        rates = 0 if self.learning_rates is None else self.learning_rates.nbytes
+        return self.scalars.nbytes + rates
+
+
+class Ledger:
+    """Header and records of one run, on disk. One process writes; any number read.
+
+    Attributes:
+      path: of the file.
+      header: what the run was made of, as plain data (see `describe`).
+      rounds: number of records.
+      shape: (K, P) of a record.
+
+    Example:
+      >>> import hiso_jax as hj, jax, jax.numpy as jnp, tempfile
+      >>> alg = hj.decomfl(lambda params, batch: ((params["w"] - batch) ** 2).mean(), 0.1)
+      >>> state = alg.init({"w": jnp.zeros(3)}, jax.random.key(0))
+      >>> path = tempfile.mkdtemp() + "/ledger.sqlite"
+      >>> with hj.Ledger.create(path, alg, state) as ledger:
+      ...     record = alg.aggregate(alg.probe(state, jnp.ones((4, 1, 3))))
+      ...     state = alg.advance(state, record)
+      ...     _ = ledger.append(record, hj.digest(state), reported={"ann": 1.0, "bob": 1.0})
+      >>> base = alg.init({"w": jnp.zeros(3)}, jax.random.key(0))
+      >>> with hj.Ledger.open(path, alg, base) as ledger:  # in another process, say
+      ...     records = ledger.records()
+      >>> again = alg.replay(base, records.scalars, records.learning_rates)
+      >>> fingerprint.text(hj.digest(again)) == records.digests[-1], records.nbytes
+      (True, 20)
+    """
+
+    def __init__(self, path: str, connection: sqlite3.Connection):
+        self.path, self._connection = path, connection
+        self.header, self.rounds, self._chain = self._verify()
+        self.shape = headers.shape(self.header)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        algorithm: Algorithm,
+        state: State,
+        about: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Begin the ledger of a run.
+
+        Args:
+          path: of a file that is not there yet.
+          algorithm: whose records will be kept.
+          state: fresh from ``algorithm.init``.
+          about: anything else worth keeping in the header, as plain data.
+
+        Raises:
+          FileExistsError: a ledger is never written over.
+          ValueError: `state` has advanced, or the rule has no recipe.
+          LedgerWriteError: the file cannot be written.
+        """
+        if Path(path).exists():
+            raise FileExistsError(f"path: {path} exists; a ledger is never written over")
+        return cls._make(path, headers.describe(algorithm, state, about))
+
+    @classmethod
+    def _make(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Self:
+        text = headers.canonical(header)
+        memory = str(path) == ":memory:"
+
+        def fill(name: str) -> sqlite3.Connection:
+            connection = sqlite3.connect(name, isolation_level=None)
+            connection.executescript(
+                f"PRAGMA application_id={_APPLICATION}; PRAGMA user_version={FORMAT};"
+                + ("" if memory else "PRAGMA journal_mode=WAL;")
+                + f"BEGIN;{_TABLES}"
+            )
+            connection.execute("INSERT INTO header VALUES (?, ?)", (text, _start(text)))
+            connection.execute("INSERT INTO head VALUES (0, ?)", (_start(text),))
+            connection.execute("COMMIT")
+            return connection
+
+        if memory:
+            return cls(":memory:", fill(":memory:"))
+        try:
+            with files.whole(path) as part:
+                fill(str(part)).close()
+        except (sqlite3.Error, OSError) as error:
+            raise LedgerWriteError(f"{path}: the ledger cannot be written: {error}") from error
+        return cls.open(path)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        algorithm: Algorithm | None = None,
+        state: State | None = None,
+        *,
+        read_only: bool = False,
+    ) -> Self:
+        """Open a ledger; all of it is verified first.
+
+        Args:
+          path: of a file that `create` or `import_` wrote.
+          algorithm: if given, must be the one that the ledger belongs to.
+          state: if given, must be one of the run: fresh, or after any of its rounds.
+          read_only: do not ask for the right to append.
+
+        Raises:
+          FileNotFoundError: no such file.
+          CorruptLedger: it is not a ledger, or truncated, or edited.
+          LedgerMismatch: it belongs to another algorithm or base model; says which field or leaf.
+          LedgerWriteError: it cannot be written to, and `read_only` is not set.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: {path}: no such ledger")
+        ledger = cls(str(path), _connect(Path(path), read_only))
+        try:
+            ledger.match(algorithm, state)
+            if not read_only:
+                with ledger._writing("anything"):
+                    pass
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    def append(
+        self,
+        record: Any,
+        digest: Any,
+        learning_rate: Any = None,
+        reported: Mapping[str, float] | None = None,
+    ) -> int:
+        """Commit one round; once this returns, it survives anything.
+
+        Args:
+          record: [K, P] as `advance` took it; NaN for a round that nobody answered.
+          digest: of the state after it, from `hiso_jax.digest`.
+          learning_rate: what it was applied with; needed if the rate follows a schedule.
+          reported: weights of those who reported, by name.
+
+        Returns:
+          The number of the round.
+
+        Raises:
+          ValueError: wrong shape, values or learning rate.
+          LedgerWriteError: disk full, read-only, or another process writes; nothing was written.
+        """
+        record = np.asarray(record, np.float32)
+        if record.shape != self.shape:
+            raise ValueError(f"record: expected shape {self.shape} (local steps, perturbations), "
+                             f"got {record.shape}")  # fmt: skip
+        empty = bool(np.isnan(record).all())
+        if not empty and not np.isfinite(record).all():
+            raise ValueError(f"record: expected finite scalars, got {record.tolist()}")
+        constant = self.header["algorithm"]["learning_rate"]
+        if learning_rate is None:
+            if constant == "schedule":
+                raise ValueError("learning_rate: needed, since it follows a schedule; got None")
+            learning_rate = constant
+        rate = float(np.float32(checks.number("learning_rate", learning_rate, 0)))
+        if constant != "schedule" and rate != float(np.float32(constant)):
+            raise ValueError(f"learning_rate: the ledger's is {constant}, got {learning_rate!r}")
+        text = digest if isinstance(digest, str) else fingerprint.text(digest)
+        fingerprint.parse(text)
+        weights = {str(n): float(w) for n, w in (reported or {}).items()}
+        scalars = b"" if empty else record.astype("<f4").tobytes()
+        return self._append(scalars, rate, text, json.dumps(weights))
+
+    def _append(self, scalars: bytes, rate: float, digest: str | None, reported: str) -> int:
+        chain = _link(self._chain, self.rounds, scalars, rate, digest, reported)
+        with self._writing(f"round {self.rounds}") as connection:
+            connection.execute(
+                "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)",
+                (self.rounds, scalars, rate, digest, reported, chain),
+            )
+            connection.execute("UPDATE head SET rounds = ?, chain = ?", (self.rounds + 1, chain))
+        self.rounds, self._chain = self.rounds + 1, chain
+        return self.rounds - 1
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[sqlite3.Connection]:
+        """One transaction, begun only if nobody has written since this ledger was read."""
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            if self._connection.execute("SELECT rounds, chain FROM head").fetchall() != [
+                (self.rounds, self._chain)
+            ]:
+                raise LedgerWriteError(
+                    f"{self.path}: {what} is not recorded: another process has written to this "
+                    "ledger since it was opened; open it again"
+                )
+            yield self._connection
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise LedgerWriteError(
+                f"{self.path}: {what} is not recorded, the ledger is as it was: {error}"
+            ) from error
+        finally:
+            with suppress(sqlite3.Error):  # the file is rolled back when it is next opened
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+
+    def records(self, since: int = 0) -> Records:
+        """What happened from round `since` on, which is what an absent client catches up with."""
+        if not 0 <= since <= self.rounds:
+            raise ValueError(f"since: expected 0 to {self.rounds} rounds, got {since}")
+        rows = self._connection.execute(
+            "SELECT scalars, learning_rate, digest, reported FROM records "
+            "WHERE round >= ? AND round < ? ORDER BY round",
+            (since, self.rounds),
+        ).fetchall()
+        scalars = np.full((len(rows), *self.shape), np.nan, np.float32)
+        for i, row in enumerate(rows):
+            if row[0]:
+                scalars[i] = np.frombuffer(row[0], "<f4").reshape(self.shape)
+        constant = self.header["algorithm"]["learning_rate"]
+        rates = np.array([row[1] for row in rows], np.float32)
+        return Records(
+            first=since,
+            scalars=scalars,
+            learning_rates=rates if constant == "schedule" else None,
+            digests=[r[2] for r in rows],
+            reported=[json.loads(r[3]) for r in rows],
+        )
+
+    def export(self, path: str | os.PathLike[str]) -> int:
+        """Write header, scalars and last digest to one compact file; return its bytes.
+
+        It takes the bytes of the scalars (and learning rates) and less than 4 KiB more; who
+        reported, and the digests between, stay behind. `hiso_jax.compact` is its format.
+
+        Args:
+          path: of a ``.safetensors`` file, replaced if it is there.
+        """
+        records = self.records()
+        header = dict(self.header)
+        header["leaves"] = [entry[:4] for entry in header["leaves"]]
+        header.pop("about")
+        last = records.digests[-1] if self.rounds else None
+        return compact.write(path, header, records.scalars, records.learning_rates, last)
+
+    @classmethod
+    def import_(cls, path: str | os.PathLike[str], to: str | os.PathLike[str] = ":memory:") -> Self:
+        """Make a ledger again of what `export` wrote.
+
+        Args:
+          path: of the compact file.
+          to: of the ledger to write, which must not be there; in memory by default.
+
+        Raises:
+          CorruptLedger: the file is not as it was written.
+        """
+        if str(to) != ":memory:" and Path(to).exists():
+            raise FileExistsError(f"to: {to} exists; a ledger is never written over")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: {path}: no such file")
+        try:
+            header, scalars, rates, last = compact.read(path)
+        except compact.BadFile as error:
+            raise CorruptLedger(f"{path}: {error}") from error
+        ledger = cls._make(to, header | {"about": {}})
+        constant = header["algorithm"]["learning_rate"]
+        for i, record in enumerate(scalars):
+            blob = b"" if np.isnan(record).all() else record.astype("<f4").tobytes()
+            rate = float(np.float32(constant) if rates is None else rates[i])
+            ledger._append(blob, rate, last if i + 1 == len(scalars) else None, "{}")
+        return ledger
+
+    def close(self) -> None:
+        """Close the file; the ledger cannot be used afterwards."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _verify(self) -> tuple[dict[str, Any], int, bytes]:
+        """Read everything once; raise CorruptLedger at the first thing that is not as written."""
+        path, get = self.path, lambda sql: self._connection.execute(sql).fetchall()
+        where = "the header"
+        try:
+            # One transaction: a process that appends meanwhile is not mistaken for an editor.
+            self._connection.execute("BEGIN")
+            found = (get("PRAGMA application_id"), get("PRAGMA user_version"))
+            if found != ([(_APPLICATION,)], [(FORMAT,)]):
+                raise ValueError(f"expected a ledger of format {FORMAT}")
+            if (faults := get("PRAGMA quick_check(1)")) != [("ok",)]:
+                raise ValueError(f"SQLite finds {faults[0][0]!r}")
+            tables = {sql for (sql,) in get("SELECT sql FROM sqlite_schema")}
+            if tables != {sql.strip() for sql in _TABLES.split(";")[:-1]}:
+                raise ValueError("the tables are not those of a ledger")
+            ((text, total),) = get("SELECT * FROM header")
+            if total != _start(text):
+                raise ValueError("it is not as it was written")
+            header = json.loads(text)
+            headers.check(header)
+            chain, count = _start(text), 0
+            size = 4 * int(np.prod(headers.shape(header)))
+            for row in get("SELECT * FROM records ORDER BY round"):
+                where = f"the record of round {count}"
+                number, scalars, rate, digest, reported, link = row
+                if number != count:
+                    raise ValueError(f"it is missing, the next is that of round {number}")
+                chain = _link(chain, number, scalars, rate, digest, reported)
+                if link != chain or len(scalars) not in (0, size):
+                    raise ValueError("it is not as it was written")
+                if digest is not None:
+                    fingerprint.parse(digest)
+                count += 1
+            where = "the end"
+            ((rounds, head),) = get("SELECT * FROM head")
+            if (rounds, head) != (count, chain):
+                raise ValueError(f"{rounds!r} records were written, {count} are left")
+            self._connection.execute("ROLLBACK")
+        except (sqlite3.Error, ValueError, TypeError, LookupError, AttributeError) as error:
+            self._connection.close()
+            raise CorruptLedger(f"{path}: {where}: {error}") from error
+        return header, count, chain
+
+    def match(self, algorithm: Algorithm | None, state: State | None) -> None:
+        """Raise LedgerMismatch unless the ledger is of this algorithm and state."""
+        try:
+            if algorithm is not None:
+                headers.match_algorithm(self.header, algorithm)
+            if state is not None:
+                done = int(state.round)
+                known = self.records(done - 1).digests[0] if 0 < done <= self.rounds else None
+                headers.match_state(self.header, state, algorithm, self.rounds, known)
+        except headers.Mismatch as error:
+            raise LedgerMismatch(f"{self.path}: {error}") from None
+
+
+def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
+    mode = "mode=rw"
+    if not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+        if not read_only:
+            raise LedgerWriteError(f"{path}: file or folder cannot be written to")
+        # SQLite would make a file beside it, unless it is told that nobody writes.
+        log = Path(f"{path}-wal")
+        mode = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
+    try:
+        uri = f"{path.resolve().as_uri()}?{mode}"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA synchronous=FULL")
+    except (sqlite3.Error, ValueError) as error:  # ValueError: text that is not UTF-8
+        raise CorruptLedger(f"{path}: not a readable ledger: {error}") from error
+    return connection
+
+
+def _start(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _link(
+    chain: bytes, number: int, scalars: bytes, rate: float, digest: str | None, reported: str
+) -> bytes:
+    row = json.dumps([number, rate, digest, reported]).encode()
+    return hashlib.sha256(chain + row + scalars).digest()

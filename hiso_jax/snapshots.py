@@ -1,0 +1,68 @@
+"""Snapshots: states on disk, so that a resumed run need not replay from its beginning.
+
+They are a convenience: the ledger alone rebuilds every state, and says which snapshot
+is good. One is written whole or not at all, and never trusted without its digest.
+"""
+
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from hiso_jax import files, fingerprint, trees
+from hiso_jax.federated import Algorithm, State
+from hiso_jax.ledger import Ledger
+
+
+def _path(folder: str | os.PathLike[str], round: int) -> Path:
+    return Path(folder) / f"round-{round:08d}.safetensors"
+
+
+def save(folder: str | os.PathLike[str], algorithm: Algorithm, state: State, keep: int = 2) -> Path:
+    """Write what moves of a state (trainable leaves, rule state); delete all but the last `keep`.
+
+    Returns:
+      The path of the file, ``round-00000050.safetensors`` after fifty rounds.
+    """
+    path = _path(folder, int(state.round))
+    moving = {"params": algorithm.trainable(state.params), "rule": state.rule}
+    with files.whole(path) as part:
+        save_file({n: jnp.asarray(x) for n, x in trees.named(moving).items()}, part)
+    for old in sorted(Path(folder).glob("round-*.safetensors"))[:-keep]:
+        old.unlink()
+    return path
+
+
+def restore(
+    folder: str | os.PathLike[str], algorithm: Algorithm, state: State, ledger: Ledger
+) -> State:
+    """Return the latest state of the run that a snapshot holds, or `state` if none is good.
+
+    Args:
+      folder: of the snapshots; need not exist.
+      algorithm: the run's.
+      state: fresh from init; gives structure, and the leaves that are not trained.
+      ledger: of the run; a snapshot must have the digest that it gives for its round.
+    """
+    digests = ledger.records().digests
+    like = {"params": algorithm.trainable(state.params), "rule": state.rule}
+    for round in range(ledger.rounds, 0, -1):
+        path, digest = _path(folder, round), digests[round - 1]
+        if digest is None or not path.is_file():
+            continue
+        try:
+            with safe_open(path, "flax") as tensors:
+                leaves = {name: tensors.get_tensor(name) for name in tensors.keys()}
+        except (OSError, SafetensorError, ValueError):
+            continue  # damaged: an older one, or the beginning, will do
+        moving = trees.merge(like, leaves)
+        found = state._replace(
+            params=trees.merge(state.params, moving["params"]),
+            round=jnp.asarray(round, jnp.int32),
+            rule=moving["rule"],
+        )
+        if fingerprint.text(fingerprint.digest(found)) == digest:
+            return found
+    return state
