@@ -76,7 +76,7 @@ class Options(job.Options):
     rounds: int = 600
     """Communication rounds."""
     out: Path = Path("runs/digits")
-    """Folder for metrics.jsonl, curve.png, summary.json and model.safetensors."""
+    """Folder of the run; one that is there is moved aside, to a name with a number."""
     batch_size: int = 16
     """Examples of a client in a local step."""
     num_perturbations: int = 10
@@ -93,7 +93,7 @@ def main() -> None:
     """Parse the command line and run."""
     import tyro
 
-    job.run(tyro.cli(Options), digits(), LEARNING_RATES)
+    job.run(job.settle(tyro.cli(Options)), digits(), LEARNING_RATES)
 
 
 if __name__ == "__main__":

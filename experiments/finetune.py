@@ -106,7 +106,7 @@ class Options(job.Options):
     rounds: int = 300
     """Communication rounds."""
     out: Path = Path("runs/finetune")
-    """Folder for metrics.jsonl, curve.png, summary.json and model/."""
+    """Folder of the run; one that is there is moved aside, to a name with a number."""
     sampling: Literal["uniform", "size"] = "size"
     """Which clients take part: all alike, or in proportion to their examples."""
     length: int = 24
@@ -121,7 +121,7 @@ def main() -> None:
     """Parse the command line and run."""
     import tyro
 
-    options = tyro.cli(Options)
+    options = job.settle(tyro.cli(Options))
     job.console.print("Reading the docstrings of this Python and loading the model ...")
     job.run(options, docstring_topics(options.length), LEARNING_RATES)
 

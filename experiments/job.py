@@ -1,31 +1,29 @@
-"""One job: options, the progress a person watches, and the folder a run leaves behind."""
+"""One job: its options, the folder a run leaves behind, and how a stopped run goes on."""
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
 import hiso_jax as hj
+from experiments import report
 from experiments.problem import Problem
-from hiso_jax import files, simulation
+from experiments.report import TITLES, console
+from hiso_jax import files, fingerprint, server, simulation, snapshots
 
-console = Console()
 METHODS = {"hiso": hj.federated_hiso, "decomfl": hj.decomfl}
-TITLES = {"hiso": "HiSo", "decomfl": "DeComFL"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +37,9 @@ class Options:
     rounds: int = 200
     """Communication rounds."""
     out: Path = Path("runs/job")
-    """Folder for metrics.jsonl, curve.png, summary.json and the weights."""
+    """Folder of the run; one that is there is moved aside, to a name with a number."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with the options it was started with."""
     seed: int = 0
     """Of the noise, of who takes part and of the batches."""
     learning_rate: float | None = None
@@ -48,6 +48,8 @@ class Options:
     """Clients sampled a round (C)."""
     sampling: Literal["uniform", "size"] = "uniform"
     """Which clients take part: all alike, or in proportion to their examples."""
+    dropout: float = 0.0
+    """Chance that a sampled client does not answer."""
     batch_size: int = 4
     """Examples of a client in a local step."""
     local_steps: int = 1
@@ -62,6 +64,37 @@ class Options:
     """Noise: normal is the paper's, rademacher cheaper."""
     eval_every: int = 25
     """Rounds between evaluations on the dev split."""
+    snapshot_every: int = 50
+    """Rounds between snapshots; a resumed run replays at most as many."""
+
+
+SomeOptions = TypeVar("SomeOptions", bound=Options)
+
+
+def settle(options: SomeOptions) -> SomeOptions:
+    """Return the options of the run to resume, if one is; else those given.
+
+    Raises:
+      SystemExit: there is no run to resume, it is of another job, or other options are given.
+    """
+    if options.resume is None:
+        return options
+    path = options.resume / "options.json"
+    kind = type(options)
+    extra = dataclasses.asdict(options) | {"resume": None}
+    if others := [k for k, v in extra.items() if v != getattr(kind(), k)]:
+        given = ", ".join(f"--{k.replace('_', '-')}" for k in others)
+        sys.exit(f"--resume takes all options from the run; {given} cannot be given with it")
+    if not path.is_file():
+        sys.exit(f"{path} is not there: no run to resume; start it without --resume")
+    saved = json.loads(path.read_text())
+    if saved["job"] != _job(options):
+        sys.exit(f"{options.resume} is a run of experiments.{saved['job']}")
+    return kind(**saved["options"], out=options.resume, resume=options.resume)
+
+
+def _job(options: Options) -> str:
+    return Path(sys.modules[type(options).__module__].__file__ or "").stem
 
 
 def algorithm(options: Options, problem: Problem, learning_rate: float) -> hj.Algorithm:
@@ -75,18 +108,6 @@ def algorithm(options: Options, problem: Problem, learning_rate: float) -> hj.Al
         smoothing=options.smoothing,
         distribution=options.distribution,
         **extra,
-    )
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed}/{task.total}"),
-        # On a narrow terminal the figures go on on the next line.
-        TextColumn("{task.fields[status]}", table_column=Column(overflow="fold")),
-        TimeRemainingColumn(),
-        console=console,
     )
 
 
@@ -116,28 +137,81 @@ def _stop_on_ctrl_c() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def train(options: Options, problem: Problem, learning_rate: float) -> dict[str, Any]:
-    """Run one method and write its folder; return the summary."""
+def _open(
+    options: Options, problem: Problem, alg: hj.Algorithm, bar: Any
+) -> tuple[hj.Ledger, hj.State, list[dict[str, Any]]]:
+    """Begin the ledger of a run, or bring one that was stopped to where it had come."""
     folder = options.out
+    path = folder / "ledger.sqlite"
+    state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(options.seed))
+    about = {"task": problem.name, "data": _data_digest(problem)}
+    if not path.exists():
+        return hj.Ledger.create(path, alg, state, about), state, []
+    ledger = hj.Ledger.open(path, alg, state)
+    if ledger.header["about"] != about:
+        raise hj.LedgerMismatch(f"{path}: about is {ledger.header['about']} there, {about} here: "
+                                "the clients' data are not those of the run")  # fmt: skip
+    state = snapshots.restore(folder / "snapshots", alg, state, ledger)
+    task = bar.add_task("replaying", total=ledger.rounds, status="", completed=int(state.round))
+    state = server.catch_up(
+        alg, state, ledger.records(int(state.round)), lambda state: bar.advance(task)
+    )
+    bar.remove_task(task)
+    rows, metrics = [], folder / "metrics.jsonl"
+    for line in metrics.read_text().splitlines() if metrics.exists() else ():
+        # A row is written before its record: the last may be broken, or of a lost round.
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows += [row] if row["round"] <= ledger.rounds else []
+    return ledger, state, rows
+
+
+def _data_digest(problem: Problem) -> str:
+    total = hashlib.sha256()
+    for name, columns in problem.clients.data.items():
+        total.update(name.encode())
+        for column, values in sorted(columns.items()):
+            total.update(column.encode() + np.ascontiguousarray(values).tobytes())
+    return total.hexdigest()[:16]
+
+
+def _traffic(options: Options, problem: Problem, ledger: hj.Ledger) -> simulation.Traffic:
+    """Account for the rounds in the ledger."""
+    traffic = simulation.Traffic(ledger.shape, schedule=True)
+    for round, reported in enumerate(ledger.records().reported):
+        names = problem.clients.sample(
+            options.clients_per_round, round, options.seed, options.sampling
+        )
+        traffic.ask(names, round, reported)
+    return traffic
+
+
+def train(options: Options, problem: Problem, learning_rate: float) -> dict[str, Any]:
+    """Run one method, or go on with it, and write its folder; return the summary."""
+    folder, clients = options.out, problem.clients
     folder.mkdir(parents=True, exist_ok=True)
     alg = algorithm(options, problem, learning_rate)
     score = jax.jit(problem.score)
     before = _accuracy(score, problem.params, problem.test)
-    state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(options.seed))
-    traffic = simulation.Traffic((options.local_steps, options.num_perturbations))
-    clients = problem.clients
-    dev = _accuracy(score, problem.params, problem.dev)
-    rows: list[dict[str, Any]] = [dict(round=0, dev_loss=dev[0], dev_accuracy=dev[1])]
-    seconds, compile_seconds, done = [], 0.0, 0
-
-    def totals() -> tuple[int, int]:
-        return sum(traffic.up.values()), sum(traffic.down.values())
-
-    with _progress() as bar, open(folder / "metrics.jsonl", "w") as log, _stop_on_ctrl_c() as stop:
-        log.write(json.dumps(rows[0]) + "\n")
-        task = bar.add_task(TITLES[options.method], total=options.rounds, status="compiling")
+    seconds: list[float] = []
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(report.progress())
+        ledger, state, rows = _open(options, problem, alg, bar)
+        stack.enter_context(ledger)
+        traffic = _traffic(options, problem, ledger)
+        if not rows:
+            dev = _accuracy(score, problem.params, problem.dev)
+            rows.append(dict(round=0, dev_loss=dev[0], dev_accuracy=dev[1]))
+        with files.whole(folder / "metrics.jsonl") as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        log = stack.enter_context(open(folder / "metrics.jsonl", "a"))
+        stop = stack.enter_context(_stop_on_ctrl_c())
+        done, last_dev = ledger.rounds, [r["dev_accuracy"] for r in rows if "dev_accuracy" in r][-1]
+        task = bar.add_task(
+            TITLES[options.method], total=options.rounds, completed=done, status="compiling"
+        )
         start = time.perf_counter()
-        for report in simulation.run(
+        for step in simulation.run(
             alg,
             state,
             clients,
@@ -147,15 +221,20 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
             local_steps=options.local_steps,
             seed=options.seed,
             sampling=options.sampling,
+            dropout=options.dropout,
         ):
             seconds.append(time.perf_counter() - start)
-            state, done = report.state, report.round
-            traffic.ask(report.names, report.round - 1)
-            up, down = totals()
+            state = step.state
+            if step.bad:
+                continue  # it moved nothing, and is not part of the run
+            done = step.round
+            traffic.ask(step.names, done - 1, step.reported)
+            up, down = sum(traffic.up.values()), sum(traffic.down.values())
+            loss = float(step.metrics.loss)
             row: dict[str, Any] = dict(
                 round=done,
-                loss=float(report.metrics.loss),
-                clients=report.names,
+                loss=loss if np.isfinite(loss) else None,  # nobody answered
+                clients=step.names,
                 uplink_bytes=up,
                 downlink_bytes=down,
                 seconds=round(seconds[-1], 4),
@@ -163,30 +242,38 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
             if done % options.eval_every == 0 or done == options.rounds:
                 dev = _accuracy(score, state.params, problem.dev)
                 row.update(dev_loss=dev[0], dev_accuracy=dev[1])
-            rows.append(row)
+                last_dev = dev[1]
+            # The row comes first: a record without its row could not be given one later.
             log.write(json.dumps(row) + "\n")
             log.flush()
+            rows.append(row)
+            ledger.append(
+                step.metrics.record, hj.digest(state), step.metrics.learning_rate, step.reported
+            )
+            if done % options.snapshot_every == 0 or done == options.rounds:
+                snapshots.save(folder / "snapshots", alg, state)
             bar.update(
                 task,
                 completed=done,
-                status=f"loss {row['loss']:.3f}  dev {dev[1]:.1%}  "
+                status=f"loss {loss:.3f}  dev {last_dev:.1%}  "
                 f"{1 / np.median(seconds[-20:]):.1f} rounds/s  "
-                f"up {_bytes(up)}  down {_bytes(down)}",
+                f"up {report.size(up)}  down {report.size(down)}",
             )
             start = time.perf_counter()
             if stop.is_set():
                 break
-    if seconds:
-        steady = float(np.median(seconds[1:] or seconds))
-        compile_seconds = max(seconds[0] - steady, 0.0)
+        payload = ledger.records().nbytes
+        shipped = ledger.export(folder / "ledger.safetensors")
     traffic.catch_up(clients.names, done)  # everybody ends with the model
     after = _accuracy(score, state.params, problem.test)
-    up, down = totals()
     size = sum(x.size for x in jax.tree.leaves(problem.params))
+    each = [row["seconds"] for row in rows if "seconds" in row]
+    steady = float(np.median(each[1:] or each or [0.0]))
     summary = dict(
         method=options.method,
         task=problem.name,
         rounds=done,
+        digest=fingerprint.text(hj.digest(state)),
         learning_rate=learning_rate,
         seed=options.seed,
         clients=len(clients),
@@ -195,89 +282,60 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
         accuracy=after[1],
         loss_before=before[0],
         loss=after[0],
-        uplink_bytes_per_client=up / len(clients),
-        downlink_bytes_per_client=down / len(clients),
+        uplink_bytes_per_client=sum(traffic.up.values()) / len(clients),
+        downlink_bytes_per_client=sum(traffic.down.values()) / len(clients),
         fedavg_bytes_per_client=2 * 4 * size * done * options.clients_per_round / len(clients),
-        seconds_per_round=float(np.median(seconds[1:] or seconds or [0.0])),
-        compile_seconds=compile_seconds,
+        shipped_bytes=shipped,
+        payload_bytes=payload,
+        seconds_per_round=steady,
+        compile_seconds=max(seconds[0] - steady, 0.0) if seconds else 0.0,
     )
     problem.save(folder, state.params)
-    _write_json(folder / "summary.json", summary)
-    draw({TITLES[options.method]: rows}, problem.name, folder / "curve.png")
+    report.write_json(folder / "summary.json", summary)
+    report.draw({TITLES[options.method]: rows}, problem.name, folder / "curve.png")
     return summary | {"rows": rows}
 
 
-def _write_json(path: Path, content: Any) -> None:
-    with files.whole(path) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _without_rows(summary: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in summary.items() if k != "rows"}
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def draw(curves: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
-    """Draw dev accuracy and loss against rounds, one curve a method."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")  # no pyplot: no display, no state
-    axes = figure.subplots(1, 2)
-    for name, rows in curves.items():
-        points = [r for r in rows if "dev_accuracy" in r]
-        rounds = [r["round"] for r in points]
-        axes[0].plot(rounds, [100 * r["dev_accuracy"] for r in points], marker=".", label=name)
-        axes[1].plot(rounds, [r["dev_loss"] for r in points], marker=".", label=name)
-    for axis, label in zip(axes, ("dev accuracy, %", "dev loss"), strict=True):
-        axis.set(xlabel="round", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    figure.suptitle(title, fontsize=10)
-    with files.whole(path) as part:
-        figure.savefig(part, dpi=150)
-
-
-def table(summaries: list[dict[str, Any]]) -> Table:
-    """The table at the end of a run."""
-    first = summaries[0]
-    out = Table(title=f"{first['task']}: {first['rounds']} rounds, {first['clients']} clients")
-    out.add_column("", justify="left")
-    for summary in summaries:
-        out.add_column(TITLES[summary["method"]], justify="right")
-    lines = {
-        "test accuracy before": lambda s: f"{s['accuracy_before']:.1%}",
-        "test accuracy after": lambda s: f"[bold]{s['accuracy']:.1%}",
-        "sent by a client": lambda s: _bytes(s["uplink_bytes_per_client"]),
-        "received by a client": lambda s: _bytes(s["downlink_bytes_per_client"]),
-        "FedAvg would have moved": lambda s: _bytes(s["fedavg_bytes_per_client"]),
-        "seconds a round": lambda s: f"{s['seconds_per_round']:.3g}",
-        "compile seconds": lambda s: f"{s['compile_seconds']:.1f}",
-    }
-    for name, cell in lines.items():
-        out.add_row(name, *(cell(s) for s in summaries))
-    return out
+def _begin(options: Options, rates: dict[str, float]) -> None:
+    """Make room for a run and write down its options, before anything else."""
+    out = options.out
+    if any((out / name).exists() for name in ("options.json", "metrics.jsonl", "ledger.sqlite")):
+        number = next(i for i in range(1, 10**6) if not out.with_name(f"{out.name}.{i}").exists())
+        aside = out.with_name(f"{out.name}.{number}")
+        out.rename(aside)
+        console.print(f"The run that was in [bold]{out}/[/bold] is now in [bold]{aside}/[/bold]")
+    saved = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume")}
+    content = {"job": _job(options), "options": saved, "learning_rates": rates}
+    report.write_json(out / "options.json", content)
 
 
 def run(options: Options, problem: Problem, learning_rates: dict[str, float]) -> None:
     """Run what the options ask for, print the table, and say where the files are."""
     methods = list(METHODS) if options.compare else [options.method]
+    rates = {method: options.learning_rate or learning_rates[method] for method in methods}
     summaries = []
-    for method in methods:
-        out = options.out / method if options.compare else options.out
-        own = dataclasses.replace(options, method=method, out=out)
-        rate = options.learning_rate or learning_rates[method]
-        summaries.append(train(own, problem, rate))
-    if options.compare:
-        curves = {TITLES[s["method"]]: s["rows"] for s in summaries}
-        draw(curves, problem.name, options.out / "curve.png")
-        _write_json(options.out / "summary.json", [_without_rows(s) for s in summaries])
-    console.print(table(summaries))
+    try:
+        if options.resume is None:
+            _begin(options, rates)
+        else:
+            rates = json.loads((options.out / "options.json").read_text())["learning_rates"]
+        for method in methods:
+            out = options.out / method if options.compare else options.out
+            own = dataclasses.replace(options, method=method, out=out)
+            summaries.append(train(own, problem, rates[method]))
+        if options.compare:
+            curves = {TITLES[s["method"]]: s["rows"] for s in summaries}
+            report.draw(curves, problem.name, options.out / "curve.png")
+            bare = [{k: v for k, v in s.items() if k != "rows"} for s in summaries]
+            report.write_json(options.out / "summary.json", bare)
+    except (OSError, hj.LedgerError) as error:
+        console.print(f"[red]{error}")
+        console.print(f"What was recorded is safe. To go on: --resume {options.out}")
+        sys.exit(1)
+    console.print(report.table(summaries))
     console.print(
-        f"Written to [bold]{options.out}/[/bold]: curve.png, metrics.jsonl, summary.json, weights"
+        f"Written to [bold]{options.out}/[/bold]: curve.png, metrics.jsonl, summary.json, "
+        "ledger.sqlite, ledger.safetensors, weights"
     )
+    if any(s["rounds"] < options.rounds for s in summaries):
+        console.print(f"To go on with it: --resume {options.out}")

@@ -114,10 +114,12 @@ class Server:
         Raises:
           ValueError: the client was not asked, or scalars or weight are out of range.
         """
-        if round < self.round or name in self._replies:
+        if round < self.round:
             return False
         if round > self.round or name not in self._asked:
             raise ValueError(f"reply: client {name!r} was not asked in round {round}")
+        if name in self._replies:
+            return False
         recipe = self.algorithm.recipe
         shape = (recipe["local_steps"], recipe["num_perturbations"])
         scalars = np.asarray(scalars, np.float32)

@@ -4,7 +4,7 @@ Everything random here is a function of (seed, round), so a run can be stopped a
 round and gone on with, and two methods can be given the very same clients and batches.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -107,28 +107,34 @@ class Traffic:
     """Counts payload bytes: what has crossed the network, nothing else has.
 
     A client's first message down is the root key (8 bytes). Then, whenever it is asked, it
-    gets the round's number (4 bytes) and the records it missed (K x P float32 each), and
-    sends K x P float32.
+    gets the round's number (4 bytes) and the records it missed (K x P float32 each, as
+    ``ledger.records(since)``), and sends K x P float32.
+
+    Args:
+      record_shape: (K, P).
+      schedule: whether the learning rate follows one: it is then sent too, 4 bytes a record.
     """
 
-    def __init__(self, record_shape: tuple[int, int]):
+    def __init__(self, record_shape: tuple[int, int], schedule: bool = False):
         self.record_bytes = 4 * int(np.prod(record_shape))
+        self.missed_bytes = self.record_bytes + 4 * schedule
         self.up: dict[str, int] = {}
         self.down: dict[str, int] = {}
         self._next: dict[str, int] = {}
 
-    def ask(self, names: Sequence[str], round: int) -> None:
-        """Account a round: every named client catches up, then answers."""
+    def ask(self, names: Sequence[str], round: int, reported: Container[str] | None = None) -> None:
+        """Account a round: every named client catches up; all, or those `reported`, answer."""
         self.catch_up(names, round)
         for name in names:
             self.down[name] += 4
-            self.up[name] = self.up.get(name, 0) + self.record_bytes
+            if reported is None or name in reported:
+                self.up[name] = self.up.get(name, 0) + self.record_bytes
 
     def catch_up(self, names: Sequence[str], round: int) -> None:
         """Account the records that bring the named clients to the start of `round`."""
         for name in names:
             missed = round - self._next.get(name, 0)
-            self.down[name] = self.down.get(name, 8) + missed * self.record_bytes
+            self.down[name] = self.down.get(name, 8) + missed * self.missed_bytes
             self._next[name] = round
 
 
@@ -138,7 +144,20 @@ class Report(NamedTuple):
     round: int  # rounds done
     state: State
     metrics: Metrics
-    names: list[str]  # who took part
+    names: list[str]  # who was asked
+    weights: np.ndarray  # float32 [C]: 0 for those who did not answer
+    bad: list[str]  # who sent NaN or infinite scalars, so that nothing moved
+
+    @property
+    def reported(self) -> dict[str, float]:
+        """Weights of those who answered, by name, as ``ledger.append`` takes them."""
+        return {n: float(w) for n, w in zip(self.names, self.weights, strict=True) if w > 0}
+
+
+def _answers(count: int, round: int, seed: int, dropout: float) -> np.ndarray:
+    """Weights of the clients asked: 0 with probability `dropout`, else 1."""
+    chances = np.random.default_rng([seed, round, 2]).random(count)
+    return (chances >= dropout).astype(np.float32)
 
 
 def run(
@@ -152,6 +171,7 @@ def run(
     local_steps: int = 1,
     seed: int = 0,
     sampling: str = "uniform",
+    dropout: float = 0.0,
 ) -> Iterator[Report]:
     """Yield a report after every round, from ``state.round`` on.
 
@@ -168,6 +188,8 @@ def run(
       local_steps: K.
       seed: of who takes part with which examples; independent of the noise.
       sampling: ``"uniform"`` or ``"size"``, see `Clients.sample`.
+      dropout: chance in [0, 1] that a client that was asked does not answer. A round nobody
+        answers moves nothing; its record is NaN.
 
     Raises:
       FloatingPointError: clients sent NaN or infinite scalars, by name. It is raised after
@@ -175,6 +197,7 @@ def run(
     """
     checks.count("rounds", rounds)
     checks.count("batch_size", batch_size)
+    checks.number("dropout", dropout, 0, 1)
     step = jax.jit(algorithm.round, donate_argnums=0)
 
     def prepare(round: int) -> tuple[list[str], Any]:
@@ -185,13 +208,15 @@ def run(
     ahead = prepare(first)
     for round in range(first, rounds):
         names, batches = ahead
-        state, metrics = step(state, batches)
+        weights = _answers(len(names), round, seed, dropout)
+        state, metrics = step(state, batches, weights)
         if round + 1 < rounds:
             ahead = prepare(round + 1)  # the device is still busy with this round
-        usable = bool(np.isfinite(np.asarray(metrics.record)).all())  # waits for the device
-        yield Report(round + 1, state, metrics, names)
-        if not usable:
-            bad = [n for n, ok in zip(names, np.asarray(metrics.finite), strict=True) if not ok]
+        finite = np.asarray(metrics.finite) | (weights == 0)  # waits for the device
+        bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
+        stuck = bad and not np.isfinite(np.asarray(metrics.record)).all()
+        yield Report(round + 1, state, metrics, names, weights, bad if stuck else [])
+        if stuck:
             raise FloatingPointError(
                 f"round {round}: clients {bad} sent NaN or infinite scalars; the round moved "
                 "nothing. Lower the learning rate or the smoothing"

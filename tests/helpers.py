@@ -1,5 +1,9 @@
-"""Small problems and comparisons shared by the tests."""
+"""Small problems, comparisons and real processes shared by the tests."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,3 +47,29 @@ def assert_same_bits(first: Any, second: Any) -> None:
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(first)]
     pairs = zip(names, bits(first), bits(second), strict=True)
     assert [name for name, a, b in pairs if a != b] == []
+
+
+ROOT = Path(__file__).parents[1]
+# A job sees the machine as it is, without the host devices of the tests.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"COLUMNS": "100"}
+
+
+def start(job: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """Start ``python -m experiments.<job>`` as a process of its own."""
+    command = [sys.executable, "-m", f"experiments.{job}", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Wait for the process; return what it printed."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output

@@ -1,39 +1,17 @@
 """The jobs as real processes: what they leave behind, and how they end."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from experiments import finetune
+from tests.helpers import finish, start
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"COLUMNS": "100"}
 SUMMARY = {"method", "rounds", "accuracy_before", "accuracy", "uplink_bytes_per_client",
            "downlink_bytes_per_client", "seconds_per_round", "compile_seconds"}  # fmt: skip
-
-
-def start(job: str, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", f"experiments.{job}", *arguments]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
 
 
 def test_digits_leaves_its_folder_and_is_reproducible(tmp_path: Path):
@@ -45,13 +23,18 @@ def test_digits_leaves_its_folder_and_is_reproducible(tmp_path: Path):
     histories = []
     for folder in folders:
         assert {p.name for p in folder.iterdir()} == {
-            "curve.png", "metrics.jsonl", "model.safetensors", "summary.json"}  # fmt: skip
+            "curve.png", "ledger.safetensors", "ledger.sqlite", "metrics.jsonl",
+            "model.safetensors", "options.json", "snapshots", "summary.json"}  # fmt: skip
         assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
         summary = json.loads((folder / "summary.json").read_text())
         assert summary.keys() >= SUMMARY
         # 60 rounds x 8 of 40 clients x 10 float32
         assert summary["uplink_bytes_per_client"] == 60 * 8 * 40 / 40
-        assert summary["downlink_bytes_per_client"] == 8 + 60 * 8 * 4 / 40 + 60 * 40
+        # the key, the number of a round when asked, and 60 records with their learning rates
+        assert summary["downlink_bytes_per_client"] == 8 + 60 * 8 * 4 / 40 + 60 * (40 + 4)
+        assert summary["payload_bytes"] == 60 * (40 + 4)
+        shipped = (folder / "ledger.safetensors").stat().st_size
+        assert 0 < shipped - 60 * (40 + 4) < 4096 and summary["shipped_bytes"] == shipped
         assert summary["accuracy"] > summary["accuracy_before"]
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [r["round"] for r in rows] == list(range(61))
@@ -59,6 +42,8 @@ def test_digits_leaves_its_folder_and_is_reproducible(tmp_path: Path):
     assert histories[0] == histories[1]
     weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1]
+    digests = {json.loads((folder / "summary.json").read_text())["digest"] for folder in folders}
+    assert len(digests) == 1
 
 
 def test_compare_draws_both(tmp_path: Path):

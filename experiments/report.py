@@ -1,0 +1,84 @@
+"""What a person sees of a run: bars, tables, curves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from hiso_jax import files
+
+console = Console()
+TITLES = {"hiso": "HiSo", "decomfl": "DeComFL"}
+
+
+def progress() -> Progress:
+    """A bar that keeps a line of figures beside it."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed}/{task.total}"),
+        # On a narrow terminal the figures go on on the next line.
+        TextColumn("{task.fields[status]}", table_column=Column(overflow="fold")),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with files.whole(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def size(count: float) -> str:
+    """A number of bytes as people write it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def draw(curves: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
+    """Draw dev accuracy and loss against rounds, one curve a method."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")  # no pyplot: no display, no state
+    axes = figure.subplots(1, 2)
+    for name, rows in curves.items():
+        points = [r for r in rows if "dev_accuracy" in r]
+        rounds = [r["round"] for r in points]
+        axes[0].plot(rounds, [100 * r["dev_accuracy"] for r in points], marker=".", label=name)
+        axes[1].plot(rounds, [r["dev_loss"] for r in points], marker=".", label=name)
+    for axis, label in zip(axes, ("dev accuracy, %", "dev loss"), strict=True):
+        axis.set(xlabel="round", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    with files.whole(path) as part:
+        figure.savefig(part, dpi=150)
+
+
+def table(summaries: list[dict[str, Any]]) -> Table:
+    """The table at the end of a run."""
+    first = summaries[0]
+    out = Table(title=f"{first['task']}: {first['rounds']} rounds, {first['clients']} clients")
+    out.add_column("", justify="left")
+    for summary in summaries:
+        out.add_column(TITLES[summary["method"]], justify="right")
+    lines = {
+        "test accuracy before": lambda s: f"{s['accuracy_before']:.1%}",
+        "test accuracy after": lambda s: f"[bold]{s['accuracy']:.1%}",
+        "sent by a client": lambda s: size(s["uplink_bytes_per_client"]),
+        "received by a client": lambda s: size(s["downlink_bytes_per_client"]),
+        "the whole run as a file": lambda s: size(s["shipped_bytes"]),
+        "FedAvg would have moved": lambda s: size(s["fedavg_bytes_per_client"]),
+        "seconds a round": lambda s: f"{s['seconds_per_round']:.3g}",
+        "compile seconds": lambda s: f"{s['compile_seconds']:.1f}",
+    }
+    for name, cell in lines.items():
+        out.add_row(name, *(cell(s) for s in summaries))
+    return out

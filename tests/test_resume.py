@@ -1,0 +1,208 @@
+"""Jobs that are killed, run out of disk or find it read-only, and go on to the same bits."""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import finish, start
+
+ROUNDS = 200
+OPTIONS = ("--rounds", str(ROUNDS), "--eval-every", "40", "--snapshot-every", "30",
+           "--dropout", "0.3", "--clients-per-round", "2", "--distribution", "normal")  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything a run leaves that must not depend on what happened to it."""
+    summary = json.loads((folder / "summary.json").read_text())
+    kept = {k: v for k, v in summary.items() if "seconds" not in k}
+    weights = (folder / "model.safetensors").read_bytes()
+    return kept | {"rows": rows(folder), "weights": weights}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: Any) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(start("digits", *OPTIONS, "--out", str(folder)))
+    result = outcome(folder)
+    assert len(result["rows"]) == ROUNDS + 1
+    assert any(row["loss"] is None for row in result["rows"][1:])  # rounds nobody answered
+    snapshots = sorted(p.name for p in (folder / "snapshots").iterdir())
+    assert snapshots == ["round-00000180.safetensors", "round-00000200.safetensors"]
+    return result
+
+
+def go_on(folder: Path) -> tuple[str, ...]:
+    """Arguments that start a run, or go on with it if its options had been written."""
+    if (folder / "options.json").exists():
+        return ("--resume", str(folder))
+    return (*OPTIONS, "--out", str(folder))
+
+
+def killed_until_done(folder: Path, seed: int, kills: int) -> int:
+    """Kill a run `kills` times, at a random time or after a random round; then let it end."""
+    rng, happened = random.Random(seed), 0
+    for number in range(kills):
+        process = start("digits", *go_on(folder))
+        if (seed + number) % 3 == 0:
+            time.sleep(rng.uniform(0, 6))
+        else:
+            length, log = rng.randrange(ROUNDS), folder / "metrics.jsonl"
+            while process.poll() is None:
+                if log.exists() and log.read_bytes().count(b"\n") >= length:
+                    break
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.01))
+        happened += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(start("digits", *go_on(folder)))
+    return happened
+
+
+def test_killed_runs_end_in_the_same_bits(tmp_path: Path, undisturbed: dict[str, Any]):
+    killed_until_done(tmp_path, 1, kills=2)
+    assert outcome(tmp_path) == undisturbed
+    assert not list(tmp_path.glob("*.sqlite-*"))
+
+
+@pytest.mark.slow
+def test_a_hundred_killed_runs_end_in_the_same_bits(tmp_path: Path, undisturbed: dict[str, Any]):
+    def one(seed: int) -> int:
+        folder = tmp_path / f"{seed}"
+        happened = killed_until_done(folder, seed, kills=1 + seed % 2)
+        assert outcome(folder) == undisturbed, seed
+        shutil.rmtree(folder)
+        return happened
+
+    with ThreadPoolExecutor(2) as pool:
+        happened = list(pool.map(one, range(100, 210)))
+    print(f"{len(happened)} runs killed {sum(happened)} times")
+    assert sum(count > 0 for count in happened) >= 100
+
+
+def test_ctrl_c_and_on(tmp_path: Path, undisturbed: dict[str, Any]):
+    process = start("digits", *OPTIONS, "--out", str(tmp_path))
+    log = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 20):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert f"--resume {tmp_path}" in " ".join(finish(process).split())
+    stopped = json.loads((tmp_path / "summary.json").read_text())
+    assert stopped["rounds"] < ROUNDS and stopped["digest"] != undisturbed["digest"]
+    shutil.rmtree(tmp_path / "snapshots", ignore_errors=True)  # the ledger alone is enough
+    finish(start("digits", "--resume", str(tmp_path)))
+    assert outcome(tmp_path) == undisturbed
+    finish(start("digits", "--resume", str(tmp_path)))  # once more changes nothing
+    assert outcome(tmp_path) == undisturbed
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 kB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs the right to")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def remount(disk: Path, *options: str) -> None:
+    subprocess.run(["mount", "-o", ",".join(("remount", *options)), str(disk)], check=True)
+
+
+def test_disk_full(disk: Path, undisturbed: dict[str, Any]):
+    folder = disk / "run"
+    output = finish(start("digits", *OPTIONS, "--out", str(folder)), code=1)
+    assert "What was recorded is safe" in output and "Traceback" not in output
+    remount(disk, "size=450k")  # a little more
+    output = start("digits", "--resume", str(folder)).communicate(timeout=300)[0]
+    assert "Traceback" not in output
+    remount(disk, "size=100m")
+    finish(start("digits", "--resume", str(folder)))
+    assert outcome(folder) == undisturbed
+
+
+@pytest.mark.slow
+def test_files_that_may_not_grow(tmp_path: Path, undisturbed: dict[str, Any]):
+    """The same with a limit on the size of a file, which the log reaches first."""
+    for number, size in enumerate((8_000, 16_000, 40_000)):
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
+        process = start("digits", *go_on(tmp_path), preexec_fn=limit)
+        output = finish(process, code=1)
+        assert "What was recorded is safe" in output and "Traceback" not in output, number
+    finish(start("digits", *go_on(tmp_path)))
+    assert outcome(tmp_path) == undisturbed
+
+
+def test_read_only(disk: Path, undisturbed: dict[str, Any]):
+    remount(disk, "size=100m")
+    folder = disk / "run"
+    process = start("digits", *OPTIONS, "--out", str(folder))
+    log = folder / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 20):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    remount(disk, "ro")
+    before = {p.name: p.stat().st_size for p in folder.iterdir()}
+    for arguments in (("--resume", str(folder)), (*OPTIONS, "--out", str(disk / "other"))):
+        output = finish(start("digits", *arguments), code=1)
+        assert "What was recorded is safe" in output and "Traceback" not in output
+    assert {p.name: p.stat().st_size for p in folder.iterdir()} == before
+    remount(disk, "rw")
+    finish(start("digits", "--resume", str(folder)))
+    assert outcome(folder) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_comparison_goes_on_with_the_method_it_was_at(tmp_path: Path):
+    options = ("--compare", "--rounds", "60")
+    finish(start("digits", *options, "--out", str(tmp_path / "whole")))
+    process = start("digits", *options, "--out", str(tmp_path / "cut"))
+    while process.poll() is None and not (tmp_path / "cut/decomfl/metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finish(start("digits", "--resume", str(tmp_path / "cut")))
+    for method in ("hiso", "decomfl"):
+        assert outcome(tmp_path / "cut" / method) == outcome(tmp_path / "whole" / method)
+
+
+def test_nothing_is_written_over_and_bad_resumes_are_refused(tmp_path: Path):
+    out = tmp_path / "run"
+    finish(start("digits", "--rounds", "2", "--out", str(out)))
+    first = (out / "model.safetensors").read_bytes()
+    assert "is now in" in finish(start("digits", "--rounds", "3", "--out", str(out)))
+    assert (tmp_path / "run.1" / "model.safetensors").read_bytes() == first
+    assert len(rows(out)) == 4 and list((tmp_path / "run.1/snapshots").iterdir())
+    with sqlite3.connect(out / "ledger.sqlite") as connection:
+        connection.execute("UPDATE records SET learning_rate = 1.0 WHERE round = 1")
+    connection.close()
+    bad = [
+        (("digits", "--resume", str(tmp_path / "no")), "no run to resume"),
+        (("digits", "--resume", str(out), "--rounds", "9"), "--rounds cannot be given with it"),
+        (("finetune", "--resume", str(out)), "is a run of experiments.digits"),
+        (("digits", "--resume", str(out)), "the record of round 1: it is not as it was written"),
+    ]
+    started = [start(*arguments) for arguments, _ in bad]
+    for process, (_, message) in zip(started, bad, strict=True):
+        output = " ".join(finish(process, code=1).split())
+        assert message in output and "Traceback" not in output
