@@ -15,12 +15,12 @@ console = Console()
 TITLES = {"hiso": "HiSo", "decomfl": "DeComFL"}
 
 
-def progress() -> Progress:
+def progress(count: str = "{task.completed}/{task.total}") -> Progress:
     """A bar that keeps a line of figures beside it."""
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=20),
-        TextColumn("{task.completed}/{task.total}"),
+        TextColumn(count),
         # On a narrow terminal the figures go on on the next line.
         TextColumn("{task.fields[status]}", table_column=Column(overflow="fold")),
         TimeRemainingColumn(),

@@ -97,8 +97,8 @@ def draw(
     """Draw zero-mean, unit-variance, independent float32 noise.
 
     ``"normal"`` is N(0, 1), the paper's: number i, counted over the flattened leaf, comes from
-    word i. ``"rademacher"`` is +1 or -1, sign i from bit i % 32 of word i // 32: integers only,
-    and far cheaper.
+    word i. ``"rademacher"`` is +1 or -1, sign i from bit 31 - i % 32 of word i // 32: integers
+    only, and far cheaper.
 
     Args:
       key: of one leaf in one direction.
@@ -117,7 +117,14 @@ def draw(
         # Exact, symmetric and inside (-1, 1): 24 bits hold an odd multiple of 2^-24.
         uniform = (whole.astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
         return exact.normal_quantile(uniform).reshape(shape)
-    drawn = words(key, -(-size // 32), start // 32)
+    # Fused with what follows, a CPU would compute the word of every sign anew.
+    cipher = lambda data, start: words(jax.random.wrap_key_data(data), -(-size // 32), start)  # noqa: E731
+    drawn = jax.lax.platform_dependent(
+        jax.random.key_data(key),
+        jnp.asarray(start // 32, jnp.uint32),
+        cpu=lambda *args: exact.apart(cipher, *args),
+        default=cipher,
+    )
     # Bit j becomes the sign bit of the j-th number: +1.0 is 0x3f800000.
     signs = (drawn[:, None] << jnp.arange(32, dtype=jnp.uint32)[None]) & jnp.uint32(0x80000000)
     ones = jax.lax.bitcast_convert_type(signs | jnp.uint32(0x3F800000), jnp.float32)

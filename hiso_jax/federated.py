@@ -163,11 +163,10 @@ def scalar_algorithm(
         return noise
 
     def rate_at(round: jax.Array) -> jax.Array:
-        # A branch is compiled by itself: the schedule rounds alike in every program.
-        scheduled = lambda r: jnp.asarray(learning_rate(r), jnp.float32)  # noqa: E731  # pyright: ignore
         if not callable(learning_rate):
             return jnp.asarray(learning_rate, jnp.float32)
-        return lax.cond(round >= 0, scheduled, lambda r: jnp.float32(jnp.nan), round)
+        schedule = lambda r: jnp.asarray(learning_rate(r), jnp.float32)  # noqa: E731  # pyright: ignore
+        return exact.apart(schedule, round)
 
     def wide(params: trees.Params) -> trees.Leaves:
         return {n: x.astype(jnp.float32) for n, x in trees.select(params, trainable).items()}

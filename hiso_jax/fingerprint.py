@@ -78,7 +78,7 @@ def salts(name: str, leaf: Any) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(identity.encode()).digest()[:8], "<u4").astype(np.uint32)
 
 
-def part(x: Any, salts: Any, start: Any = 0, size: Any = None) -> jax.Array:
+def part(x: Any, salts: Any, start: Any = 0, size: Any = None, skip: Any = 0) -> jax.Array:
     """Digest of a leaf, or of the part of a flattened leaf that begins at `start`.
 
     The parts of a leaf, with the leaf's salts, add up to the digest of the leaf.
@@ -88,6 +88,7 @@ def part(x: Any, salts: Any, start: Any = 0, size: Any = None) -> jax.Array:
       salts: of the leaf, uint32 [2].
       start: number of the first element.
       size: elements that count, all by default; the rest of a padded part adds nothing.
+      skip: elements before them that do not count.
 
     Returns:
       uint32 [2].
@@ -104,7 +105,8 @@ def part(x: Any, salts: Any, start: Any = 0, size: Any = None) -> jax.Array:
     second = (first + salts[1]) * np.uint32(0xC2B2AE35)
     second = second ^ (second >> 13)
     if size is not None:
-        inside = lax.iota(jnp.uint32, bits.shape[0]) < jnp.asarray(size, jnp.uint32)
+        index = lax.iota(jnp.uint32, bits.shape[0]) - jnp.asarray(skip, jnp.uint32)
+        inside = index < jnp.asarray(size, jnp.uint32)  # below `skip` it wraps around to large
         first, second = jnp.where(inside, first, 0), jnp.where(inside, second, 0)
     # Both sums in one reduction read the leaf once, and run many times faster than two sums.
     zero = np.uint32(0)

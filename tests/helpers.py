@@ -51,7 +51,7 @@ def assert_same_bits(first: Any, second: Any) -> None:
 
 ROOT = Path(__file__).parents[1]
 # A job sees the machine as it is, without the host devices of the tests.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"COLUMNS": "100"}
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"COLUMNS": "300"}
 
 
 def start(job: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:

@@ -9,7 +9,7 @@ import hiso_jax
 ROOT = Path(__file__).parents[1]
 # From the ground up; a module imports from lower floors only.
 FLOORS = [
-    {"exact", "checks", "files"},
+    {"exact", "checks", "files", "tensorfile"},
     {"trees"},
     {"directions"},
     {"estimators", "rules", "aggregators"},

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from experiments import finetune
 from tests.helpers import finish, start
 
 SUMMARY = {"method", "rounds", "accuracy_before", "accuracy", "uplink_bytes_per_client",
@@ -80,18 +79,3 @@ def test_divergence_is_said(tmp_path: Path):
 def test_help(job: str):
     output = finish(start(job, "--help"))
     assert "--rounds" in output and "Traceback" not in output
-
-
-def test_finetune_runs_on_the_real_model(tmp_path: Path):
-    try:
-        finetune.bundled_model()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    finish(start("finetune", "--rounds", "3", "--out", str(tmp_path)))
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["rounds"] == 3 and summary["parameters"] == 22_567_680
-    assert 0.5 < summary["accuracy_before"] < 0.7
-    # 8 clients x 20 bytes x 3 rounds over all clients: less than ten bytes each on average
-    assert summary["uplink_bytes_per_client"] == 3 * 8 * 20 / summary["clients"]
-    files = {p.name for p in (tmp_path / "model").iterdir()}
-    assert files == {"model.safetensors", "config.json", "labels.safetensors"}

@@ -34,18 +34,27 @@ class Model(NamedTuple):
     untouched: dict[str, np.ndarray]
 
 
-def _names(leaf: str, layers: int) -> list[str]:
-    """The Hugging Face names of the tensors a leaf is made of: one, or one a layer."""
+def tensor_names(leaf: str, layers: int) -> list[str]:
+    """Hugging Face's names of the tensors that a leaf is made of: one, or one a layer.
+
+    Example:
+      >>> tensor_names("pooler/dense/kernel", 2), tensor_names("a/layer/norm/bias", 2)
+      (['pooler.dense.weight'], ['a.layer.0.norm.bias', 'a.layer.1.norm.bias'])
+    """
     *module, last = leaf.split("/")
     name = ".".join([*module, last if last == "bias" else "weight"])
-    if ".layer." not in name:
+    if not _stacked(leaf):
         return [name]
     return [name.replace(".layer.", f".layer.{i}.") for i in range(layers)]
 
 
-def _turn(leaf: str, array: Any) -> Any:
-    """Hugging Face keeps dense kernels as [out, in], flax as [in, out]."""
-    return array.T if leaf.endswith("/kernel") else array
+def is_turned(leaf: str) -> bool:
+    """Whether Hugging Face has it transposed: dense kernels are [out, in] there."""
+    return leaf.endswith("/kernel")
+
+
+def _stacked(leaf: str) -> bool:
+    return "/layer/" in leaf
 
 
 def from_pretrained(path: str | os.PathLike[str]) -> Model:
@@ -83,12 +92,13 @@ def from_pretrained(path: str | os.PathLike[str]) -> Model:
     with safe_open(weights, "np") as tensors:
         surplus = set(tensors.keys())
         for leaf, wanted in trees.named(shapes).items():
-            names = _names(leaf, config.num_hidden_layers)
+            names = tensor_names(leaf, config.num_hidden_layers)
             if missing := [name for name in names if name not in surplus]:
                 raise ValueError(f"{weights}: tensors missing: {missing}")
             surplus -= set(names)
-            arrays = [_turn(leaf, tensors.get_tensor(name)) for name in names]
-            array = np.stack(arrays) if names[0].count(".layer.0.") else arrays[0]
+            arrays = [tensors.get_tensor(name) for name in names]
+            arrays = [array.T for array in arrays] if is_turned(leaf) else arrays
+            array = np.stack(arrays) if _stacked(leaf) else arrays[0]
             if array.shape != wanted.shape:
                 raise ValueError(
                     f"{weights}: {names[0]!r} makes {leaf!r} of shape {array.shape}, expected "
@@ -118,10 +128,10 @@ def save_pretrained(
     """
     tensors = dict(model.untouched)
     for leaf, array in trees.named(model.params if params is None else params).items():
-        names = _names(leaf, model.config.num_hidden_layers)
-        parts = list(np.asarray(array)) if names[0].count(".layer.0.") else [np.asarray(array)]
+        names = tensor_names(leaf, model.config.num_hidden_layers)
+        parts = list(np.asarray(array)) if _stacked(leaf) else [np.asarray(array)]
         for name, part in zip(names, parts, strict=True):
-            tensors[name] = np.ascontiguousarray(_turn(leaf, part))
+            tensors[name] = np.ascontiguousarray(part.T if is_turned(leaf) else part)
     with files.whole(Path(folder) / "model.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})
     with files.whole(Path(folder) / "config.json") as part:

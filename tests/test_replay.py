@@ -1,0 +1,179 @@
+"""Shipping: base and ledger in, the same bits out, in blocks and in other processes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.flax import load_file, save_file
+
+import hiso_jax as hj
+from experiments import finetune
+from hiso_jax import replay, rules, trees
+from hiso_jax.tensorfile import TensorFile
+from tests.helpers import assert_same_bits, finish, odd_loss, odd_tree, start
+
+CASES = [
+    ("normal", 1, jnp.float32, "hiso"),
+    ("rademacher", 3, jnp.float32, "hiso"),
+    ("rademacher", 2, jnp.bfloat16, "hiso"),
+    ("normal", 2, jnp.float16, "identity"),
+]
+
+
+def make(distribution: str, steps: int, dtype: Any, rule: str) -> tuple[hj.Algorithm, Any]:
+    tree = jax.tree.map(lambda x: x.astype(dtype), odd_tree())
+    params = tree | {"step": jnp.int32(3), "frozen": jnp.ones(77)}
+    mask = jax.tree.map(lambda x: True, params) | {"frozen": False}
+    alg = hj.scalar_algorithm(
+        lambda p, b: odd_loss(jax.tree.map(lambda x: x.astype(jnp.float32), p), b),
+        optax.linear_schedule(1e-2, 0, 20),
+        rule=rules.from_recipe({"rule": rule}),
+        local_steps=steps,
+        distribution=distribution,
+        trainable=mask,
+    )
+    return alg, params
+
+
+def fill(path: Any, alg: hj.Algorithm, params: Any, rounds: int = 10) -> tuple[hj.Ledger, hj.State]:
+    state = alg.init(params, jax.random.key(3))
+    ledger, advance = hj.Ledger.create(path, alg, state), jax.jit(alg.advance)
+    for round in range(rounds):
+        scalars = np.random.default_rng(round).normal(size=ledger.shape).astype(np.float32)
+        record = np.full_like(scalars, np.nan) if round == 4 else scalars
+        rate = alg.learning_rate(state.round)
+        state = advance(state, record, rate)
+        ledger.append(record, hj.digest(state), rate)
+    return ledger, state
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{c[0]}-{c[2].__name__}-{c[3]}" for c in CASES])
+def test_any_parts_reach_the_bits_of_advance(case: Any):
+    alg, params = make(*case)
+    ledger, end = fill(":memory:", alg, params)
+    by_parts = replay.Replay(ledger)
+    flat = {n: np.asarray(x).reshape(-1) for n, x in trees.named(params).items()}
+    rng = np.random.default_rng(0)
+    cuts = {n: sorted({0, x.size, *rng.integers(0, x.size + 1, 3).tolist()})
+            for n, x in flat.items()}  # fmt: skip
+    for name, x in flat.items():
+        for a, b in zip(cuts[name], cuts[name][1:], strict=False):
+            by_parts.read(name, a, x[a:b])
+    by_parts.check_base()
+    moved = dict(flat)
+    for name, x in flat.items():
+        if by_parts.leaves[name].trainable and x.size:
+            parts = zip(cuts[name], cuts[name][1:], strict=False)
+            moved[name] = np.concatenate([by_parts.advance(name, a, x[a:b]) for a, b in parts])
+    for name, x in trees.named(end.params).items():
+        assert moved[name].tobytes() == np.asarray(x).tobytes(), name
+    assert by_parts.digest == by_parts.wanted
+    with pytest.raises(ValueError, match="x: expected a flat part of 'frozen' in float32"):
+        by_parts.advance("frozen", 0, np.zeros(3))
+    with pytest.raises(ValueError, match="name: expected one of"):
+        by_parts.advance("nobody", 0, np.zeros(3, np.float32))
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: Any) -> dict[str, Any]:
+    """A ledger, its compact file and the base on disk."""
+    folder = tmp_path_factory.mktemp("shipped")
+    alg, params = make(*CASES[2])
+    ledger, end = fill(folder / "ledger.sqlite", alg, params)
+    with ledger:
+        ledger.export(folder / "ledger.safetensors")
+    save_file(trees.named(params), folder / "base.safetensors")
+    return dict(folder=folder, params=params, end=end)
+
+
+@pytest.mark.parametrize("ledger", ["ledger.sqlite", "ledger.safetensors"])
+def test_another_process_proves_the_same_bits(shipped: dict[str, Any], ledger: str, tmp_path: Path):
+    folder, out = shipped["folder"], tmp_path / "out.safetensors"
+    arguments = (str(folder / ledger), str(folder / "base.safetensors"), str(out))
+    assert "equal to the ledger's, bit for bit" in finish(start("replay", *arguments))
+    assert_same_bits(load_file(out), trees.named(shipped["end"].params))
+    assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
+    assert "exists; nothing is written over" in finish(start("replay", *arguments), code=1)
+
+
+def test_a_wrong_base_is_refused_and_nothing_is_written(shipped: dict[str, Any], tmp_path: Path):
+    folder = shipped["folder"]
+    wrong = trees.named(shipped["params"])
+    first = next(iter(n for n, x in wrong.items() if x.size > 1000))
+    flipped = wrong | {first: wrong[first].at[(0,) * wrong[first].ndim].add(1)}
+    lacking = {n: x for n, x in wrong.items() if n != first}
+    save_file(flipped, tmp_path / "flipped.safetensors")
+    save_file(lacking, tmp_path / "lacking.safetensors")
+    (tmp_path / "garbage.safetensors").write_bytes(b"\xff" * 100)
+    cases = {"flipped": "another base model", "lacking": "another base model",
+             "garbage": "not a safetensors file", "absent": "no safetensors files there"}  # fmt: skip
+    started = {
+        name: start("replay", str(folder / "ledger.sqlite"), str(tmp_path / f"{name}.safetensors"),
+                    str(tmp_path / "out" / name))
+        for name in cases
+    }  # fmt: skip
+    for name, message in cases.items():
+        output = " ".join(finish(started[name], code=1).split())
+        assert message in output and "Traceback" not in output
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_run_on_a_hugging_face_folder_is_shipped(tmp_path: Path):
+    """The main job for three rounds; then base and 1 kB make the same folder again."""
+    try:
+        base = finetune.bundled_model()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    run, out = tmp_path / "run", tmp_path / "out"
+    finish(start("finetune", "--rounds", "3", "--out", str(run)))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["rounds"] == 3 and summary["parameters"] == 22_567_680
+    assert 0.5 < summary["accuracy_before"] < 0.7
+    # 8 clients x 20 bytes x 3 rounds over all clients: less than ten bytes each on average
+    assert summary["uplink_bytes_per_client"] == 3 * 8 * 20 / summary["clients"]
+    files = {p.name for p in (run / "model").iterdir()}
+    assert files == {"model.safetensors", "config.json", "labels.safetensors"}
+    assert summary["shipped_bytes"] < 3 * 24 + 4096
+
+    # The base as a large model comes, in several files.
+    sharded = tmp_path / "base"
+    sharded.mkdir()
+    (sharded / "config.json").write_bytes((base / "config.json").read_bytes())
+    tensors = load_file(base / "model.safetensors")
+    for number in (0, 1):
+        part = dict(sorted(tensors.items())[number::2])
+        save_file(part, sharded / f"model-{number}.safetensors")
+    message = f"digest {summary['digest']}: equal to the ledger's"
+    for ledger, source, target in [
+        ("ledger.safetensors", base, out), ("ledger.sqlite", sharded, tmp_path / "sharded")
+    ]:  # fmt: skip
+        output = finish(start("replay", str(run / ledger), str(source), str(target)))
+        assert message in " ".join(output.split())
+    ours = (run / "model" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == ours
+    assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    both = [load_file(tmp_path / "sharded" / f"model-{number}.safetensors") for number in (0, 1)]
+    assert_same_bits(both[0] | both[1], load_file(run / "model" / "model.safetensors"))
+
+
+def test_tensor_files_are_those_of_the_library(tmp_path: Path):
+    tree = {"a": jnp.arange(7, dtype=jnp.bfloat16), "b": jnp.ones((2, 3)), "c": jnp.zeros((0, 4)),
+            "d": jnp.array([True, False])}  # fmt: skip
+    save_file(tree, tmp_path / "theirs", metadata={"format": "pt"})
+    with TensorFile(tmp_path / "theirs") as file:
+        with TensorFile.create(tmp_path / "ours", file.tensors, file.metadata) as copy:
+            for name, tensor in file.tensors.items():
+                for place in range(0, tensor.size, 2):
+                    count = min(2, tensor.size - place)
+                    copy.write(name, place, file.read(name, place, count))
+    assert_same_bits(load_file(tmp_path / "ours"), tree)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    (tmp_path / "cut").write_bytes((tmp_path / "ours").read_bytes()[:-3])
+    with TensorFile(tmp_path / "cut") as file, pytest.raises(ValueError, match="truncated inside"):
+        for name, tensor in file.tensors.items():
+            file.read(name, 0, tensor.size)
