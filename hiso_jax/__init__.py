@@ -1,6 +1,15 @@
 """Federated zeroth-order fine-tuning in which clients send only scalars."""
 
-from hiso_jax import aggregators, directions, estimators, exact, fingerprint, rules, trees
+from hiso_jax import (
+    aggregators,
+    directions,
+    estimators,
+    exact,
+    fingerprint,
+    rules,
+    server,
+    trees,
+)
 from hiso_jax.federated import Algorithm, Metrics, State, decomfl, federated_hiso, scalar_algorithm
 from hiso_jax.fingerprint import digest
 from hiso_jax.ledger import CorruptLedger, Ledger, LedgerError, LedgerMismatch, LedgerWriteError
@@ -27,6 +36,7 @@ __all__ = [
     "rules",
     "scalar_algorithm",
     "scale_by_zeroth_order",
+    "server",
     "trees",
     "value_and_grad",
     "zo_sgd",

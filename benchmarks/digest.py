@@ -1,0 +1,62 @@
+"""The digest's share of a round's `advance`.
+
+python -m benchmarks.digest
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+import hiso_jax as hj
+from benchmarks import timing
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Time of the digest against that of `advance`, on a stack of transformer-like leaves."""
+
+    layers: int = 6
+    """Layers of 12 width^2 parameters."""
+    width: int = 384
+    """Width; the vocabulary has 30,522 rows."""
+    distribution: Literal["normal", "rademacher"] = "rademacher"
+    """Rademacher is the hard case: its noise costs least."""
+    repeats: int = 15
+    """Times that each is timed, in turns."""
+
+
+def main(options: Options) -> None:
+    """Measure and print."""
+    n, w = options.layers, options.width
+    shapes = [(30522, w), (n, w, 4 * w), (n, 4 * w, w), (n, w, w), (n, w, w), (n, w, w), (n, w, w)]
+    params = {f"leaf{i}": jnp.zeros(shape) for i, shape in enumerate(shapes)}
+    alg = hj.federated_hiso(
+        lambda params, batch: jnp.float32(0), 1e-3, distribution=options.distribution
+    )
+    states = [alg.init(params, jax.random.key(0))]
+    advance, record = jax.jit(alg.advance, donate_argnums=0), jnp.ones((1, 5))
+
+    def step() -> hj.State:
+        states[0] = advance(states[0], record)
+        return states[0]
+
+    times = timing.interleaved(
+        {"advance": step, "digest": lambda: hj.digest(states[0])}, options.repeats
+    )
+    size = sum(x.size for x in jax.tree.leaves(params))
+    console = Console()
+    console.print(timing.machine())
+    console.print(
+        f"{size:,} parameters, {options.distribution} noise, P = 5: advance "
+        f"{1e3 * times['advance']:.1f} ms, digest {1e3 * times['digest']:.1f} ms, "
+        f"{times['digest'] / times['advance']:.1%}"
+    )
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Options))
