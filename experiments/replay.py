@@ -30,9 +30,6 @@ from hiso_jax.models import huggingface
 from hiso_jax.replay import LARGE, Leaf, Replay
 from hiso_jax.tensorfile import Tensor, TensorFile
 
-KEPT = (".json", ".txt", ".model", ".jinja")
-"""Small files of a Hugging Face folder that go with the weights."""
-
 
 class Piece(NamedTuple):
     """A whole tensor in a file, and where in which leaf its numbers are."""
@@ -63,12 +60,14 @@ def folder_pieces(leaves: dict[str, Leaf], base: dict[str, TensorFile], layers: 
     where = {name: path for path, file in base.items() for name in file.tensors}
 
     def found(prefix: str) -> dict[str, list[str]]:
-        names = {
-            leaf: huggingface.tensor_names(leaf.removeprefix(prefix), layers)
-            for leaf in leaves
-            if leaf.startswith(prefix)
-        }
-        return {leaf: own for leaf, own in names.items() if all(n in where for n in own)}
+        names = {}
+        for leaf in leaves:
+            if leaf.startswith(prefix):
+                own = huggingface.tensor_names(leaf.removeprefix(prefix), layers)
+                names[leaf] = [n for name in own if (n := huggingface.find(name, where))]
+                if len(names[leaf]) < len(own):
+                    del names[leaf]
+        return names
 
     starts = {leaf[: i + 1] for leaf in leaves for i, letter in enumerate(leaf) if letter == "/"}
     best = max((found(prefix) for prefix in sorted({"", *starts})), key=len)
@@ -200,7 +199,7 @@ def run(ledger_path: Path, base_path: Path, out: Path) -> None:
         made = stack.enter_context((whole_folder if folder else files.whole)(out))
         rebuild(replay, pieces, base, made, step)
         for small in base_path.iterdir() if folder else ():
-            if small.is_file() and small.suffix in KEPT:
+            if small.is_file() and small.suffix in huggingface.SMALL_FILES:
                 shutil.copy(small, made / small.name)
     seconds = time.perf_counter() - begin
     console.print(

@@ -137,7 +137,7 @@ def test_a_run_on_a_hugging_face_folder_is_shipped(tmp_path: Path):
     # 8 clients x 20 bytes x 3 rounds over all clients: less than ten bytes each on average
     assert summary["uplink_bytes_per_client"] == 3 * 8 * 20 / summary["clients"]
     files = {p.name for p in (run / "model").iterdir()}
-    assert files == {"model.safetensors", "config.json", "labels.safetensors"}
+    assert files >= {"model.safetensors", "config.json", "labels.safetensors", "tokenizer.json"}
     assert summary["shipped_bytes"] < 3 * 24 + 4096
 
     # The base as a large model comes, in several files.

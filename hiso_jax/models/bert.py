@@ -1,4 +1,4 @@
-"""BERT's encoder in flax.nnx, attributes named as Hugging Face names its tensors.
+"""The encoder of BERT and RoBERTa in flax.nnx, named as Hugging Face names its tensors.
 
 Layers are stacked ([L, ...] leaves) and scanned, so a deep model compiles as fast as a
 shallow one.
@@ -10,9 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-IGNORED = ("pooler.", "embeddings.position_ids")
-"""Tensors of a checkpoint that the encoder does not use; they are saved back untouched."""
-
 
 class _Embeddings(nnx.Module):
     def __init__(self, config: Any, rngs: nnx.Rngs):
@@ -21,9 +18,13 @@ class _Embeddings(nnx.Module):
         self.position_embeddings = nnx.Embed(config.max_position_embeddings, width, rngs=rngs)
         self.token_type_embeddings = nnx.Embed(config.type_vocab_size, width, rngs=rngs)
         self.LayerNorm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs)
+        # RoBERTa counts tokens only, and begins after the place of its padding.
+        self.first = config.pad_token_id + 1 if config.model_type == "roberta" else None
 
-    def __call__(self, input_ids: jax.Array) -> jax.Array:
+    def __call__(self, input_ids: jax.Array, valid: jax.Array) -> jax.Array:
         positions = jnp.arange(input_ids.shape[1])[None]
+        if self.first is not None:
+            positions = self.first - 1 + jnp.cumsum(valid, 1) * valid
         return self.LayerNorm(
             self.word_embeddings(input_ids)
             + self.position_embeddings(positions)
@@ -100,10 +101,10 @@ class _Encoder(nnx.Module):
 
 
 class Bert(nnx.Module):
-    """BERT without its pooler: tokens in, hidden states out.
+    """BERT or RoBERTa without pooler and head: tokens in, hidden states out.
 
     Args:
-      config: a ``transformers.BertConfig``.
+      config: a transformers config of model type ``bert`` or ``roberta``.
       rngs: for random weights.
     """
 
@@ -125,5 +126,9 @@ class Bert(nnx.Module):
         Returns:
           float32 [B, T, D]; positions that are padding hold no meaning.
         """
-        mask = (attention_mask > 0)[:, None, None, :]
-        return self.encoder(self.embeddings(input_ids), mask)
+        valid = attention_mask > 0
+        return self.encoder(self.embeddings(input_ids, valid), valid[:, None, None, :])
+
+    def hidden(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        """The same, by the name it has in decoders."""
+        return self(input_ids, attention_mask)

@@ -1,7 +1,11 @@
 """Hugging Face folders in and out: every tensor used once, every leaf filled, or an error."""
 
+import json
 import os
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,28 +13,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from tqdm.auto import tqdm
 
 from hiso_jax import files, trees
-from hiso_jax.models import bert
+from hiso_jax.models import bert, decoder
+from hiso_jax.tensorfile import Tensor, TensorFile
 
-_FAMILIES = {"bert": bert}
+_FAMILIES: dict[str, Any] = {"bert": bert.Bert, "roberta": bert.Bert} | dict.fromkeys(
+    ("opt", "llama", "qwen2", "qwen3", "gemma3_text", "smollm3"), decoder.Decoder
+)
+# Buffers that old checkpoints hold and no model reads; the pooler is not part of the encoder.
+_UNUSED = re.compile(r"(^|\.)(pooler\.|position_ids$|rotary_emb\.inv_freq$|masked_bias$)")
+_PREFIXES = ("", "model.", "bert.", "roberta.")
+SMALL_FILES = (".json", ".txt", ".model", ".jinja")
+"""Suffixes of the small files of a folder (tokenizer, generation) that go with the weights."""
 
 
 class Model(NamedTuple):
-    """A pretrained model as data and a pure function.
+    """A pretrained model as data and pure functions.
 
     Attributes:
       config: the transformers config.
       params: nested dict of arrays; layers are stacked along the first axis.
-      apply: ``(params, input_ids [B, T], attention_mask [B, T]) -> hidden states [B, T, D]``.
-      untouched: tensors of the checkpoint that `apply` does not use, by their own names.
+      apply: ``(params, input_ids [B, T], attention_mask [B, T])`` -> logits [B, T, V], or, for
+        encoders, hidden states [B, T, D].
+      hidden: as `apply`, -> hidden states [B, T, D].
+      head: ``(params, hidden [..., D], rows=None) -> logits [..., V or rows]``; decoders only.
+      generate: ``(params, input_ids, attention_mask, max_new_tokens, stop=(), pad=0)
+        -> int32 [B, max_new_tokens]``, the most probable tokens; decoders only.
+      source: the folder it came from, or None.
+      untouched: tensors of the checkpoint that are not used, by their own names.
     """
 
     config: Any
     params: trees.Params
     apply: Callable[..., jax.Array]
+    hidden: Callable[..., jax.Array]
+    head: Callable[..., jax.Array]
+    generate: Callable[..., jax.Array]
+    source: Path | None
     untouched: dict[str, np.ndarray]
 
 
@@ -38,14 +59,27 @@ def tensor_names(leaf: str, layers: int) -> list[str]:
     """Hugging Face's names of the tensors that a leaf is made of: one, or one a layer.
 
     Example:
-      >>> tensor_names("pooler/dense/kernel", 2), tensor_names("a/layer/norm/bias", 2)
-      (['pooler.dense.weight'], ['a.layer.0.norm.bias', 'a.layer.1.norm.bias'])
+      >>> tensor_names("pooler/dense/kernel", 2), tensor_names("a/layers/norm/bias", 2)
+      (['pooler.dense.weight'], ['a.layers.0.norm.bias', 'a.layers.1.norm.bias'])
     """
     *module, last = leaf.split("/")
     name = ".".join([*module, last if last == "bias" else "weight"])
     if not _stacked(leaf):
         return [name]
-    return [name.replace(".layer.", f".layer.{i}.") for i in range(layers)]
+    return [re.sub(r"\.(layers?)\.", rf".\1.{i}.", f".{name}", count=1)[1:] for i in range(layers)]
+
+
+def find(name: str, there: Container[str]) -> str | None:
+    """Return the name by which a checkpoint has a tensor.
+
+    With or without the prefix of the class that saved it; a tied embedding may be there under
+    the name of the head only.
+    """
+    short = name.removeprefix("model.")
+    names = [name, short, *(prefix + name for prefix in _PREFIXES)]
+    if short.endswith("embed_tokens.weight"):
+        names.append("lm_head.weight")
+    return next((own for own in names if own in there), None)
 
 
 def is_turned(leaf: str) -> bool:
@@ -54,16 +88,120 @@ def is_turned(leaf: str) -> bool:
 
 
 def _stacked(leaf: str) -> bool:
-    return "/layer/" in leaf
+    return "/layer/" in leaf or "/layers/" in leaf
 
 
-def from_pretrained(path: str | os.PathLike[str]) -> Model:
-    """Load a model from a Hugging Face folder (config.json and model.safetensors).
+def _build(config: Any) -> tuple[Any, dict[str, Any]]:
+    """The graph and the shapes of a config's model."""
+    if config.model_type not in _FAMILIES:
+        raise ValueError(f"model type {config.model_type!r} is not supported, only "
+                         f"{list(_FAMILIES)}")  # fmt: skip
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: _FAMILIES[config.model_type](config, nnx.Rngs(0)))
+    )
+    return graph, nnx.to_pure_dict(state)
 
-    Weights are float32. Supported so far: BERT encoders.
+
+def _model(
+    config: Any, graph: Any, params: trees.Params, source: Path | None, untouched: dict[str, Any]
+) -> Model:
+    def method(name: str) -> Callable[..., jax.Array]:
+        def call(params: trees.Params, *args: Any, **options: Any) -> jax.Array:
+            model = nnx.merge(graph, params)
+            return (getattr(model, name) if name else model)(*args, **options)
+
+        return call
+
+    names = ("", "hidden", "head", "generate")
+    return Model(config, params, *(method(name) for name in names), source, untouched)
+
+
+def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
+    """A model with random weights: N(0, initializer_range), norms 1 and biases 0.
+
+    Args:
+      config: a transformers config.
+      key: PRNG key.
+      dtype: of the parameters.
+
+    Example:
+      >>> from transformers import OPTConfig
+      >>> config = OPTConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, ffn_dim=16,
+      ...     num_attention_heads=2, max_position_embeddings=16, word_embed_proj_dim=8)
+      >>> model = from_config(config, jax.random.key(0))
+      >>> tokens = jnp.ones((1, 4), jnp.int32)
+      >>> model.apply(model.params, tokens, tokens).shape
+      (1, 4, 9)
+    """
+    graph, shapes = _build(config)
+
+    def draw(path: Any, like: Any) -> jax.Array:
+        name = trees.leaf_name(path)
+        if name.endswith(("/kernel", "/embedding")):
+            own = jax.random.fold_in(key, np.uint32(trees.leaf_hash(name)))
+            return (config.initializer_range * jax.random.normal(own, like.shape)).astype(dtype)
+        offset = config.model_type == "gemma3_text"
+        return jnp.full(like.shape, 0 if name.endswith("bias") or offset else 1, dtype)
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    return _model(config, graph, params, None, {})
+
+
+def folder_of(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a model: a local one, or that of a hub id, downloaded if it must be.
 
     Raises:
-      FileNotFoundError: the folder or one of the two files is missing.
+      FileNotFoundError: neither.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise FileNotFoundError(f"{path}: expected a folder with config.json, or a hub id org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [f"*{suffix}" for suffix in (*SMALL_FILES, ".safetensors")]
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{path}: no such folder here, and the hub does not give it: {error}"
+        ) from error
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[dict[str, TensorFile]]:
+    """Open a folder's safetensors, one file or those of its index; give name -> file."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        paths = sorted({folder / p for p in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        paths = [single]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise FileNotFoundError(
+            f"expected {', '.join(missing)}; a checkpoint that is there as pytorch_model.bin only "
+            "has to be saved by transformers once, with save_pretrained"
+        )
+    with ExitStack() as stack:
+        opened = [stack.enter_context(TensorFile(path)) for path in paths]
+        yield {name: file for file in opened for name in file.tensors}
+
+
+def from_pretrained(
+    path: str | os.PathLike[str], dtype: Any = jnp.float32, progress: bool = True
+) -> Model:
+    """Load a model from a Hugging Face folder or hub id (config.json, safetensors).
+
+    One tensor is read at a time: the peak is one copy of the parameters and a little.
+    Families: OPT, Llama, Qwen2, Qwen3, Gemma 3 (text), SmolLM3; BERT and RoBERTa encoders.
+
+    Args:
+      path: folder, or ``org/name`` on the hub.
+      dtype: of the parameters: float32, bfloat16 or float16.
+      progress: whether to show a bar.
+
+    Raises:
+      FileNotFoundError: folder or files are missing.
       ValueError: another model type, or a missing, surplus or misshapen tensor, by name.
 
     Example:
@@ -72,48 +210,63 @@ def from_pretrained(path: str | os.PathLike[str]) -> Model:
       ...     models.from_pretrained("no/such/folder")
       ... except FileNotFoundError as error:
       ...     print(error)
-      no/such/folder: expected a folder with config.json and model.safetensors
+      no/such/folder: expected a folder with config.json, or a hub id org/name
     """
     from transformers import AutoConfig  # a slow import, and only needed here
 
-    folder = Path(path)
-    weights = folder / "model.safetensors"
-    if not weights.is_file() or not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: expected a folder with config.json and model.safetensors")
+    folder = folder_of(path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: expected a folder with config.json")
     config = AutoConfig.from_pretrained(folder)
-    if config.model_type not in _FAMILIES:
-        raise ValueError(
-            f"{path}: model type {config.model_type!r} is not supported, only {list(_FAMILIES)}"
-        )
-    family = _FAMILIES[config.model_type]
-    graph, state = nnx.split(nnx.eval_shape(lambda: family.Bert(config, nnx.Rngs(0))))
-    shapes = nnx.to_pure_dict(state)
+    try:
+        graph, shapes = _build(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     filled: dict[str, jax.Array] = {}
-    with safe_open(weights, "np") as tensors:
-        surplus = set(tensors.keys())
-        for leaf, wanted in trees.named(shapes).items():
-            names = tensor_names(leaf, config.num_hidden_layers)
-            if missing := [name for name in names if name not in surplus]:
-                raise ValueError(f"{weights}: tensors missing: {missing}")
-            surplus -= set(names)
-            arrays = [tensors.get_tensor(name) for name in names]
-            arrays = [array.T for array in arrays] if is_turned(leaf) else arrays
-            array = np.stack(arrays) if _stacked(leaf) else arrays[0]
-            if array.shape != wanted.shape:
-                raise ValueError(
-                    f"{weights}: {names[0]!r} makes {leaf!r} of shape {array.shape}, expected "
-                    f"{wanted.shape}"
-                )
-            filled[leaf] = jnp.asarray(array, jnp.float32)
-        ignored = {name for name in surplus if name.startswith(family.IGNORED)}
-        if surplus - ignored:
-            raise ValueError(f"{weights}: unknown tensors: {sorted(surplus - ignored)}")
-        untouched = {name: tensors.get_tensor(name) for name in sorted(ignored)}
+    with open_tensors(folder) as there:
+        leaves = trees.named(shapes)
+        plan = {n: _tensors(folder, n, config, there) for n in leaves}
+        used = {tensor for own in plan.values() for tensor in own}
+        surplus = there.keys() - used - {n for n in there if _UNUSED.search(n)}
+        if getattr(config, "tie_word_embeddings", False) and "lm_head.weight" in surplus:
+            _check_tied(folder, there, next(n for n in used if n.endswith("embed_tokens.weight")))
+            surplus -= {"lm_head.weight"}
+        if surplus:
+            raise ValueError(f"{folder}: unknown tensors: {sorted(surplus)}")
+        for leaf in tqdm(leaves, desc=f"loading {folder.name}", disable=None if progress else True):
+            array = np.empty(leaves[leaf].shape, dtype)
+            rows = array if _stacked(leaf) else array[None]
+            for row, name in zip(rows, plan[leaf], strict=True):
+                tensor = there[name].tensors[name]
+                shape = row.shape[::-1] if is_turned(leaf) else row.shape
+                if tensor.shape != shape:
+                    raise ValueError(
+                        f"{folder}: {name!r} has shape {tensor.shape}, expected {shape} for "
+                        f"{leaf!r}"
+                    )
+                x = there[name].read(name, 0, tensor.size).reshape(shape)
+                row[...] = x.T if is_turned(leaf) else x
+            filled[leaf] = jnp.asarray(array)
+        kept = [n for n in sorted(there.keys() - used) if n != "lm_head.weight"]
+        untouched = {
+            n: there[n].read(n, 0, there[n].tensors[n].size).reshape(there[n].tensors[n].shape)
+            for n in kept
+        }
+    return _model(config, graph, trees.merge(shapes, filled), folder, untouched)
 
-    def apply(params: trees.Params, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        return nnx.merge(graph, params)(input_ids, attention_mask)
 
-    return Model(config, trees.merge(shapes, filled), apply, untouched)
+def _tensors(folder: Path, leaf: str, config: Any, there: Container[str]) -> list[str]:
+    names = tensor_names(leaf, config.num_hidden_layers)
+    found = [find(name, there) for name in names]
+    if missing := [name for name, own in zip(names, found, strict=True) if own is None]:
+        raise ValueError(f"{folder}: tensors missing: {missing}")
+    return [own for own in found if own is not None]
+
+
+def _check_tied(folder: Path, there: dict[str, TensorFile], table: str) -> None:
+    one, two = (there[n].read(n, 0, there[n].tensors[n].size) for n in (table, "lm_head.weight"))
+    if one.tobytes() != two.tobytes():
+        raise ValueError(f"{folder}: the config ties 'lm_head.weight' to {table!r}, they differ")
 
 
 def save_pretrained(
@@ -121,18 +274,36 @@ def save_pretrained(
 ) -> None:
     """Write a folder that ``transformers`` and `from_pretrained` load back.
 
+    Tokenizer and other small files of the folder that the model came from go with it.
+
     Args:
       model: gives the config and the tensors that were not used.
-      folder: made if absent; config.json and model.safetensors in it are replaced.
+      folder: made if absent; its config.json and model.safetensors are replaced.
       params: what to write instead of ``model.params``, same structure.
     """
-    tensors = dict(model.untouched)
-    for leaf, array in trees.named(model.params if params is None else params).items():
-        names = tensor_names(leaf, model.config.num_hidden_layers)
-        parts = list(np.asarray(array)) if _stacked(leaf) else [np.asarray(array)]
-        for name, part in zip(names, parts, strict=True):
-            tensors[name] = np.ascontiguousarray(part.T if is_turned(leaf) else part)
-    with files.whole(Path(folder) / "model.safetensors") as part:
-        save_file(tensors, part, metadata={"format": "pt"})
-    with files.whole(Path(folder) / "config.json") as part:
-        part.write_text(model.config.to_json_string())
+    folder = Path(folder)
+    leaves = trees.named(model.params if params is None else params)
+    tensors = {n: Tensor(x.dtype, x.shape) for n, x in model.untouched.items()}
+    parts: dict[str, tuple[str, int]] = {}
+    for leaf, array in leaves.items():
+        shape = array.shape[1:] if _stacked(leaf) else array.shape
+        for i, name in enumerate(tensor_names(leaf, model.config.num_hidden_layers)):
+            own = shape[::-1] if is_turned(leaf) else shape
+            tensors[name], parts[name] = Tensor(np.dtype(array.dtype), own), (leaf, i)
+    with files.whole(folder / "model.safetensors") as part:
+        with TensorFile.create(part, tensors, {"format": "pt"}) as file:
+            for name, x in model.untouched.items():
+                file.write(name, 0, x.reshape(-1))
+            for name, (leaf, i) in parts.items():
+                x = np.asarray(leaves[leaf][i] if _stacked(leaf) else leaves[leaf])
+                file.write(name, 0, (x.T if is_turned(leaf) else x).reshape(-1))
+    config = json.loads(model.config.to_json_string())
+    config["dtype"] = str(next(iter(leaves.values())).dtype)
+    for small in model.source.iterdir() if model.source else ():
+        # The index is that of the files the weights came in, not of the one they are in now.
+        wanted = small.is_file() and small.suffix in SMALL_FILES
+        if wanted and not small.name.endswith(".index.json"):
+            if small.resolve().parent != folder.resolve():
+                shutil.copy(small, folder / small.name)
+    with files.whole(folder / "config.json") as part:
+        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

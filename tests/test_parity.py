@@ -1,0 +1,153 @@
+"""Every family against transformers' own torch model: logits, generation, the way there and back."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hiso_jax import models, trees
+
+torch = pytest.importorskip("torch", reason="needs the extra 'parity': pip install torch==2.13.0")
+transformers = pytest.importorskip("transformers")
+
+BASE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+            max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3)  # fmt: skip
+LLAMA = BASE | dict(intermediate_size=44, num_key_value_heads=2)
+SCALED = dict(rope_type="llama3", rope_theta=100.0, factor=4.0, low_freq_factor=1.0,
+              high_freq_factor=4.0, original_max_position_embeddings=16)  # fmt: skip
+CASES: dict[str, Any] = {
+    "OPT": ("OPT", BASE | dict(ffn_dim=48, word_embed_proj_dim=32)),
+    "OPT, post-norm and projections (350m)": (
+        "OPT", BASE | dict(ffn_dim=48, word_embed_proj_dim=20, do_layer_norm_before=False)),
+    "OPT, no biases, GELU": (
+        "OPT", BASE | dict(ffn_dim=48, word_embed_proj_dim=32, enable_bias=False,
+                           layer_norm_elementwise_affine=False, activation_function="gelu")),
+    "Llama, tied": ("Llama", LLAMA | dict(tie_word_embeddings=True)),
+    "Llama, grouped queries, biases": (
+        "Llama", LLAMA | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=False)),
+    "Llama 3 rope scaling, wide heads": ("Llama", LLAMA | dict(rope_parameters=SCALED, head_dim=16)),
+    "Llama, linear rope scaling": (
+        "Llama", LLAMA | dict(rope_parameters=dict(rope_type="linear", rope_theta=50.0, factor=2.0))),
+    "Qwen2": ("Qwen2", LLAMA | dict(tie_word_embeddings=False)),
+    "Qwen2, sliding window": (
+        "Qwen2", LLAMA | dict(use_sliding_window=True, sliding_window=4, max_window_layers=2)),
+    "Qwen3": ("Qwen3", LLAMA | dict(head_dim=12, tie_word_embeddings=True)),
+    "Gemma 3": (
+        "Gemma3", LLAMA | dict(head_dim=12, sliding_window=4, query_pre_attn_scalar=20,
+                               layer_types=["sliding_attention", "full_attention"] * 2)),
+    "SmolLM3": ("SmolLM3", LLAMA | dict(no_rope_layer_interval=3)),
+}  # fmt: skip
+ENCODERS: dict[str, Any] = {
+    "BERT": ("Bert", BASE | dict(intermediate_size=44, type_vocab_size=2)),
+    "RoBERTa": ("Roberta", BASE | dict(intermediate_size=44, type_vocab_size=1)),
+}
+
+
+def reference(case: tuple[str, dict[str, Any]], folder: Path, causal: bool = True) -> Any:
+    """A random torch model, also in a folder; norms and biases are random too."""
+    family, options = case
+    suffix = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    config = getattr(transformers, suffix)(**options, attn_implementation="eager")
+    name = f"{family}ForCausalLM" if causal else f"{family}Model"
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).eval().float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            centre = 0.0 if family == "Gemma3" else centre
+            parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+def batch(side: str) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    ids = rng.integers(5, 97, (3, 11)).astype(np.int32)
+    mask = np.ones_like(ids)
+    for row, count in enumerate((0, 3, 7)):
+        span = slice(0, count) if side == "left" else slice(11 - count, 11)
+        ids[row, span], mask[row, span] = 1, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def long(inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {k: torch.tensor(v).long() for k, v in inputs.items()}
+
+
+def difference(model: Any, wanted: Any, inputs: dict[str, np.ndarray]) -> float:
+    got = np.asarray(jax.jit(model.apply)(model.params, **inputs))
+    assert got.shape == wanted.shape
+    return float(np.abs((got - wanted.numpy()) * inputs["attention_mask"][..., None]).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decoder(name: str, tmp_path: Path):
+    theirs = reference(CASES[name], tmp_path / "in")
+    ours = models.from_pretrained(tmp_path / "in")
+    for side in ("left", "right"):
+        inputs = batch(side)
+        with torch.no_grad():
+            wanted = theirs(**long(inputs)).logits
+        assert wanted.std() > 0.1
+        assert difference(ours, wanted, inputs) < 1e-5 * max(1.0, float(wanted.abs().max()) / 4)
+
+    inputs = batch("left")
+    with torch.no_grad():
+        wanted = theirs.generate(**long(inputs), max_new_tokens=9, do_sample=False)[:, 11:].numpy()
+    run = jax.jit(ours.generate, static_argnums=3)
+    got = np.asarray(run(ours.params, *inputs.values(), 9, jnp.array([3]), 1))
+    np.testing.assert_array_equal(got[:, : wanted.shape[1]], wanted)
+    moved = {k: np.stack([np.roll(row, -count) for row, count in zip(x, (0, 3, 7), strict=True)])
+             for k, x in inputs.items()}  # fmt: skip
+    other = np.asarray(run(ours.params, *moved.values(), 9, jnp.array([3]), 1))
+    np.testing.assert_array_equal(other, got)  # the side of the padding does not matter
+
+    models.save_pretrained(ours, tmp_path / "out")
+    back = type(theirs).from_pretrained(tmp_path / "out")
+    before, after = theirs.state_dict(), back.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("headed", [False, True])
+def test_encoder(name: str, headed: bool, tmp_path: Path):
+    family = ENCODERS[name][0]
+    theirs = reference(ENCODERS[name], tmp_path, causal=False)
+    if headed:  # the same weights under the prefix of a class with a head
+        whole = getattr(transformers, f"{family}ForSequenceClassification")(theirs.config)
+        getattr(whole, family.lower()).load_state_dict(theirs.state_dict(), strict=False)
+        tensors = {k: v for k, v in whole.state_dict().items() if "classifier" not in k}
+        from safetensors.torch import save_file
+
+        save_file(tensors, tmp_path / "model.safetensors")
+    ours = models.from_pretrained(tmp_path)
+    for side in ("right",) if name == "BERT" else ("left", "right"):
+        inputs = batch(side)
+        with torch.no_grad():
+            wanted = theirs(**long(inputs)).last_hidden_state
+        assert difference(ours, wanted, inputs) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_parameters(dtype: Any, tmp_path: Path):
+    theirs = reference(CASES["Qwen3"], tmp_path)
+    ours = models.from_pretrained(tmp_path, dtype=dtype)
+    assert all(x.dtype == dtype for x in trees.named(ours.params).values())
+    inputs = batch("right")
+    with torch.no_grad():
+        wanted = theirs(**long(inputs)).logits
+    scale = float(wanted.abs().max())
+    assert difference(ours, wanted, inputs) < scale * (0.05 if dtype == jnp.bfloat16 else 0.01)
+
+
+def test_rows_of_the_head_are_those_of_the_logits(tmp_path: Path):
+    reference(CASES["Llama, tied"], tmp_path)
+    ours, inputs = models.from_pretrained(tmp_path), batch("right")
+    hidden = ours.hidden(ours.params, **inputs)
+    some = ours.head(ours.params, hidden[:, -1], jnp.array([7, 3]))
+    whole = ours.apply(ours.params, **inputs)
+    np.testing.assert_allclose(some, whole[:, -1][:, jnp.array([7, 3])], atol=1e-5)
