@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from experiments import job
-from experiments.problem import Problem, split
+from experiments.problem import Problem, classification, split
 from hiso_jax import files, trees
 from hiso_jax.simulation import Clients
 
@@ -57,11 +57,13 @@ def digits(num_clients: int = 40, alpha: float = 1.0, seed: int = 0) -> Problem:
         with files.whole(folder / "model.safetensors") as part:
             save_file({n: np.asarray(x) for n, x in trees.named(params).items()}, part)
 
+    loss_fn, score = classification(logits_fn)
     own = {f"client {i}": train[owners == i] for i in range(num_clients)}
     return Problem(
         name="handwritten digits, CNN",
         params=jax.tree.map(jnp.asarray, nnx.to_pure_dict(state)),
-        logits_fn=logits_fn,
+        loss_fn=loss_fn,
+        score=score,
         clients=Clients({name: take(picks) for name, picks in own.items() if len(picks)}),
         dev=take(dev),
         test=take(test),

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,16 @@ def settle(options: SomeOptions) -> SomeOptions:
     saved = json.loads(path.read_text())
     if saved["job"] != _job(options):
         sys.exit(f"{options.resume} is a run of experiments.{saved['job']}")
-    return kind(**saved["options"], out=options.resume, resume=options.resume)
+    kept = {name: _typed(hint, saved["options"].get(name))
+            for name, hint in get_type_hints(kind).items() if name in saved["options"]}  # fmt: skip
+    return kind(**kept, out=options.resume, resume=options.resume)
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """An option as JSON has it, back in the type that it had."""
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if isinstance(value, str) and Path in (hint, *get_args(hint)) else value
 
 
 def _job(options: Options) -> str:
@@ -107,13 +116,17 @@ def algorithm(options: Options, problem: Problem, learning_rate: float) -> hj.Al
         num_perturbations=options.num_perturbations,
         smoothing=options.smoothing,
         distribution=options.distribution,
+        trainable=problem.trainable,
         **extra,
     )
 
 
-def _accuracy(score: Any, params: Any, data: simulation.Arrays) -> tuple[float, float]:
-    sums = simulation.evaluate(score, params, data, batch_size=64)
-    return float(sums["loss"] / sums["count"]), float(sums["correct"] / sums["count"])
+def _evaluate(
+    problem: Problem, score: Any, params: Any, data: simulation.Arrays
+) -> tuple[float, float]:
+    """Loss and metric on a split."""
+    sums = simulation.evaluate(score, params, data, batch_size=64, prepare=problem.prepare)
+    return problem.figure(sums)
 
 
 @contextlib.contextmanager
@@ -188,11 +201,11 @@ def _traffic(options: Options, problem: Problem, ledger: hj.Ledger) -> simulatio
 
 def train(options: Options, problem: Problem, learning_rate: float) -> dict[str, Any]:
     """Run one method, or go on with it, and write its folder; return the summary."""
-    folder, clients = options.out, problem.clients
+    folder, clients, metric = options.out, problem.clients, problem.metric
     folder.mkdir(parents=True, exist_ok=True)
     alg = algorithm(options, problem, learning_rate)
     score = jax.jit(problem.score)
-    before = _accuracy(score, problem.params, problem.test)
+    before = _evaluate(problem, score, problem.params, problem.test)
     seconds: list[float] = []
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(report.progress())
@@ -200,73 +213,74 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
         stack.enter_context(ledger)
         traffic = _traffic(options, problem, ledger)
         if not rows:
-            dev = _accuracy(score, problem.params, problem.dev)
-            rows.append(dict(round=0, dev_loss=dev[0], dev_accuracy=dev[1]))
+            dev = _evaluate(problem, score, problem.params, problem.dev)
+            rows.append({"round": 0, "dev_loss": dev[0], f"dev_{metric}": dev[1]})
         with files.whole(folder / "metrics.jsonl") as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows))
         log = stack.enter_context(open(folder / "metrics.jsonl", "a"))
-        stop = stack.enter_context(_stop_on_ctrl_c())
-        done, last_dev = ledger.rounds, [r["dev_accuracy"] for r in rows if "dev_accuracy" in r][-1]
+        done, last_dev = ledger.rounds, [r[f"dev_{metric}"] for r in rows if "dev_loss" in r][-1]
         task = bar.add_task(
             TITLES[options.method], total=options.rounds, completed=done, status="compiling"
         )
         start = time.perf_counter()
-        for step in simulation.run(
-            alg,
-            state,
-            clients,
-            rounds=options.rounds,
-            clients_per_round=options.clients_per_round,
-            batch_size=options.batch_size,
-            local_steps=options.local_steps,
-            seed=options.seed,
-            sampling=options.sampling,
-            dropout=options.dropout,
-        ):
-            seconds.append(time.perf_counter() - start)
-            state = step.state
-            if step.bad:
-                continue  # it moved nothing, and is not part of the run
-            done = step.round
-            traffic.ask(step.names, done - 1, step.reported)
-            up, down = sum(traffic.up.values()), sum(traffic.down.values())
-            loss = float(step.metrics.loss)
-            row: dict[str, Any] = dict(
-                round=done,
-                loss=loss if np.isfinite(loss) else None,  # nobody answered
-                clients=step.names,
-                uplink_bytes=up,
-                downlink_bytes=down,
-                seconds=round(seconds[-1], 4),
-            )
-            if done % options.eval_every == 0 or done == options.rounds:
-                dev = _accuracy(score, state.params, problem.dev)
-                row.update(dev_loss=dev[0], dev_accuracy=dev[1])
-                last_dev = dev[1]
-            # The row comes first: a record without its row could not be given one later.
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            rows.append(row)
-            ledger.append(
-                step.metrics.record, hj.digest(state), step.metrics.learning_rate, step.reported
-            )
-            if done % options.snapshot_every == 0 or done == options.rounds:
-                snapshots.save(folder / "snapshots", alg, state)
-            bar.update(
-                task,
-                completed=done,
-                status=f"loss {loss:.3f}  dev {last_dev:.1%}  "
-                f"{1 / np.median(seconds[-20:]):.1f} rounds/s  "
-                f"up {report.size(up)}  down {report.size(down)}",
-            )
-            start = time.perf_counter()
-            if stop.is_set():
-                break
+        with _stop_on_ctrl_c() as stop:
+            for step in simulation.run(
+                alg,
+                state,
+                clients,
+                rounds=options.rounds,
+                clients_per_round=options.clients_per_round,
+                batch_size=options.batch_size,
+                local_steps=options.local_steps,
+                seed=options.seed,
+                sampling=options.sampling,
+                dropout=options.dropout,
+                prepare=problem.prepare,
+            ):
+                seconds.append(time.perf_counter() - start)
+                state = step.state
+                if step.bad:
+                    continue  # it moved nothing, and is not part of the run
+                done = step.round
+                traffic.ask(step.names, done - 1, step.reported)
+                up, down = sum(traffic.up.values()), sum(traffic.down.values())
+                loss = float(step.metrics.loss)
+                row: dict[str, Any] = dict(
+                    round=done,
+                    loss=loss if np.isfinite(loss) else None,  # nobody answered
+                    clients=step.names,
+                    uplink_bytes=up,
+                    downlink_bytes=down,
+                    seconds=round(seconds[-1], 4),
+                )
+                if done % options.eval_every == 0 or done == options.rounds:
+                    dev = _evaluate(problem, score, state.params, problem.dev)
+                    row.update({"dev_loss": dev[0], f"dev_{metric}": dev[1]})
+                    last_dev = dev[1]
+                # The row comes first: a record without its row could not be given one later.
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                rows.append(row)
+                ledger.append(
+                    step.metrics.record, hj.digest(state), step.metrics.learning_rate, step.reported
+                )
+                if done % options.snapshot_every == 0 or done == options.rounds:
+                    snapshots.save(folder / "snapshots", alg, state)
+                bar.update(
+                    task,
+                    completed=done,
+                    status=f"loss {loss:.3f}  dev {report.figure(metric, last_dev)}  "
+                    f"{1 / np.median(seconds[-20:]):.1f} rounds/s  "
+                    f"up {report.size(up)}  down {report.size(down)}",
+                )
+                start = time.perf_counter()
+                if stop.is_set():
+                    break
         payload = ledger.records().nbytes
         shipped = ledger.export(folder / "ledger.safetensors")
     traffic.catch_up(clients.names, done)  # everybody ends with the model
-    after = _accuracy(score, state.params, problem.test)
-    size = sum(x.size for x in jax.tree.leaves(problem.params))
+    after = _evaluate(problem, score, state.params, problem.test)
+    size = sum(x.size for x in alg.trainable(problem.params).values())
     each = [row["seconds"] for row in rows if "seconds" in row]
     steady = float(np.median(each[1:] or each or [0.0]))
     summary = dict(
@@ -277,9 +291,10 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
         learning_rate=learning_rate,
         seed=options.seed,
         clients=len(clients),
-        parameters=size,
-        accuracy_before=before[1],
-        accuracy=after[1],
+        parameters=sum(x.size for x in jax.tree.leaves(problem.params)),
+        trained_parameters=size,
+        metric=metric,
+        **{f"{metric}_before": before[1], metric: after[1]},
         loss_before=before[0],
         loss=after[0],
         uplink_bytes_per_client=sum(traffic.up.values()) / len(clients),
@@ -292,7 +307,7 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
     )
     problem.save(folder, state.params)
     report.write_json(folder / "summary.json", summary)
-    report.draw({TITLES[options.method]: rows}, problem.name, folder / "curve.png")
+    report.draw({TITLES[options.method]: rows}, metric, problem.name, folder / "curve.png")
     return summary | {"rows": rows}
 
 
@@ -309,6 +324,12 @@ def _begin(options: Options, rates: dict[str, float]) -> None:
     report.write_json(out / "options.json", content)
 
 
+def _picture_split(options: Options, problem: Problem) -> None:
+    """Draw who has what: examples of every label, client by client."""
+    labels = {n: d["label"] for n, d in problem.clients.data.items() if "label" in d}
+    report.draw_split(labels, problem.clients.sizes, options.out / "split.png")
+
+
 def run(options: Options, problem: Problem, learning_rates: dict[str, float]) -> None:
     """Run what the options ask for, print the table, and say where the files are."""
     methods = list(METHODS) if options.compare else [options.method]
@@ -319,13 +340,14 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
             _begin(options, rates)
         else:
             rates = json.loads((options.out / "options.json").read_text())["learning_rates"]
+        _picture_split(options, problem)
         for method in methods:
             out = options.out / method if options.compare else options.out
             own = dataclasses.replace(options, method=method, out=out)
             summaries.append(train(own, problem, rates[method]))
         if options.compare:
             curves = {TITLES[s["method"]]: s["rows"] for s in summaries}
-            report.draw(curves, problem.name, options.out / "curve.png")
+            report.draw(curves, problem.metric, problem.name, options.out / "curve.png")
             bare = [{k: v for k, v in s.items() if k != "rows"} for s in summaries]
             report.write_json(options.out / "summary.json", bare)
     except (OSError, hj.LedgerError) as error:
@@ -334,8 +356,8 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
         sys.exit(1)
     console.print(report.table(summaries))
     console.print(
-        f"Written to [bold]{options.out}/[/bold]: curve.png, metrics.jsonl, summary.json, "
-        "ledger.sqlite, ledger.safetensors, weights"
+        f"Written to [bold]{options.out}/[/bold]: curve.png, split.png, metrics.jsonl, "
+        "summary.json, ledger.sqlite, ledger.safetensors, weights"
     )
     if any(s["rounds"] < options.rounds for s in summaries):
         console.print(f"To go on with it: --resume {options.out}")

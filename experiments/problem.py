@@ -12,32 +12,91 @@ from hiso_jax.simulation import Arrays, Clients
 
 
 class Problem(NamedTuple):
-    """A classification problem over simulated clients."""
+    """A problem over simulated clients."""
 
     name: str
     params: Any
-    logits_fn: Callable[[Any, Any], jax.Array]  # (params, batch) -> [B, classes]
-    clients: Clients  # columns of `logits_fn`'s batch and "label"
+    loss_fn: Callable[[Any, Any], jax.Array]  # (params, batch) -> loss
+    score: Callable[[Any, Any], dict[str, jax.Array]]  # (params, batch) -> sums, for `figure`
+    clients: Clients  # columns of the batch
     dev: Arrays  # chosen on
     test: Arrays  # reported
     save: Callable[[Path, Any], None]  # (run folder, params)
+    metric: str = "accuracy"  # "accuracy", "f1" or "perplexity"
+    prepare: Callable[[Arrays], Arrays] = lambda batch: batch  # before a batch is computed with
+    trainable: Any = None  # as in `hiso_jax.trees.select`
+    measure: Callable[[Any], dict[str, float]] = lambda params: {}  # more, of the test split
 
-    def loss_fn(self, params: Any, batch: Any) -> jax.Array:
-        """Mean cross-entropy over the examples of a batch that are not padding."""
-        losses, weight = self._losses(params, batch)[0], batch["weight"]
-        return (losses * weight).sum() / weight.sum()
+    def figure(self, sums: dict[str, Any]) -> tuple[float, float]:
+        """Mean loss, and the metric, of sums over a split."""
+        loss = float(sums["loss"] / sums["count"])
+        if self.metric == "perplexity":
+            return loss, float(np.exp(loss))
+        confusion = np.asarray(sums["confusion"], float)  # [label, prediction]
+        if self.metric == "accuracy":
+            return loss, float(np.trace(confusion) / confusion.sum())
+        both = confusion.sum(0) + confusion.sum(1)
+        present = both > 0
+        return loss, float((2 * np.diag(confusion)[present] / both[present]).mean())
 
-    def score(self, params: Any, batch: Any) -> dict[str, jax.Array]:
-        """Sums over a batch: ``loss``, ``correct`` and ``count``."""
-        losses, logits = self._losses(params, batch)
-        weight = batch["weight"]
-        correct = (logits.argmax(-1) == batch["label"]) * weight
-        return {"loss": (losses * weight).sum(), "correct": correct.sum(), "count": weight.sum()}
 
-    def _losses(self, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        logits = self.logits_fn(params, batch).astype(jnp.float32)
+def classification(logits_fn: Callable[[Any, Any], jax.Array]) -> tuple[Any, Any]:
+    """Loss and score of logits [B, labels] against column ``label``."""
+
+    def losses(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        logits = logits_fn(params, batch).astype(jnp.float32)
         picked = jnp.take_along_axis(logits, batch["label"][..., None], -1)[..., 0]
         return jax.nn.logsumexp(logits, -1) - picked, logits
+
+    def loss_fn(params: Any, batch: Any) -> jax.Array:
+        """Mean cross-entropy over the examples of a batch that are not padding."""
+        weight = batch["weight"]
+        return (losses(params, batch)[0] * weight).sum() / weight.sum()
+
+    def score(params: Any, batch: Any) -> dict[str, jax.Array]:
+        """Sums over a batch: ``loss``, ``count`` and ``confusion`` [label, prediction]."""
+        each, logits = losses(params, batch)
+        weight, size = batch["weight"], logits.shape[-1]
+        label = jax.nn.one_hot(batch["label"], size) * weight[:, None]
+        confusion = label.T @ jax.nn.one_hot(logits.argmax(-1), size)
+        return {"loss": (each * weight).sum(), "count": weight.sum(), "confusion": confusion}
+
+    return loss_fn, score
+
+
+def language(
+    hidden: Callable[[Any, Any], jax.Array],
+    head: Callable[[Any, jax.Array], jax.Array],
+    room: int | None = None,
+) -> tuple[Any, Any]:
+    """Loss and score of the tokens whose ``target`` is 1.
+
+    Args:
+      hidden: ``(params, batch) -> [B, T, D]``.
+      head: ``(params, [B, n, D]) -> logits [B, n, V]``.
+      room: all targets are among the last `room` columns: the head is computed there only.
+    """
+
+    def sums(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        ids, target = batch["input_ids"], batch["target"]
+        kept = ids.shape[1] - 1 if room is None else min(room, ids.shape[1] - 1)
+        logits = head(params, hidden(params, batch)[:, -kept - 1 : -1])
+        picked = jnp.take_along_axis(logits, ids[:, -kept:, None], -1)[..., 0]
+        weight = target[:, -kept:] * batch["weight"][:, None]
+        each = (jax.nn.logsumexp(logits, -1) - picked) * weight
+        return each.sum(), weight.sum()
+
+    def loss_fn(params: Any, batch: Any) -> jax.Array:
+        """Mean negative log-likelihood of a target."""
+        total, count = sums(params, batch)
+        return total / jnp.maximum(count, 1)
+
+    def score(params: Any, batch: Any) -> dict[str, jax.Array]:
+        """Sums over a batch: ``loss`` and ``count`` of targets."""
+        total, count = sums(params, batch)
+        return {"loss": total, "count": count}
+
+    return loss_fn, score
 
 
 def split(size: int, seed: int, parts: tuple[float, ...] = (0.7, 0.15, 0.15)) -> list[np.ndarray]:

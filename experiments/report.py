@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,7 +32,7 @@ def progress(count: str = "{task.completed}/{task.total}") -> Progress:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with files.whole(path) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n")
+        part.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def size(count: float) -> str:
@@ -43,23 +44,51 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def draw(curves: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
-    """Draw dev accuracy and loss against rounds, one curve a method."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")  # no pyplot: no display, no state
-    axes = figure.subplots(1, 2)
+def figure(metric: str, value: float) -> str:
+    """A metric as people write it."""
+    return f"{value:.2f}" if metric == "perplexity" else f"{value:.1%}"
+
+
+def draw(curves: dict[str, list[dict[str, Any]]], metric: str, title: str, path: Path) -> None:
+    """Draw metric and loss on the dev split against rounds, one curve a method."""
+    picture = Figure(figsize=(9, 3.4), layout="constrained")  # no pyplot: no display, no state
+    axes, percent = picture.subplots(1, 2), 1 if metric == "perplexity" else 100
     for name, rows in curves.items():
-        points = [r for r in rows if "dev_accuracy" in r]
+        points = [r for r in rows if "dev_loss" in r]
         rounds = [r["round"] for r in points]
-        axes[0].plot(rounds, [100 * r["dev_accuracy"] for r in points], marker=".", label=name)
+        axes[0].plot(rounds, [percent * r[f"dev_{metric}"] for r in points], marker=".", label=name)
         axes[1].plot(rounds, [r["dev_loss"] for r in points], marker=".", label=name)
-    for axis, label in zip(axes, ("dev accuracy, %", "dev loss"), strict=True):
+    for axis, label in zip(
+        axes, (f"dev {metric}" + ", %" * (percent > 1), "dev loss"), strict=True
+    ):
         axis.set(xlabel="round", ylabel=label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
-    figure.suptitle(title, fontsize=10)
+    picture.suptitle(title, fontsize=10)
     with files.whole(path) as part:
-        figure.savefig(part, dpi=150)
+        picture.savefig(part, dpi=150)
+
+
+def draw_split(labels: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -> None:
+    """Draw a bar a client, largest first, in a colour a label."""
+    picture = Figure(figsize=(9, 3), layout="constrained")
+    axis = picture.subplots()
+    names = sorted(sizes, key=lambda name: -sizes[name])
+    if labels:
+        kinds = np.unique(np.concatenate(list(labels.values())))
+        bottom = np.zeros(len(names))
+        for kind in kinds:
+            count = np.array([(labels[name] == kind).sum() for name in names])
+            axis.bar(range(len(names)), count, bottom=bottom, width=1.0, label=f"label {kind}")
+            bottom += count
+        axis.legend(frameon=False, ncols=2, fontsize=8)
+    else:
+        axis.bar(range(len(names)), [sizes[name] for name in names], width=1.0)
+    axis.set(xlabel=f"{len(names)} clients", ylabel="examples")
+    axis.spines[["top", "right"]].set_visible(False)
+    with files.whole(path) as part:
+        picture.savefig(part, dpi=150)
 
 
 def table(summaries: list[dict[str, Any]]) -> Table:
@@ -69,9 +98,10 @@ def table(summaries: list[dict[str, Any]]) -> Table:
     out.add_column("", justify="left")
     for summary in summaries:
         out.add_column(TITLES[summary["method"]], justify="right")
+    metric = first["metric"]
     lines = {
-        "test accuracy before": lambda s: f"{s['accuracy_before']:.1%}",
-        "test accuracy after": lambda s: f"[bold]{s['accuracy']:.1%}",
+        f"test {metric} before": lambda s: figure(metric, s[f"{metric}_before"]),
+        f"test {metric} after": lambda s: f"[bold]{figure(metric, s[metric])}",
         "sent by a client": lambda s: size(s["uplink_bytes_per_client"]),
         "received by a client": lambda s: size(s["downlink_bytes_per_client"]),
         "the whole run as a file": lambda s: size(s["shipped_bytes"]),

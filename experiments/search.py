@@ -22,7 +22,11 @@ from experiments import digits, finetune, job
 from hiso_jax import simulation
 
 TASKS: dict[str, tuple[Any, Any]] = {
-    "finetune": (finetune.Options, lambda options: finetune.docstring_topics(options.length)),
+    "finetune": (finetune.Options, finetune.build),
+    "sst2": (
+        lambda **own: finetune.Options(task="sst2", length=48, batch_size=8, **own),
+        finetune.build,
+    ),
     "digits": (digits.Options, lambda options: digits.digits()),
 }
 AXES = ("method", "learning_rate", "batch_size", "num_perturbations", "rounds")
@@ -32,8 +36,12 @@ AXES = ("method", "learning_rate", "batch_size", "num_perturbations", "rounds")
 class Search:
     """Grid search on the dev split; an option takes several values, none is the job's default."""
 
-    task: Literal["finetune", "digits"] = "finetune"
+    task: Literal["finetune", "sst2", "digits"] = "finetune"
     """The job whose options are searched."""
+    data: Path | None = None
+    """File or folder of the data, for sst2."""
+    columns: tuple[str, ...] = ()
+    """Names of its columns, if it has no header line."""
     method: tuple[str, ...] = tuple(job.METHODS)
     """Methods; all get the same grid."""
     learning_rate: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
@@ -65,14 +73,18 @@ def one(options: job.Options, problem: Any) -> dict[str, Any]:
         batch_size=options.batch_size,
         seed=seed,
         sampling=options.sampling,
+        prepare=problem.prepare,
     ):
         state = report.state
         if not np.isfinite(float(report.metrics.loss)) or float(report.metrics.loss) > 20:
             break  # diverged
-    sums = simulation.evaluate(score, state.params, problem.dev, batch_size=64)
+    sums = simulation.evaluate(
+        score, state.params, problem.dev, batch_size=64, prepare=problem.prepare
+    )
+    loss, figure = problem.figure(sums)
     return dict(
-        dev_accuracy=float(sums["correct"] / sums["count"]),
-        dev_loss=float(sums["loss"] / sums["count"]),
+        dev_accuracy=figure,
+        dev_loss=loss,
         rounds_done=int(state.round),
         seconds=round(time.perf_counter() - start, 1),
     )
@@ -100,7 +112,8 @@ def search(options: Search) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lines = options.out.read_text().splitlines() if options.out.exists() else []
     rows = [json.loads(line) for line in lines]
-    defaults, build = TASKS[options.task][0](), TASKS[options.task][1]
+    make, build = TASKS[options.task]
+    defaults = make(data=options.data, columns=options.columns) if options.data else make()
     axes = {axis: getattr(options, axis) or (getattr(defaults, axis),) for axis in AXES}
     grid = [dict(zip(AXES, point, strict=True)) for point in itertools.product(*axes.values())]
     done = {(row["task"], *(row[a] for a in AXES), row["seed"]) for row in rows}

@@ -4,7 +4,7 @@ Everything random here is a function of (seed, round), so a run can be stopped a
 round and gone on with, and two methods can be given the very same clients and batches.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -172,6 +172,7 @@ def run(
     seed: int = 0,
     sampling: str = "uniform",
     dropout: float = 0.0,
+    prepare: Callable[[Arrays], Arrays] = lambda batches: batches,
 ) -> Iterator[Report]:
     """Yield a report after every round, from ``state.round`` on.
 
@@ -190,6 +191,7 @@ def run(
       sampling: ``"uniform"`` or ``"size"``, see `Clients.sample`.
       dropout: chance in [0, 1] that a client that was asked does not answer. A round nobody
         answers moves nothing; its record is NaN.
+      prepare: what is done to batches [C, K, B, ...] before they are computed with.
 
     Raises:
       FloatingPointError: clients sent NaN or infinite scalars, by name. It is raised after
@@ -200,18 +202,18 @@ def run(
     checks.number("dropout", dropout, 0, 1)
     step = jax.jit(algorithm.round, donate_argnums=0)
 
-    def prepare(round: int) -> tuple[list[str], Any]:
+    def draw(round: int) -> tuple[list[str], Any]:
         names = clients.sample(clients_per_round, round, seed, sampling)
-        return names, clients.batches(names, round, batch_size, local_steps, seed)
+        return names, prepare(clients.batches(names, round, batch_size, local_steps, seed))
 
     first = int(state.round)
-    ahead = prepare(first)
+    ahead = draw(first)
     for round in range(first, rounds):
         names, batches = ahead
         weights = _answers(len(names), round, seed, dropout)
         state, metrics = step(state, batches, weights)
         if round + 1 < rounds:
-            ahead = prepare(round + 1)  # the device is still busy with this round
+            ahead = draw(round + 1)  # the device is still busy with this round
         finite = np.asarray(metrics.finite) | (weights == 0)  # waits for the device
         bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
         stuck = bad and not np.isfinite(np.asarray(metrics.record)).all()
@@ -223,7 +225,13 @@ def run(
             )
 
 
-def evaluate(function: Any, params: Any, data: Mapping[str, np.ndarray], batch_size: int) -> Any:
+def evaluate(
+    function: Any,
+    params: Any,
+    data: Mapping[str, np.ndarray],
+    batch_size: int,
+    prepare: Callable[[Arrays], Arrays] = lambda batch: batch,
+) -> Any:
     """Sum ``function(params, batch)`` over all of `data`, in batches of one shape.
 
     `function` returns a pytree of sums over its batch; the last batch is padded with
@@ -235,6 +243,6 @@ def evaluate(function: Any, params: Any, data: Mapping[str, np.ndarray], batch_s
         picks = np.arange(start, start + batch_size)
         batch = {k: v[np.minimum(picks, size - 1)] for k, v in data.items()}
         batch["weight"] = (picks < size).astype(np.float32)
-        sums = function(params, batch)
+        sums = function(params, prepare(batch))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     return jax.device_get(total)

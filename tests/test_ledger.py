@@ -284,7 +284,8 @@ def test_edits_of_the_file_never_make_another_run(written: dict[str, Any], tmp_p
             assert str(path) in str(error)
         for leftover in tmp_path.glob(f"{number}.sqlite*"):
             leftover.unlink()
-    assert harmless < 400  # unused bytes of the pages
+    print(f"{harmless} of {number + 1} edits fell on bytes that SQLite does not use")
+    assert harmless < 400
 
 
 def test_every_byte_of_every_record_is_found(written: dict[str, Any], tmp_path: Path):

@@ -254,7 +254,7 @@ class _Body(nnx.Module):
             x = self.final_layer_norm(x)
         if hasattr(self, "project_out"):
             x = self.project_out(x)
-        return x, None if kept is None else Cache(*kept, *keys)
+        return x, None if kept is None else Cache(kept[0], kept[1], *keys)
 
 
 class Decoder(nnx.Module):
@@ -268,8 +268,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: Any, rngs: nnx.Rngs):
         body = _Body(config, rngs)
-        self.model = nnx.Module() if body.opt else body
+        self.model: Any = body
         if body.opt:
+            self.model = nnx.Module()
             self.model.decoder = body
         self.opt = body.opt
         if not config.tie_word_embeddings:

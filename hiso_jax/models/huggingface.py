@@ -112,8 +112,8 @@ def _model(
 
         return call
 
-    names = ("", "hidden", "head", "generate")
-    return Model(config, params, *(method(name) for name in names), source, untouched)
+    apply, hidden, head, generate = (method(n) for n in ("", "hidden", "head", "generate"))
+    return Model(config, params, apply, hidden, head, generate, source, untouched)
 
 
 def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
@@ -134,12 +134,13 @@ def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
       (1, 4, 9)
     """
     graph, shapes = _build(config)
+    spread = getattr(config, "initializer_range", None) or config.init_std
 
     def draw(path: Any, like: Any) -> jax.Array:
         name = trees.leaf_name(path)
         if name.endswith(("/kernel", "/embedding")):
             own = jax.random.fold_in(key, np.uint32(trees.leaf_hash(name)))
-            return (config.initializer_range * jax.random.normal(own, like.shape)).astype(dtype)
+            return (spread * jax.random.normal(own, like.shape)).astype(dtype)
         offset = config.model_type == "gemma3_text"
         return jnp.full(like.shape, 0 if name.endswith("bias") or offset else 1, dtype)
 
@@ -234,7 +235,7 @@ def from_pretrained(
         if surplus:
             raise ValueError(f"{folder}: unknown tensors: {sorted(surplus)}")
         for leaf in tqdm(leaves, desc=f"loading {folder.name}", disable=None if progress else True):
-            array = np.empty(leaves[leaf].shape, dtype)
+            array: np.ndarray = np.empty(leaves[leaf].shape, dtype)
             rows = array if _stacked(leaf) else array[None]
             for row, name in zip(rows, plan[leaf], strict=True):
                 tensor = there[name].tensors[name]

@@ -1,0 +1,177 @@
+"""Any text task on any supported checkpoint, as a problem over clients."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from experiments import problem
+from experiments.problem import Problem
+from hiso_jax import files, models, trees
+from hiso_jax.models import subsets
+from hiso_jax.simulation import Arrays, Clients
+from hiso_jax.tasks import text
+from hiso_jax.tasks.data import Rows
+from hiso_jax.tasks.prompts import Task
+
+SCALE = 10.0
+"""Of the cosines: lowest zero-shot loss on the docstrings' training split among 5 to 20."""
+
+
+def sentence_embedding(apply: Any, params: Any, batch: Any) -> jax.Array:
+    """Mean of the hidden states over the tokens of each text, [B, D]."""
+    hidden = apply(params, batch["input_ids"], batch["attention_mask"])
+    mask = batch["attention_mask"][..., None].astype(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1).clip(1)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Scale the rows of `x` to length 1."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-9)
+
+
+def encoder_problem(
+    name: str,
+    task: Task,
+    rows: dict[str, Rows],
+    own: dict[str, np.ndarray],
+    model: models.Model,
+    tokenizer: Any,
+    length: int,
+) -> Problem:
+    """Classify by the nearest label sentence.
+
+    ``logits = SCALE * cosine(sentence embedding, label embedding)``; the label embeddings
+    start as the embeddings of one sentence a label and are trained with everything else. What
+    is trained is their difference to the start, so that the run begins at the published
+    weights and zeros: whoever has those needs nothing more to replay it.
+
+    Args:
+      name: of the problem.
+      task: with sentences, or words that stand for them.
+      rows: ``train``, ``dev`` and ``test``.
+      own: numbers of each client's rows in ``train``.
+      model: an encoder.
+      tokenizer: its tokenizer.
+      length: tokens a text is cut to.
+    """
+
+    def tokens(texts: Sequence[str]) -> Arrays:
+        batch = tokenizer(
+            list(texts), truncation=True, padding="max_length", max_length=length,
+            return_tensors="np",
+        )  # fmt: skip
+        return {k: batch[k].astype(np.int32) for k in ("input_ids", "attention_mask")}
+
+    def columns(rows: Rows) -> Arrays:
+        labels = np.array([task.label_of(row) for row in rows], np.int32)
+        return tokens([task.read(row) for row in rows]) | {"label": labels}
+
+    embed = lambda params, batch: sentence_embedding(model.apply, params, batch)  # noqa: E731
+    sentences = task.sentences or task.words or ()
+    labels = unit(jax.jit(embed)(model.params, tokens(sentences)))
+
+    def logits_fn(params: Any, batch: Any) -> jax.Array:
+        return SCALE * unit(embed(params["encoder"], batch)) @ unit(labels + params["labels"]).T
+
+    def save(folder: Path, params: Any) -> None:
+        models.save_pretrained(model, folder / "model", params["encoder"])
+        with files.whole(folder / "model" / "labels.safetensors") as part:
+            save_file({"labels": np.asarray(labels + params["labels"])}, part)
+
+    loss_fn, score = problem.classification(logits_fn)
+    train = columns(rows["train"])
+    return Problem(
+        name=name,
+        params={"encoder": model.params, "labels": jnp.zeros_like(labels)},
+        loss_fn=loss_fn,
+        score=score,
+        clients=_clients(train, own),
+        dev=columns(rows["dev"]),
+        test=columns(rows["test"]),
+        save=save,
+        metric=task.metric,
+    )
+
+
+def _clients(train: Arrays, own: dict[str, np.ndarray]) -> Clients:
+    return Clients({name: {k: v[picks] for k, v in train.items()} for name, picks in own.items()})
+
+
+def decoder_problem(
+    name: str,
+    task: Task,
+    rows: dict[str, Rows],
+    own: dict[str, np.ndarray],
+    model: models.Model,
+    tokenizer: Any,
+    length: int,
+    room: int = 32,
+    train: str = "all",
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+) -> Problem:
+    """Fine-tune a decoder by label words, by whole answers or on plain text.
+
+    Args:
+      name, task, rows, own, model, tokenizer: as in `encoder_problem`.
+      length: tokens of prompt and answer.
+      room: tokens an answer is cut to.
+      train: ``"all"``, ``"norms"``, ``"biases"`` or ``"lora"``.
+      rank, alpha, targets: of LoRA.
+    """
+    if train == "lora":
+        zeros = subsets.lora_zeros(model.params, rank, targets)
+        params = {"base": model.params, "lora": zeros}
+        trainable: Any = {"base": False, "lora": True}
+        whole: Callable[[Any], Any] = lambda p: subsets.merge_lora(p["base"], p["lora"], alpha)  # noqa: E731
+    else:
+        params, trainable, whole = model.params, subsets.mask(model.params, train), lambda p: p
+
+    def hidden(params: Any, batch: Any) -> jax.Array:
+        return model.hidden(whole(params), batch["input_ids"], batch["attention_mask"])
+
+    def head(params: Any, x: jax.Array, rows: Any = None) -> jax.Array:
+        # The head itself is never adapted.
+        return model.head(params["base"] if train == "lora" else params, x, rows)
+
+    def columns(rows: Rows) -> Arrays:
+        if task.words is not None:
+            return text.words(task, tokenizer, rows, length)
+        if task.metric == "perplexity":
+            return text.chunks([str(row[task.label]) for row in rows], tokenizer, length)
+        return text.answers(task, tokenizer, rows, length, room)
+
+    def save(folder: Path, params: Any) -> None:
+        models.save_pretrained(model, folder / "model", whole(params))
+        if train == "lora":
+            with files.whole(folder / "model" / "lora.safetensors") as part:
+                save_file({n: np.asarray(x) for n, x in trees.named(params["lora"]).items()}, part)
+
+    if task.words is not None:
+        tokens = jnp.asarray(text.word_tokens(task, tokenizer, rows["train"])[1])
+        loss_fn, score = problem.classification(lambda p, b: head(p, hidden(p, b)[:, -1], tokens))
+        own_columns = _clients(columns(rows["train"]), own)
+    else:
+        plain = task.metric == "perplexity"
+        loss_fn, score = problem.language(hidden, head, None if plain else room)
+        each = {n: columns([rows["train"][i] for i in picks]) for n, picks in own.items()}
+        own_columns = Clients(each)
+    return Problem(
+        name=name,
+        params=params,
+        loss_fn=loss_fn,
+        score=score,
+        clients=own_columns,
+        dev=columns(rows["dev"]),
+        test=columns(rows["test"]),
+        save=save,
+        metric=task.metric if task.words is not None else "perplexity",
+        prepare=text.trim,
+        trainable=trainable,
+    )

@@ -1,0 +1,80 @@
+"""Which parameters are trained: masks by name, and low-rank adapters."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiso_jax import checks, trees
+
+SUBSETS = ("all", "norms", "biases", "lora")
+
+
+def mask(params: trees.Params, subset: str) -> trees.Params:
+    """A pytree of bools for ``trainable=``: ``"all"``, ``"norms"`` or ``"biases"``.
+
+    Raises:
+      ValueError: another name, or nothing in `params` belongs to it.
+
+    Example:
+      >>> mask({"norm": {"scale": 1.0, "bias": 0.0}, "fc1": {"kernel": 1.0}}, "norms")
+      {'fc1': {'kernel': False}, 'norm': {'bias': True, 'scale': True}}
+    """
+    checks.choice("subset", subset, SUBSETS[:3])
+    pattern = {"all": "", "norms": r"norm", "biases": r"(^|/)bias$"}[subset]
+    tree = jax.tree_util.tree_map_with_path(
+        lambda path, _: bool(re.search(pattern, trees.leaf_name(path).lower())), params
+    )
+    if not any(jax.tree.leaves(tree)):
+        raise ValueError(f"subset: the parameters have no {subset}")
+    return tree
+
+
+def lora_zeros(params: trees.Params, rank: int, targets: Sequence[str]) -> trees.Leaves:
+    """Zeros of LoRA (arXiv 2106.09685): what is trained, by name, for every targeted kernel.
+
+    ``name/a`` [..., in, rank] and ``name/b`` [..., rank, out]; both are differences to the
+    start of `merge_lora`, so that a run begins at the published weights and zeros.
+
+    Args:
+      params: of a `hiso_jax.models.Model`.
+      rank: r >= 1.
+      targets: modules whose kernels are adapted, ``["q_proj", "v_proj"]``.
+
+    Raises:
+      ValueError: a target that no kernel belongs to.
+    """
+    checks.count("rank", rank)
+    adapters: trees.Leaves = {}
+    for target in targets:
+        found = {n: x for n, x in trees.named(params).items() if n.endswith(f"/{target}/kernel")}
+        if not found:
+            kernels = [n.split("/")[-2] for n in trees.named(params) if n.endswith("/kernel")]
+            raise ValueError(f"targets: expected some of {sorted(set(kernels))}, got {target!r}")
+        for name, kernel in found.items():
+            *stack, width, out = kernel.shape
+            module = name.removesuffix("/kernel")
+            adapters[f"{module}/a"] = jnp.zeros((*stack, width, rank), kernel.dtype)
+            adapters[f"{module}/b"] = jnp.zeros((*stack, rank, out), kernel.dtype)
+    return adapters
+
+
+def merge_lora(params: trees.Params, adapters: trees.Leaves, alpha: float) -> trees.Params:
+    """Return params with ``kernel + alpha / rank * (a_0 + a) @ b`` in place of adapted kernels.
+
+    ``a_0`` is N(0, 1 / rank), drawn anew from the kernel's name wherever it is needed.
+    """
+    leaves = trees.named(params)
+    merged = {}
+    for name in (n.removesuffix("/a") for n in adapters if n.endswith("/a")):
+        a, b = adapters[f"{name}/a"], adapters[f"{name}/b"]
+        rank = a.shape[-1]
+        key = jax.random.key(np.uint32(trees.leaf_hash(name)), impl="threefry2x32")
+        start = jax.random.normal(key, a.shape) / rank**0.5
+        change = alpha / rank * ((start + a) @ b.astype(jnp.float32))
+        kernel: Any = leaves[f"{name}/kernel"]
+        merged[f"{name}/kernel"] = (kernel + change).astype(kernel.dtype)
+    return trees.merge(params, merged)

@@ -1,0 +1,87 @@
+"""Examples over clients: every example goes to one client, and no client goes without."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hiso_jax import checks
+
+
+def iid(count: int, clients: int, seed: int = 0) -> list[np.ndarray]:
+    """Split numbers below `count` at random into parts of equal size (to one).
+
+    Example:
+      >>> [len(part) for part in iid(10, 3)]
+      [4, 3, 3]
+    """
+    _enough(count, clients)
+    order = np.random.default_rng([seed, 11]).permutation(count)
+    return [np.sort(part) for part in np.array_split(order, clients)]
+
+
+def dirichlet(labels: Any, clients: int, alpha: float, seed: int = 0) -> list[np.ndarray]:
+    """Split by labels: each label's examples go to the clients in shares from Dirichlet(alpha).
+
+    The usual non-IID split (Hsu et al. 2019, arXiv 1909.06335). A small alpha gives every
+    client few labels, a large one nears `iid`. A client that would get nothing gets one
+    example of the largest.
+
+    Args:
+      labels: integers [N].
+      clients: number of clients.
+      alpha: concentration > 0.
+      seed: of the shares.
+    """
+    labels = np.asarray(labels)
+    _enough(len(labels), clients)
+    checks.number("alpha", alpha, 0, above=True)
+    rng = np.random.default_rng([seed, 12])
+    owners = np.zeros(len(labels), int)
+    for label in np.unique(labels):
+        own = rng.permutation(np.flatnonzero(labels == label))
+        shares = rng.dirichlet(np.full(clients, alpha))
+        ends = (np.cumsum(shares)[:-1] * len(own)).round().astype(int)
+        for client, part in enumerate(np.split(own, ends)):
+            owners[part] = client
+    return _parts(owners, clients)
+
+
+def by_size(count: int, clients: int, spread: float = 1.0, seed: int = 0) -> list[np.ndarray]:
+    """Split at random into parts of unequal, log-normally distributed sizes.
+
+    Args:
+      count: examples.
+      clients: number of clients.
+      spread: standard deviation of the logarithm of a client's share.
+      seed: of sizes and examples.
+    """
+    _enough(count, clients)
+    checks.number("spread", spread, 0)
+    rng = np.random.default_rng([seed, 13])
+    shares = np.exp(spread * rng.normal(size=clients))
+    owners = rng.choice(clients, count, p=shares / shares.sum())
+    return _parts(owners, clients)
+
+
+def natural(names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Split by a column that names the client of each example, in order of appearance."""
+    owners = np.asarray(names)
+    return {str(name): np.flatnonzero(owners == name) for name in dict.fromkeys(owners.tolist())}
+
+
+def _enough(count: int, clients: int) -> None:
+    checks.count("clients", clients)
+    if count < clients:
+        raise ValueError(
+            f"clients: expected at most {count}, the number of examples; got {clients}"
+        )
+
+
+def _parts(owners: np.ndarray, clients: int) -> list[np.ndarray]:
+    parts = [np.flatnonzero(owners == client) for client in range(clients)]
+    for client, part in enumerate(parts):
+        if not len(part):
+            largest = max(range(clients), key=lambda c: len(parts[c]))
+            parts[client], parts[largest] = parts[largest][:1], parts[largest][1:]
+    return parts

@@ -1,0 +1,265 @@
+"""Prompted tasks: files to rows, rows to clients, prompts to arrays; and a job end to end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments import problem
+from hiso_jax import models
+from hiso_jax.tasks import data, splits, text
+from hiso_jax.tasks.prompts import TASKS, Task
+from tests.helpers import finish, start
+
+ROWS = [
+    {"review": f"{'good fine lovely' if i % 3 else 'bad awful poor'} film number {i}",
+     "mood": "up" if i % 3 else "down", "who": f"w{i % 4}"}
+    for i in range(120)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    """A small random OPT with a byte-level BPE of its own, as a Hugging Face folder."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import OPTConfig, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("opt")
+    bpe = ByteLevelBPETokenizer()
+    corpus = [json.dumps(row) + " up down great terrible" for row in ROWS]
+    bpe.train_from_iterator(corpus, vocab_size=400, special_tokens=["<s>", "<pad>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(path)
+    config = OPTConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4,
+        max_position_embeddings=80, word_embed_proj_dim=32, init_std=0.2,
+    )  # fmt: skip
+    models.save_pretrained(models.from_config(config, jax.random.key(0)), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@settings(deadline=None, max_examples=50)
+@given(count=st.integers(1, 300), clients=st.integers(1, 40), seed=st.integers(0, 9),
+       alpha=st.sampled_from([0.01, 1.0, 100.0]))  # fmt: skip
+def test_every_split_is_a_partition(count: int, clients: int, seed: int, alpha: float):
+    labels = np.random.default_rng(seed).integers(0, 3, count)
+    makers = [lambda: splits.iid(count, clients, seed),
+              lambda: splits.dirichlet(labels, clients, alpha, seed),
+              lambda: splits.by_size(count, clients, 2.0, seed)]  # fmt: skip
+    for make in makers:
+        if count < clients:
+            with pytest.raises(ValueError, match="clients: expected at most"):
+                make()
+            continue
+        parts, again = make(), make()
+        assert len(parts) == clients and all(len(part) for part in parts)
+        assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(count))
+        assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_dirichlet_is_as_alike_as_alpha_says():
+    labels = np.random.default_rng(0).integers(0, 2, 20_000)
+    spread = {}
+    for alpha in (0.1, 1.0, 1000.0):
+        parts = splits.dirichlet(labels, 50, alpha, 1)
+        spread[alpha] = np.std([labels[part].mean() for part in parts])
+    assert spread[0.1] > spread[1.0] > 5 * spread[1000.0] and spread[1000.0] < 0.05
+
+
+def test_natural_split():
+    parts = splits.natural([row["who"] for row in ROWS])
+    assert list(parts) == ["w0", "w1", "w2", "w3"]
+    assert all(ROWS[i]["who"] == name for name, part in parts.items() for i in part)
+
+
+def write(path: Path, rows: data.Rows) -> Path:
+    import datasets
+
+    table = datasets.Dataset.from_list(rows)
+    if path.suffix == ".tsv":
+        lines = ["\t".join(rows[0]), *("\t".join(map(str, row.values())) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    elif path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix == ".csv":
+        table.to_csv(path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+OWN = Task("{review}\nmood:", label="mood", words=("down", "up"), values=("down", "up"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_files_of_all_kinds(suffix: str, tmp_path: Path):
+    path = write(tmp_path / f"reviews{suffix}", ROWS)
+    assert data.read_file(path) == ROWS
+    parts = data.load(OWN, path)
+    assert {name: len(rows) for name, rows in parts.items()} == dict(train=84, dev=18, test=18)
+    whole = [row["review"] for rows in parts.values() for row in rows]
+    assert sorted(whole) == sorted(row["review"] for row in ROWS)
+    for name in ("train", "dev"):
+        write(tmp_path / f"{name}{suffix}", ROWS[:20] if name == "dev" else ROWS[20:])
+    path.unlink()
+    parts = data.load(OWN, tmp_path)  # no test split: dev is reported, train gives the dev
+    assert parts["test"] == ROWS[:20] and len(parts["train"]) + len(parts["dev"]) == 100
+    with pytest.raises(ValueError, match=r"train lacks columns \['sentence', 'label'\]"):
+        data.load(TASKS["sst2"], tmp_path)
+
+
+def test_bad_files_are_named(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="nowhere.csv: no such file"):
+        data.read_file(tmp_path / "nowhere.csv")
+    (tmp_path / "a.xls").write_text("x")
+    with pytest.raises(ValueError, match="expected a suffix of"):
+        data.read_file(tmp_path / "a.xls")
+    with pytest.raises(FileNotFoundError, match="expected a file train"):
+        data.load(OWN, tmp_path)
+    with pytest.raises(ValueError, match="column 'mood': expected one of"):
+        OWN.label_of({"mood": "sideways"})
+
+
+def test_squad_files(tmp_path: Path):
+    qa = {"question": "Who?", "answers": [{"text": "Ann", "answer_start": 0}], "id": "1"}
+    article = {"title": "T", "paragraphs": [{"context": "Ann is here.", "qas": [qa]}]}
+    (tmp_path / "a.json").write_text(json.dumps({"data": [article]}))
+    (row,) = data.read_file(tmp_path / "a.json")
+    task = TASKS["squad"]
+    assert task.answer(row) == "Ann"
+    assert task.read(row) == "Title: T\nContext: Ann is here.\nQuestion: Who?\nAnswer:"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_complete(name: str):
+    task = TASKS[name]
+    row: dict[str, Any] = {column: f"<{column}>" for column in task.columns}
+    shown = task.read(row)
+    assert all(f"<{column}>" in shown for column in task.columns)
+    if task.words is None:
+        assert task.answer({task.label: {"text": ["yes", "no"]}}) == "yes"
+        return
+    for number, word in enumerate(task.words):
+        for value in (
+            {number, str(number)} if task.values is None else {number, task.values[number]}
+        ):
+            assert task.answer(row | {task.label: value}) == word
+
+
+def test_prompts_end_in_the_last_column(tokenizer: Any):
+    arrays = text.words(OWN, tokenizer, ROWS, 12)
+    assert arrays["input_ids"].shape == (120, 12) and arrays["attention_mask"].max() == 1
+    np.testing.assert_array_equal(arrays["label"], [OWN.label_of(row) for row in ROWS])
+    for ids, mask in zip(arrays["input_ids"], arrays["attention_mask"], strict=True):
+        assert tokenizer.decode(ids[mask > 0]).endswith("mood:")  # cut at the beginning
+        assert (np.diff(mask) >= 0).all()  # padded on the left
+    shared, firsts = text.word_tokens(OWN, tokenizer, ROWS)
+    assert shared == [] and len(set(firsts.tolist())) == 2
+    for first, word in zip(firsts, OWN.words or (), strict=True):
+        assert f" {word}".startswith(tokenizer.decode([first]))
+    with pytest.raises(ValueError, match="not told apart"):
+        text.word_tokens(OWN._replace(words=("up", "up")), tokenizer, ROWS)
+    alike = OWN._replace(words=("upx", "upy"))  # they share their first tokens
+    shared, firsts = text.word_tokens(alike, tokenizer, ROWS)
+    assert tokenizer.decode(shared) == " up" and len(set(firsts.tolist())) == 2
+
+
+def test_answers_are_targets(tokenizer: Any):
+    task = Task("{review} mood:", label="mood", metric="squad")
+    arrays = text.answers(task, tokenizer, ROWS, 40, room=6)
+    for row, ids, target in zip(ROWS, arrays["input_ids"], arrays["target"], strict=True):
+        assert tokenizer.decode(ids[target > 0]) == f" {row['mood']}</s>"
+        assert target[-1] == 1 and not target[:-6].any()
+    pieces = text.chunks(["good fine lovely film number 7" * 3, "bad"], tokenizer, 8)
+    assert (pieces["target"].sum(1) == pieces["attention_mask"].sum(1) - 1).all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=6))
+def test_trim_keeps_every_token_and_few_lengths(sizes: list[int]):
+    batch = text.pad([range(1, n + 1) for n in sizes], 100, 0) | {"label": np.arange(len(sizes))}
+    cut = text.trim(batch)
+    length = cut["input_ids"].shape[1]
+    assert length in {16, 24, 32, 48, 64, 96, 100} and length >= max(sizes)
+    assert length == 16 or length * 2 / 3 < max(sizes) or length == 100
+    for n, ids in zip(sizes, cut["input_ids"], strict=True):
+        assert ids[-n:].tolist() == list(range(1, n + 1)) and not ids[: length - n].any()
+    assert cut["label"] is batch["label"]
+
+
+def test_f1_and_perplexity_are_those_of_the_libraries():
+    from sklearn.metrics import confusion_matrix, f1_score
+
+    rng = np.random.default_rng(0)
+    label, guess = rng.integers(0, 3, (2, 200))
+    loss_fn, score = problem.classification(lambda params, batch: batch["logits"])
+    batch = {"logits": np.eye(3, dtype=np.float32)[guess], "label": label.astype(np.int32),
+             "weight": np.ones(200, np.float32)}  # fmt: skip
+    sums = score({}, batch)
+    np.testing.assert_array_equal(sums["confusion"], confusion_matrix(label, guess))
+    fields = dict.fromkeys(problem.Problem._fields) | {"metric": "f1"}
+    figure = problem.Problem(**fields).figure(sums)[1]  # pyright: ignore
+    assert figure == pytest.approx(f1_score(label, guess, average="macro"))
+    assert float(loss_fn({}, batch)) == pytest.approx(float(sums["loss"] / sums["count"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [
+    ("--text", "review", "--label", "mood", "--train", "all"),
+    ("--text", "review", "--label", "mood", "--train", "lora", "--lora-rank", "2"),
+    ("--task", "lm", "--text", "review", "--split", "column", "--client-column", "who"),
+])  # fmt: skip
+def test_a_decoder_is_fine_tuned_shipped_and_loaded(options: Any, folder: Path, tmp_path: Path):
+    """The way of a new user with a checkpoint and a file."""
+    reviews, run, out = write(tmp_path / "reviews.csv", ROWS), tmp_path / "run", tmp_path / "out"
+    finish(start(
+        "finetune", "--model", str(folder), "--data", str(reviews), *options, "--num-clients", "4",
+        "--clients-per-round", "3", "--rounds", "25", "--learning-rate", "3e-3", "--out", str(run),
+    ))  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["rounds"] == 25 and summary["loss"] < summary["loss_before"]
+    assert {"split.png", "curve.png", "ledger.safetensors"} <= {p.name for p in run.iterdir()}
+    tuned = models.from_pretrained(run / "model")
+    base = models.from_pretrained(folder)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), tuned.params, base.params)
+    assert any(jax.tree.leaves(moved))
+    if "lora" in options:
+        assert summary["trained_parameters"] == 2 * 2 * 2 * (32 * 2 + 2 * 32) // 2
+        attention = moved["model"]["decoder"]["layers"]["self_attn"]
+        assert attention["q_proj"]["kernel"] and not attention["k_proj"]["kernel"]
+    output = finish(start("replay", str(run / "ledger.safetensors"), str(folder), str(out)))
+    assert f"digest {summary['digest']}: equal to the ledger's" in output
+    if "lora" not in options:
+        assert (out / "model.safetensors").read_bytes() == (
+            run / "model/model.safetensors"
+        ).read_bytes()
+
+
+def test_bad_options_are_named(folder: Path, tmp_path: Path):
+    reviews = write(tmp_path / "reviews.csv", ROWS)
+    base = ("--model", str(folder), "--data", str(reviews), "--out", str(tmp_path / "run"))
+    cases = [
+        (("--task", "nothing"), "--task: expected docstrings or one of"),
+        (("--text", "review", "--label", "nobody"), "lacks columns ['nobody']"),
+        (("--text", "review", "--label", "mood", "--words", "a"), "--words: expected 2"),
+        (("--text", "review", "--label", "mood", "--train", "lora", "--lora-targets", "x"),
+         "targets: expected some of"),
+    ]  # fmt: skip
+    started = [start("finetune", *base, *options) for options, _ in cases]
+    for process, (_, message) in zip(started, cases, strict=True):
+        output = finish(process, code=1)
+        assert message in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists()
