@@ -152,6 +152,8 @@ def build(options: Options) -> Problem:
     length = options.length or (24 if task is DOCSTRINGS else 128)
     if model.config.model_type in ("bert", "roberta"):
         return texts.encoder_problem(title, task, rows, own, model, tokenizer, length)
+    if task is DOCSTRINGS:
+        task = task._replace(prompt="{text}\nTopic:")
     return texts.decoder_problem(
         title, task, rows, own, model, tokenizer, length, options.room, options.train,
         options.lora_rank, options.lora_alpha, options.lora_targets,

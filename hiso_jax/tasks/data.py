@@ -125,6 +125,6 @@ def _from_hub(task: Task) -> dict[str, Rows]:
 
     if not task.hub:
         raise FileNotFoundError("data: this task is read from files; give a file or a folder")
-    found: Any = datasets.load_dataset(task.hub[0], *task.hub[1:])
+    found: Any = datasets.load_dataset(task.hub[0], task.hub[1] if task.hub[1:] else None)
     names = {"train": "train", "validation": "dev", "test": "test"}
     return {names[n]: rows.to_list() for n, rows in found.items() if n in names}

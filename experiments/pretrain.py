@@ -1,0 +1,138 @@
+"""A small OPT of your own, for machines without a hub: trained from scratch, saved as a folder.
+
+python -m experiments.pretrain
+python -m experiments.finetune --model runs/pretrain
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from experiments import problem, report
+from experiments.report import console
+from hiso_jax import models
+from hiso_jax.tasks import data, docstrings, text
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train a byte-level BPE and a small OPT on a text, with AdamW, in about ten minutes."""
+
+    data: Path | None = None
+    """Text, or a table with a column `text`; by default the docstrings of this Python."""
+    out: Path = Path("runs/pretrain")
+    """Hugging Face folder to write."""
+    steps: int = 700
+    """Steps of AdamW."""
+    batch_size: int = 32
+    """Pieces a step."""
+    length: int = 96
+    """Tokens of a piece."""
+    learning_rate: float = 1e-3
+    """Peak, after a tenth of the steps; then a cosine to 0."""
+    vocabulary: int = 4096
+    """Tokens of the BPE."""
+    width: int = 256
+    """Hidden width; inner layers are four times as wide, heads 64."""
+    layers: int = 5
+    """Layers."""
+    seed: int = 0
+    """Of weights and batches."""
+
+
+def tokenizer_of(texts: list[str], vocabulary: int, length: int) -> Any:
+    """Train a byte-level BPE that begins every text with ``<s>``."""
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    specials = ["<s>", "<pad>", "</s>"]
+    bpe.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=specials)
+    bpe._tokenizer.post_processor = TemplateProcessing(  # pyright: ignore
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>",
+        model_max_length=length,
+    )  # fmt: skip
+
+
+def run(options: Options) -> dict[str, float]:
+    """Train, save, and return the perplexity on held-out pieces before and after."""
+    from transformers import OPTConfig
+
+    if options.data is None:
+        texts = [example.text for example in docstrings.load(min_words=1)]
+    else:
+        texts = [str(row["text"]) for row in data.read_file(options.data)]
+    tokenizer = tokenizer_of(texts, options.vocabulary, 512)
+    # One long text, documents apart: short ones would be mostly padding.
+    ids = np.concatenate([[*tokenizer(t)["input_ids"], 2] for t in texts]).astype(np.int32)
+    count = len(ids) // options.length
+    if count < 20:
+        raise ValueError(f"--data: expected at least {20 * options.length} tokens, got {len(ids)}")
+    pieces = ids[: count * options.length].reshape(count, options.length)
+    train, held = pieces[: -max(count // 20, 1)], pieces[-max(count // 20, 1) :]
+    config = OPTConfig(
+        vocab_size=options.vocabulary, hidden_size=options.width, ffn_dim=4 * options.width,
+        num_hidden_layers=options.layers, num_attention_heads=max(options.width // 64, 1),
+        word_embed_proj_dim=options.width, max_position_embeddings=512,
+        bos_token_id=0, pad_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = models.from_config(config, jax.random.key(options.seed))
+    hidden = lambda p, b: model.hidden(p, b["input_ids"], b["attention_mask"])  # noqa: E731
+    loss_fn, score = problem.language(hidden, model.head)
+    warm = max(options.steps // 10, 1)
+    rate = optax.warmup_cosine_decay_schedule(0, options.learning_rate, warm, options.steps + 1)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1))
+
+    def batch(rows: np.ndarray) -> text.Arrays:
+        ones, target = np.ones(rows.shape, np.int32), np.ones(rows.shape, np.int32)
+        target[:, 0] = 0
+        return {"input_ids": rows, "attention_mask": ones, "target": target,
+                "weight": np.ones(len(rows), np.float32)}  # fmt: skip
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    score = jax.jit(score)
+
+    def perplexity(params: Any) -> float:
+        sums = [score(params, batch(held[i : i + 1])) for i in range(min(len(held), 64))]
+        total = jax.tree.map(lambda *x: sum(x), *sums)
+        return float(jnp.exp(total["loss"] / total["count"]))
+
+    params, state = model.params, tx.init(model.params)
+    rng, before, begin = np.random.default_rng(options.seed), perplexity(params), time.time()
+    with report.progress() as bar:
+        task = bar.add_task("AdamW", total=options.steps, status="compiling")
+        for done in range(1, options.steps + 1):
+            rows = train[rng.integers(0, len(train), options.batch_size)]
+            params, state, loss = step(params, state, batch(rows))
+            bar.update(task, completed=done, status=f"loss {float(loss):.3f}")
+    result = dict(
+        parameters=sum(x.size for x in jax.tree.leaves(params)), tokens=len(ids),
+        perplexity_before=before, perplexity=perplexity(params), seconds=time.time() - begin,
+    )  # fmt: skip
+    models.save_pretrained(model, options.out, params)
+    tokenizer.save_pretrained(options.out)
+    report.write_json(options.out / "pretrain.json", result)
+    console.print(json.dumps(result, indent=2))
+    console.print(f"Written to [bold]{options.out}/[/bold]")
+    return result
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Options))
