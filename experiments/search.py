@@ -24,7 +24,7 @@ from hiso_jax import simulation
 TASKS: dict[str, tuple[Any, Any]] = {
     "finetune": (finetune.Options, finetune.build),
     "sst2": (
-        lambda **own: finetune.Options(task="sst2", length=48, batch_size=8, **own),
+        lambda **own: finetune.Options(task="sst2", length=32, batch_size=8, **own),
         finetune.build,
     ),
     "digits": (digits.Options, lambda options: digits.digits()),

@@ -92,15 +92,14 @@ class TensorFile:
     def read(self, name: str, start: int, count: int) -> np.ndarray:
         """Return `count` elements of a flattened tensor, from number `start` on."""
         tensor = self.tensors[name]
-        wanted, offset = count * tensor.dtype.itemsize, start * tensor.dtype.itemsize
-        parts = []
-        while wanted:
-            part = os.pread(self._file, wanted, tensor.offset + offset)
-            if not part:
+        raw = np.empty(count * tensor.dtype.itemsize, np.uint8)
+        left, offset = memoryview(raw.data), tensor.offset + start * tensor.dtype.itemsize
+        while left:
+            done = os.preadv(self._file, [left], offset)
+            if not done:
                 raise ValueError(f"{self.path}: truncated inside {name!r}")
-            parts.append(part)
-            wanted, offset = wanted - len(part), offset + len(part)
-        return np.frombuffer(b"".join(parts), tensor.dtype)
+            left, offset = left[done:], offset + done
+        return raw.view(tensor.dtype)
 
     def write(self, name: str, start: int, x: np.ndarray) -> None:
         """Write the elements of a flattened tensor from number `start` on."""

@@ -234,20 +234,18 @@ def from_pretrained(
             surplus -= {"lm_head.weight"}
         if surplus:
             raise ValueError(f"{folder}: unknown tensors: {sorted(surplus)}")
-        for leaf in tqdm(leaves, desc=f"loading {folder.name}", disable=None if progress else True):
-            array: np.ndarray = np.empty(leaves[leaf].shape, dtype)
-            rows = array if _stacked(leaf) else array[None]
-            for row, name in zip(rows, plan[leaf], strict=True):
-                tensor = there[name].tensors[name]
-                shape = row.shape[::-1] if is_turned(leaf) else row.shape
-                if tensor.shape != shape:
-                    raise ValueError(
-                        f"{folder}: {name!r} has shape {tensor.shape}, expected {shape} for "
-                        f"{leaf!r}"
-                    )
-                x = there[name].read(name, 0, tensor.size).reshape(shape)
-                row[...] = x.T if is_turned(leaf) else x
-            filled[leaf] = jnp.asarray(array)
+        # Largest first: what is in memory twice is large only while there is little else.
+        order = sorted(leaves, key=lambda leaf: -leaves[leaf].size)
+        for leaf in tqdm(order, desc=f"loading {folder.name}", disable=None if progress else True):
+            shape = leaves[leaf].shape[1:] if _stacked(leaf) else leaves[leaf].shape
+            rows = (_read(folder, there, name, shape, is_turned(leaf)) for name in plan[leaf])
+            if _stacked(leaf):
+                array: np.ndarray = np.empty(leaves[leaf].shape, dtype)
+                for place, row in zip(array, rows, strict=True):
+                    place[...] = row
+            else:
+                array = next(rows).astype(dtype, copy=False)
+            filled[leaf] = jax.block_until_ready(jax.device_put(array))
         kept = [n for n in sorted(there.keys() - used) if n != "lm_head.weight"]
         untouched = {
             n: there[n].read(n, 0, there[n].tensors[n].size).reshape(there[n].tensors[n].shape)
@@ -262,6 +260,17 @@ def _tensors(folder: Path, leaf: str, config: Any, there: Container[str]) -> lis
     if missing := [name for name, own in zip(names, found, strict=True) if own is None]:
         raise ValueError(f"{folder}: tensors missing: {missing}")
     return [own for own in found if own is not None]
+
+
+def _read(
+    folder: Path, there: dict[str, TensorFile], name: str, shape: tuple[int, ...], turned: bool
+) -> np.ndarray:
+    """A tensor in the shape of a leaf, or ValueError."""
+    tensor, wanted = there[name].tensors[name], shape[::-1] if turned else shape
+    if tensor.shape != wanted:
+        raise ValueError(f"{folder}: {name!r} has shape {tensor.shape}, expected {wanted}")
+    x = there[name].read(name, 0, tensor.size).reshape(wanted)
+    return x.T if turned else x
 
 
 def _check_tied(folder: Path, there: dict[str, TensorFile], table: str) -> None:
