@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Literal
@@ -76,8 +77,8 @@ class Options(job.Options):
     """Tokens a text is cut to; by default 24 for docstrings, 128 else."""
     room: int = 32
     """Tokens an answer is cut to."""
-    train: Literal["all", "norms", "biases", "lora"] = "all"
-    """What is trained of a decoder."""
+    train: str = "all"
+    """What is trained of a decoder: all, norms, biases, lora, last-N layers, prefix-N tokens."""
     lora_rank: int = 8
     """Rank of LoRA."""
     lora_alpha: float = 16.0
@@ -117,6 +118,9 @@ def _labels(task: Task, rows: data.Rows) -> Task:
 
 def build(options: Options) -> Problem:
     """Read data and model; give the examples to clients."""
+    if not re.fullmatch(r"all|norms|biases|lora|(last|prefix)-[1-9]\d*", options.train):
+        raise ValueError(f"--train: expected all, norms, biases, lora, last-N or prefix-N, got "
+                         f"{options.train!r}")  # fmt: skip
     from transformers import AutoTokenizer
 
     task, number = task_of(options), options.num_clients

@@ -102,6 +102,13 @@ def table(summaries: list[dict[str, Any]]) -> Table:
     lines = {
         f"test {metric} before": lambda s: figure(metric, s[f"{metric}_before"]),
         f"test {metric} after": lambda s: f"[bold]{figure(metric, s[metric])}",
+    }
+    for name in ("exact_match", "f1", "rouge_l"):
+        if f"{name}_before" in first and name != metric:
+            lines[f"test {name} before, after"] = lambda s, name=name: (
+                f"{s[f'{name}_before']:.1%}, {s[name]:.1%}"
+            )
+    lines |= {
         "sent by a client": lambda s: size(s["uplink_bytes_per_client"]),
         "received by a client": lambda s: size(s["downlink_bytes_per_client"]),
         "the whole run as a file": lambda s: size(s["shipped_bytes"]),

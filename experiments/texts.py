@@ -1,6 +1,7 @@
 """Any text task on any supported checkpoint, as a problem over clients."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from experiments.problem import Problem
 from hiso_jax import files, models, trees
 from hiso_jax.models import subsets
 from hiso_jax.simulation import Arrays, Clients
-from hiso_jax.tasks import text
+from hiso_jax.tasks import metrics, text
 from hiso_jax.tasks.data import Rows
 from hiso_jax.tasks.prompts import Task
 
 SCALE = 10.0
 """Of the cosines: lowest zero-shot loss on the docstrings' training split among 5 to 20."""
+
+
+MEASURED = 256
+"""Test examples that answers are generated for."""
 
 
 def sentence_embedding(apply: Any, params: Any, batch: Any) -> jax.Array:
@@ -102,6 +107,10 @@ def _clients(train: Arrays, own: dict[str, np.ndarray]) -> Clients:
     return Clients({name: {k: v[picks] for k, v in train.items()} for name, picks in own.items()})
 
 
+def _base(params: Any) -> Any:
+    return params["base"]
+
+
 def decoder_problem(
     name: str,
     task: Task,
@@ -122,23 +131,42 @@ def decoder_problem(
       name, task, rows, own, model, tokenizer: as in `encoder_problem`.
       length: tokens of prompt and answer.
       room: tokens an answer is cut to.
-      train: ``"all"``, ``"norms"``, ``"biases"`` or ``"lora"``.
+      train: ``"all"``, ``"norms"``, ``"biases"``, ``"lora"``, ``"last-N"`` layers or a prefix
+        of N tokens, ``"prefix-N"``.
       rank, alpha, targets: of LoRA.
     """
-    if train == "lora":
-        zeros = subsets.lora_zeros(model.params, rank, targets)
-        params = {"base": model.params, "lora": zeros}
-        trainable: Any = {"base": False, "lora": True}
-        whole: Callable[[Any], Any] = lambda p: subsets.merge_lora(p["base"], p["lora"], alpha)  # noqa: E731
+    kind, _, count = train.partition("-")
+    whole, start = _base, None
+    if kind in subsets.MASKS:
+        params, trainable = model.params, subsets.mask(model.params, kind)
+        whole = lambda params: params  # noqa: E731
     else:
-        params, trainable, whole = model.params, subsets.mask(model.params, train), lambda p: p
+        # What is trained begins as zeros beside the base, which stays as it is.
+        if kind == "lora":
+            zeros: Any = subsets.lora_zeros(model.params, rank, targets)
+            whole = lambda p: subsets.merge_lora(p["base"], p["lora"], alpha)  # noqa: E731
+        elif kind == "last":
+            zeros = subsets.last_zeros(model.params, int(count))
+            whole = lambda p: subsets.merge_last(p["base"], p["last"])  # noqa: E731
+        else:
+            # A prefix begins as that of a real text (MeZO, appendix E.5).
+            ids = text.prompts(task, tokenizer, rows["train"][:1], int(count))["input_ids"][0]
+            start = jax.jit(model.prefix)(model.params, ids)
+            zeros = dict(zip(("keys", "values"), map(jnp.zeros_like, start), strict=True))
+        params, trainable = {"base": model.params, kind: zeros}, {"base": False, kind: True}
+
+    def prefix(params: Any) -> Any:
+        if start is None:
+            return None
+        return start[0] + params["prefix"]["keys"], start[1] + params["prefix"]["values"]
 
     def hidden(params: Any, batch: Any) -> jax.Array:
-        return model.hidden(whole(params), batch["input_ids"], batch["attention_mask"])
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        return model.hidden(whole(params), ids, mask, prefix(params))
 
     def head(params: Any, x: jax.Array, rows: Any = None) -> jax.Array:
-        # The head itself is never adapted.
-        return model.head(params["base"] if train == "lora" else params, x, rows)
+        # The head is never adapted.
+        return model.head(params if kind in subsets.MASKS else params["base"], x, rows)
 
     def columns(rows: Rows) -> Arrays:
         if task.words is not None:
@@ -149,10 +177,33 @@ def decoder_problem(
 
     def save(folder: Path, params: Any) -> None:
         models.save_pretrained(model, folder / "model", whole(params))
-        if train == "lora":
-            with files.whole(folder / "model" / "lora.safetensors") as part:
-                save_file({n: np.asarray(x) for n, x in trees.named(params["lora"]).items()}, part)
+        if kind not in subsets.MASKS:
+            own = {n: np.asarray(x) for n, x in trees.named(params[kind]).items()}
+            if start is not None:
+                own = dict(zip(own, map(np.asarray, prefix(params)), strict=True))
+            with files.whole(folder / "model" / f"{kind}.safetensors") as part:
+                save_file(own, part)
 
+    @functools.cache
+    def generate() -> Any:
+        return jax.jit(lambda p, ids, mask: model.generate(
+            whole(p), ids, mask, room, stop, tokenizer.pad_token_id or 0, prefix(p)
+        ))  # fmt: skip
+
+    def measure(params: Any) -> dict[str, float]:
+        """Scores of the answers generated for the first test examples."""
+        asked = rows["test"][:MEASURED]
+        batch = text.prompts(task, tokenizer, asked, length - room)
+        guesses = []
+        for i in range(0, len(asked), 32):
+            ids, mask = (batch[k][i : i + 32] for k in ("input_ids", "attention_mask"))
+            fill = [(0, 32 - len(ids)), (0, 0)]
+            tokens = generate()(params, np.pad(ids, fill), np.pad(mask, fill))
+            guesses += tokenizer.batch_decode(np.asarray(tokens)[: len(ids)], True)
+        lines = [guess.strip().split("\n")[0] for guess in guesses]
+        return metrics.METRICS[task.metric](lines, [task.answers(row) for row in asked])
+
+    stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     if task.words is not None:
         tokens = jnp.asarray(text.word_tokens(task, tokenizer, rows["train"])[1])
         loss_fn, score = problem.classification(lambda p, b: head(p, hidden(p, b)[:, -1], tokens))
@@ -174,4 +225,5 @@ def decoder_problem(
         metric=task.metric if task.words is not None else "perplexity",
         prepare=text.trim,
         trainable=trainable,
+        measure=measure if task.metric in metrics.METRICS else lambda params: {},
     )

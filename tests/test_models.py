@@ -1,5 +1,6 @@
 """The encoder against transformers' torch model, folders in and out, and refusals."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from transformers import BertConfig
+from transformers import BertConfig, OPTConfig
 
 from experiments import finetune
 from hiso_jax import models, trees
@@ -137,3 +138,74 @@ def test_other_model_types_and_folders_are_refused(tmp_path: Path):
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="'gpt2' is not supported"):
         models.from_pretrained(folder)
+
+
+def opt_folder(folder: Path, **options: Any) -> Path:
+    """A small random decoder in a Hugging Face folder, made without torch."""
+    config = OPTConfig(**dict(
+        vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=3,
+        num_attention_heads=2, max_position_embeddings=30,
+    ) | options)  # fmt: skip
+    models.save_pretrained(models.from_config(config, jax.random.key(0)), folder)
+    return folder
+
+
+def same(first: Any, second: Any) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, second)))
+
+
+def test_checkpoints_in_several_files_and_by_other_names(tmp_path: Path):
+    whole = models.from_pretrained(opt_folder(tmp_path / "whole")).params
+    tensors = load_file(tmp_path / "whole/model.safetensors")
+    config = (tmp_path / "whole/config.json").read_text()
+
+    def put(name: str, parts: dict[str, dict[str, np.ndarray]]) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+        for file, own in parts.items():
+            save_file(own, tmp_path / name / file)
+        return tmp_path / name
+
+    names = sorted(tensors)
+    parts = {f"model-{i}.safetensors": {n: tensors[n] for n in names[i::3]} for i in range(3)}
+    sharded = put("sharded", parts)
+    index = {"weight_map": {n: file for file, own in parts.items() for n in own}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same(models.from_pretrained(sharded).params, whole)
+    (sharded / "model-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-1.safetensors; a checkpoint that is there"):
+        models.from_pretrained(sharded)
+
+    bare = {n.removeprefix("model."): x for n, x in tensors.items()}  # saved without a head
+    assert same(models.from_pretrained(put("bare", {"model.safetensors": bare})).params, whole)
+    table = "model.decoder.embed_tokens.weight"
+    tied = tensors | {"lm_head.weight": tensors[table]}
+    assert same(models.from_pretrained(put("tied", {"model.safetensors": tied})).params, whole)
+    only = {("lm_head.weight" if n == table else n): x for n, x in tensors.items()}
+    assert same(models.from_pretrained(put("only", {"model.safetensors": only})).params, whole)
+    other = tensors | {"lm_head.weight": tensors[table] + 1}
+    with pytest.raises(ValueError, match="the config ties 'lm_head.weight'.*they differ"):
+        models.from_pretrained(put("other", {"model.safetensors": other}))
+
+
+def test_depth_costs_no_compile_time(tmp_path: Path):
+    """Layers are scanned: the program of a deep model is as long as that of a shallow one."""
+    sizes = []
+    for layers in (2, 24):
+        model = models.from_pretrained(opt_folder(tmp_path / f"{layers}", num_hidden_layers=layers))
+        tokens = jnp.ones((1, 4), jnp.int32)
+        text = jax.jit(model.apply).lower(model.params, tokens, tokens).as_text()
+        sizes.append(len(text.splitlines()))
+    assert sizes[0] == sizes[1]
+
+
+def test_small_files_go_with_the_weights(tmp_path: Path):
+    folder = opt_folder(tmp_path / "in")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    model = models.from_pretrained(folder, dtype=jnp.bfloat16)
+    models.save_pretrained(model, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json"}  # fmt: skip
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    assert same(models.from_pretrained(tmp_path / "out", jnp.bfloat16).params, model.params)

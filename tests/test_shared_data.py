@@ -102,7 +102,7 @@ def test_real_files(task: str, folder: str, options: tuple[str, ...], train: int
     sizes = {name: len(rows) for name, rows in parts.items()}
     assert abs(sizes["train"] - train) < 1200 and min(sizes.values()) > 150
     row = parts["train"][0]
-    assert TASKS[task].read(row) and TASKS[task].answer(row)
+    assert TASKS[task].read(row) and TASKS[task].answers(row)
     if TASKS[task].words:
         labels = [TASKS[task].label_of(r) for rows in parts.values() for r in rows]
         assert 0.4 < np.mean(labels) < 0.6

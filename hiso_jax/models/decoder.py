@@ -291,10 +291,42 @@ class Decoder(nnx.Module):
         """
         return self.head(self.hidden(input_ids, attention_mask))
 
-    def hidden(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        """Hidden states [B, T, D] that `head` makes logits of; arguments as in a call."""
+    def hidden(
+        self, input_ids: jax.Array, attention_mask: jax.Array, prefix: Any = None
+    ) -> jax.Array:
+        """Hidden states [B, T, D] that `head` makes logits of; arguments as in a call.
+
+        `prefix` is keys and values [L, n, kv heads, head width] that come before every row.
+        """
         positions, valid = _places(attention_mask)
-        return self.body(input_ids, positions, valid, None, None)[0]
+        if prefix is None:
+            return self.body(input_ids, positions, valid, None, None)[0]
+        cache, places = self._cache(*input_ids.shape, prefix)
+        return self.body(input_ids, positions + places, valid, cache, places)[0]
+
+    def prefix(self, input_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of a text int32 [n], to be the `prefix` of others."""
+        cache, _ = self._cache(1, len(input_ids), None)
+        positions, valid = _places(jnp.ones((1, len(input_ids)), jnp.int32))
+        cache = self.body(input_ids[None], positions, valid, cache, 0)[1]
+        return cache.keys[:, 0], cache.values[:, 0]
+
+    def _cache(self, batch: int, room: int, prefix: Any) -> tuple[Cache, int]:
+        """A cache with room for so many tokens after the prefix, and the prefix's length."""
+        config, count = self.body.config, 0 if prefix is None else prefix[0].shape[1]
+        shape = (config.num_hidden_layers, batch, room, *_head_shape(config))
+        zeros = jnp.zeros(shape, self.body.embed_tokens.embedding[...].dtype)
+        places, valid = jnp.zeros((batch, room), jnp.int32), jnp.zeros((batch, room), bool)
+        if prefix is None:
+            return Cache(zeros, zeros, places, valid), 0
+        every = lambda x: jnp.repeat(x[:, None].astype(zeros.dtype), batch, 1)  # noqa: E731
+        first = jnp.broadcast_to(jnp.arange(count)[None], (batch, count))
+        return Cache(
+            jnp.concatenate([every(prefix[0]), zeros], 2),
+            jnp.concatenate([every(prefix[1]), zeros], 2),
+            jnp.concatenate([first, places], 1),
+            jnp.concatenate([jnp.ones_like(first, bool), valid], 1),
+        ), count
 
     def head(self, hidden: jax.Array, rows: Any = None) -> jax.Array:
         """Logits float32 [..., V] of hidden states [..., D], or those of some tokens.
@@ -317,6 +349,7 @@ class Decoder(nnx.Module):
         max_new_tokens: int,
         stop: Any = (),
         pad: int = 0,
+        prefix: Any = None,
     ) -> jax.Array:
         """Continue every row with its most probable tokens; a cache keeps keys and values.
 
@@ -326,22 +359,16 @@ class Decoder(nnx.Module):
           max_new_tokens: N.
           stop: tokens that end a row.
           pad: token that fills a row that has ended.
+          prefix: as in `hidden`.
 
         Returns:
           int32 [B, N].
         """
         batch, length = input_ids.shape
-        positions, valid = _places(attention_mask)
-        total, body, config = length + max_new_tokens, self.body, self.body.config
-        shape = (config.num_hidden_layers, batch, total, *_head_shape(config))
-        dtype = body.embed_tokens.embedding[...].dtype
-        empty = Cache(
-            jnp.zeros(shape, dtype),
-            jnp.zeros(shape, dtype),
-            jnp.zeros((batch, total), jnp.int32),
-            jnp.zeros((batch, total), bool),
-        )
-        x, cache = body(input_ids, positions, valid, empty, 0)
+        (positions, valid), body = _places(attention_mask), self.body
+        empty, places = self._cache(batch, length + max_new_tokens, prefix)
+        positions = positions + places
+        x, cache = body(input_ids, positions, valid, empty, places)
         last = jnp.where(valid, positions, -1).argmax(1)
         first = self.head(x[jnp.arange(batch), last]).argmax(-1).astype(jnp.int32)
         stop, tokens = jnp.array(stop, jnp.int32), jnp.full((batch, max_new_tokens), pad, jnp.int32)
@@ -356,7 +383,8 @@ class Decoder(nnx.Module):
             tokens = tokens.at[:, i].set(token)
             ended = ended | (token[:, None] == stop[None]).any(1)
             place = positions.max(1, keepdims=True) + 1 + i
-            x, cache = body(token[:, None], place, jnp.ones_like(place, bool), cache, length + i)
+            slot = places + length + i
+            x, cache = body(token[:, None], place, jnp.ones_like(place, bool), cache, slot)
             return i + 1, self.head(x[:, 0]).argmax(-1).astype(jnp.int32), cache, tokens, ended
 
         start = (jnp.int32(0), first, cache, tokens, jnp.zeros(batch, bool))

@@ -39,8 +39,10 @@ class Model(NamedTuple):
         encoders, hidden states [B, T, D].
       hidden: as `apply`, -> hidden states [B, T, D].
       head: ``(params, hidden [..., D], rows=None) -> logits [..., V or rows]``; decoders only.
-      generate: ``(params, input_ids, attention_mask, max_new_tokens, stop=(), pad=0)
-        -> int32 [B, max_new_tokens]``, the most probable tokens; decoders only.
+      generate: ``(params, input_ids, attention_mask, max_new_tokens, stop=(), pad=0,
+        prefix=None) -> int32 [B, max_new_tokens]``, the most probable tokens; decoders only.
+      prefix: ``(params, input_ids [n]) -> keys and values [L, n, ...]`` that `hidden` and
+        `generate` can put before every row; decoders only.
       source: the folder it came from, or None.
       untouched: tensors of the checkpoint that are not used, by their own names.
     """
@@ -51,6 +53,7 @@ class Model(NamedTuple):
     hidden: Callable[..., jax.Array]
     head: Callable[..., jax.Array]
     generate: Callable[..., jax.Array]
+    prefix: Callable[..., tuple[jax.Array, jax.Array]]
     source: Path | None
     untouched: dict[str, np.ndarray]
 
@@ -105,15 +108,16 @@ def _build(config: Any) -> tuple[Any, dict[str, Any]]:
 def _model(
     config: Any, graph: Any, params: trees.Params, source: Path | None, untouched: dict[str, Any]
 ) -> Model:
-    def method(name: str) -> Callable[..., jax.Array]:
-        def call(params: trees.Params, *args: Any, **options: Any) -> jax.Array:
+    def method(name: str) -> Callable[..., Any]:
+        def call(params: trees.Params, *args: Any, **options: Any) -> Any:
             model = nnx.merge(graph, params)
             return (getattr(model, name) if name else model)(*args, **options)
 
         return call
 
-    apply, hidden, head, generate = (method(n) for n in ("", "hidden", "head", "generate"))
-    return Model(config, params, apply, hidden, head, generate, source, untouched)
+    names = ("", "hidden", "head", "generate", "prefix")
+    apply, hidden, head, generate, prefix = (method(name) for name in names)
+    return Model(config, params, apply, hidden, head, generate, prefix, source, untouched)
 
 
 def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:

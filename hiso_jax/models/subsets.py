@@ -1,4 +1,4 @@
-"""Which parameters are trained: masks by name, and low-rank adapters."""
+"""Which parameters are trained: masks by name, the last layers, low-rank adapters."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ import numpy as np
 
 from hiso_jax import checks, trees
 
-SUBSETS = ("all", "norms", "biases", "lora")
+MASKS = {"all": "", "norms": r"norm", "biases": r"(^|/)bias$"}
+"""Patterns of leaf names in lower case, by the name of a subset."""
 
 
 def mask(params: trees.Params, subset: str) -> trees.Params:
@@ -23,14 +24,32 @@ def mask(params: trees.Params, subset: str) -> trees.Params:
       >>> mask({"norm": {"scale": 1.0, "bias": 0.0}, "fc1": {"kernel": 1.0}}, "norms")
       {'fc1': {'kernel': False}, 'norm': {'bias': True, 'scale': True}}
     """
-    checks.choice("subset", subset, SUBSETS[:3])
-    pattern = {"all": "", "norms": r"norm", "biases": r"(^|/)bias$"}[subset]
+    pattern = MASKS[checks.choice("subset", subset, tuple(MASKS))]
     tree = jax.tree_util.tree_map_with_path(
         lambda path, _: bool(re.search(pattern, trees.leaf_name(path).lower())), params
     )
     if not any(jax.tree.leaves(tree)):
         raise ValueError(f"subset: the parameters have no {subset}")
     return tree
+
+
+def last_zeros(params: trees.Params, count: int) -> trees.Leaves:
+    """Zeros for the last `count` layers of every stacked leaf, by name: differences to train.
+
+    Raises:
+      ValueError: there are not so many layers.
+    """
+    stacked = {n: x for n, x in trees.named(params).items() if re.search("/layers?/", n)}
+    layers = min((len(x) for x in stacked.values()), default=0)
+    if not 1 <= count <= layers:
+        raise ValueError(f"count: expected 1 to {layers} layers, got {count}")
+    return {n: jnp.zeros((count, *x.shape[1:]), x.dtype) for n, x in stacked.items()}
+
+
+def merge_last(params: trees.Params, changes: trees.Leaves) -> trees.Params:
+    """Return params with the changes added to the last layers."""
+    leaves: Any = trees.named(params)
+    return trees.merge(params, {n: leaves[n].at[-len(x) :].add(x) for n, x in changes.items()})
 
 
 def lora_zeros(params: trees.Params, rank: int, targets: Sequence[str]) -> trees.Leaves:

@@ -58,14 +58,15 @@ class Task(NamedTuple):
                 return number
         raise ValueError(f"column {self.label!r}: expected one of {values}, got {value!r}")
 
-    def answer(self, row: Mapping[str, Any]) -> str:
-        """What the model should go on with."""
+    def answers(self, row: Mapping[str, Any]) -> list[str]:
+        """All that is right to go on with; the first is what is learned."""
         if self.words is not None:
-            return self.words[self.label_of(row)]
+            return [self.words[self.label_of(row)]]
         value = row[self.label]
-        while isinstance(value, (dict, list)):  # SQuAD: {"text": [answer, ...]}
-            value = value["text"] if isinstance(value, dict) else value[0]
-        return str(value)
+        # On the hub, SQuAD has {"text": [answer, ...]} and DROP {"spans": [...]}.
+        if isinstance(value, Mapping):
+            value = value["text"] if "text" in value else value["spans"]
+        return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 
 _YES_NO = ("Yes", "No")

@@ -83,13 +83,27 @@ def words(task: Task, tokenizer: Any, rows: Rows, length: int) -> Arrays:
       rows: N.
       length: tokens a prompt is cut to, at its beginning.
     """
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     word, shared = (task.words or ("",))[0], word_tokens(task, tokenizer, rows)[0]
     prompts = [
-        _fit(_pair(tokenizer, task.read(row), word)[0] + shared, length, first) for row in rows
+        _fit(_pair(tokenizer, task.read(row), word)[0] + shared, length, _first(tokenizer))
+        for row in rows
     ]
     labels = np.array([task.label_of(row) for row in rows], np.int32)
     return pad(prompts, length, _padding(tokenizer)) | {"label": labels}
+
+
+def prompts(task: Task, tokenizer: Any, rows: Rows, length: int) -> Arrays:
+    """Prompts alone, to generate from: ``input_ids`` and ``attention_mask``, int32 [N, length]."""
+    own = [
+        _fit(_pair(tokenizer, task.read(row), task.answers(row)[0])[0], length, _first(tokenizer))
+        for row in rows
+    ]
+    return pad(own, length, _padding(tokenizer))
+
+
+def _first(tokenizer: Any) -> int | None:
+    bos = tokenizer.bos_token_id
+    return tokenizer.cls_token_id if bos is None else bos
 
 
 def answers(task: Task, tokenizer: Any, rows: Rows, length: int, room: int) -> Arrays:
@@ -108,9 +122,9 @@ def answers(task: Task, tokenizer: Any, rows: Rows, length: int, room: int) -> A
     sequences, sizes = [], []
     stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for row in rows:
-        prompt, answer = _pair(tokenizer, task.read(row), task.answer(row))
+        prompt, answer = _pair(tokenizer, task.read(row), task.answers(row)[0])
         answer = (answer + stop)[:room]
-        sequences.append(_fit(prompt, length - len(answer), tokenizer.bos_token_id) + answer)
+        sequences.append(_fit(prompt, length - len(answer), _first(tokenizer)) + answer)
         sizes.append(len(answer))
     out = pad(sequences, length, _padding(tokenizer))
     target = np.arange(length)[None] >= length - np.array(sizes)[:, None]
