@@ -301,7 +301,8 @@ class Decoder(nnx.Module):
         positions, valid = _places(attention_mask)
         if prefix is None:
             return self.body(input_ids, positions, valid, None, None)[0]
-        cache, places = self._cache(*input_ids.shape, prefix)
+        batch, length = input_ids.shape
+        cache, places = self._cache(batch, length, prefix)
         return self.body(input_ids, positions + places, valid, cache, places)[0]
 
     def prefix(self, input_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
