@@ -1,8 +1,11 @@
 """Clients, traffic and the round loop."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import hiso_jax as hj
@@ -109,3 +112,48 @@ def test_evaluate_counts_every_example_once():
         None, {"x": np.arange(10.0)}, batch_size=4,
     )  # fmt: skip
     assert sums == {"sum": 45.0, "n": 10.0}
+
+
+def test_clients_that_drop_out_count_for_nothing_and_empty_rounds_move_nothing():
+    alg, clients = hj.federated_hiso(loss_fn, optax.linear_schedule(1e-2, 0, 30)), Clients(DATA)
+    state, seen = alg.init({"w": jnp.ones(())}, jax.random.key(0)), {"empty": 0, "part": 0}
+    before, digest = state.params["w"], hj.digest(state)
+    for report in simulation.run(
+        alg, jax.tree.map(jnp.copy, state), clients, rounds=30, clients_per_round=3, batch_size=2,
+        dropout=0.6,
+    ):  # fmt: skip
+        after, new = float(report.state.params["w"]), hj.digest(report.state)
+        present = report.weights > 0
+        assert report.reported == {
+            n: 1.0 for n, here in zip(report.names, present, strict=True) if here
+        }
+        if not present.any():
+            seen["empty"] += 1
+            assert np.isnan(report.metrics.record).all() and not report.bad
+            assert after == before and (new == digest).all()
+        else:
+            seen["part"] += not present.all()
+            mean = np.asarray(report.metrics.scalars)[present].mean(0)
+            np.testing.assert_allclose(report.metrics.record, mean, rtol=1e-5)
+            assert (new != digest).any()
+        before, digest = after, new
+    assert seen["empty"] >= 2 and seen["part"] >= 10
+    with pytest.raises(ValueError, match="dropout: expected"):
+        next(simulation.run(alg, state, clients, rounds=1, clients_per_round=1, batch_size=1,
+                            dropout=1.5))  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [0.01, optax.linear_schedule(0.1, 0, 9)])
+def test_downlink_is_what_the_ledger_sends(rate: Any):
+    """A client's catch-up is accounted with the very bytes of ``ledger.records(since)``."""
+    alg = hj.decomfl(loss_fn, rate, num_perturbations=3)
+    state = alg.init({"w": jnp.ones(())}, jax.random.key(0))
+    traffic = Traffic((1, 3), schedule=callable(rate))
+    with hj.Ledger.create(":memory:", alg, state) as ledger:
+        for round in range(6):
+            ledger.append(np.full((1, 3), round), hj.digest(state), alg.learning_rate(round))
+        traffic.ask(["a"], 2, reported=[])
+        assert traffic.up == {}  # asked, and never heard of again
+        sent = traffic.down["a"]
+        traffic.catch_up(["a"], 6)
+        assert traffic.down["a"] - sent == ledger.records(since=2).nbytes
