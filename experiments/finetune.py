@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from experiments import job, problem, report, texts
 from experiments.problem import Problem
 from hiso_jax import models
+from hiso_jax.models import bert
 from hiso_jax.tasks import data, docstrings, prompts, splits
 from hiso_jax.tasks.prompts import Task
 
@@ -155,6 +156,8 @@ def build(options: Options) -> Problem:
     title = f"{shown}, {name} ({size / 1e6:.1f} M parameters)"
     length = options.length or (24 if task is DOCSTRINGS else 128)
     if model.config.model_type in ("bert", "roberta"):
+        if bert.has_head(model.config):
+            return texts.masked_problem(title, task, rows, own, model, tokenizer, length)
         return texts.encoder_problem(title, task, rows, own, model, tokenizer, length)
     if task is DOCSTRINGS:
         task = task._replace(prompt="{text}\nTopic:")

@@ -103,6 +103,46 @@ def encoder_problem(
     )
 
 
+def masked_problem(
+    name: str,
+    task: Task,
+    rows: dict[str, Rows],
+    own: dict[str, np.ndarray],
+    model: models.Model,
+    tokenizer: Any,
+    length: int,
+) -> Problem:
+    """Classify by the word that an encoder's own head puts in the place of a mask.
+
+    Args: as in `encoder_problem`.
+    """
+    firsts = [
+        tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in task.words or ()
+    ]
+    tokens = jnp.array([ids[0] for ids in firsts], jnp.int32)
+    if len(set(tokens.tolist())) != len(firsts):
+        raise ValueError(f"words: {task.words} begin with the same token; choose others")
+
+    def logits_fn(params: Any, batch: Any) -> jax.Array:
+        x = model.hidden(params, batch["input_ids"], batch["attention_mask"])
+        return model.head(params, x[jnp.arange(len(x)), batch["place"]], tokens)
+
+    loss_fn, score = problem.classification(logits_fn)
+    columns = functools.partial(text.masked, task, tokenizer, length=length)
+    return Problem(
+        name=name,
+        params=model.params,
+        loss_fn=loss_fn,
+        score=score,
+        clients=_clients(columns(rows["train"]), own),
+        dev=columns(rows["dev"]),
+        test=columns(rows["test"]),
+        save=lambda folder, params: models.save_pretrained(model, folder / "model", params),
+        metric=task.metric,
+        prepare=text.trim,
+    )
+
+
 def _clients(train: Arrays, own: dict[str, np.ndarray]) -> Clients:
     return Clients({name: {k: v[picks] for k, v in train.items()} for name, picks in own.items()})
 

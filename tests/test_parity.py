@@ -174,3 +174,27 @@ def test_a_prefix_is_the_text_it_came_from(name: str, tmp_path: Path):
     tokens = ours.generate(ours.params, *inputs.values(), 5, prefix=prefix)
     whole = ours.generate(ours.params, jnp.asarray(np.stack(joined)), jnp.asarray(mask), 5)
     np.testing.assert_array_equal(tokens, whole)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_masked_language_model_head(name: str, tmp_path: Path):
+    family, options = ENCODERS[name]
+    config = getattr(transformers, f"{family}Config")(**options, attn_implementation="eager")
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{family}ForMaskedLM")(config).eval()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            centre = 1.0 if "norm" in key.lower() and key.endswith("weight") else 0.0
+            parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "in")
+    ours, inputs = models.from_pretrained(tmp_path / "in"), batch("right")
+    with torch.no_grad():
+        wanted = theirs(**long(inputs)).logits.numpy()
+    hidden = ours.hidden(ours.params, **inputs)
+    real = inputs["attention_mask"][..., None]
+    assert np.abs((np.asarray(ours.head(ours.params, hidden)) - wanted) * real).max() < 1e-5
+    some = ours.head(ours.params, hidden[:, 2], jnp.array([9, 4]))
+    np.testing.assert_allclose(some, wanted[:, 2][:, [9, 4]], atol=1e-5)
+    models.save_pretrained(ours, tmp_path / "out")
+    back = type(theirs).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(value, back[key]) for key, value in theirs.state_dict().items())

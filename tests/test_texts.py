@@ -290,6 +290,54 @@ def test_a_decoder_made_on_the_spot(tmp_path: Path):
     assert json.loads((run / "summary.json").read_text())["clients"] > 60
 
 
+def test_an_encoder_tells_words_by_its_mask(tmp_path: Path):
+    """RoBERTa with its own head: the word in the place of the mask, padded on the right."""
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import RobertaProcessing
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaConfig
+
+    folder, bpe = tmp_path / "roberta", ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    corpus = [json.dumps(row) + " bad good" for row in ROWS]
+    bpe.train_from_iterator(corpus, vocab_size=400, special_tokens=special)
+    bpe._tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))  # pyright: ignore
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", cls_token="<s>", eos_token="</s>",
+        sep_token="</s>", pad_token="<pad>", unk_token="<unk>", mask_token="<mask>",
+    ).save_pretrained(folder)  # fmt: skip
+    config = RobertaConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=60, type_vocab_size=1,
+        initializer_range=0.2, architectures=["RobertaForMaskedLM"],
+    )  # fmt: skip
+    models.save_pretrained(models.from_config(config, jax.random.key(0)), folder)
+    own = OWN._replace(prompt="{review} It was", words=("bad", "good"))
+    arrays = text.masked(own, AutoTokenizer.from_pretrained(folder), ROWS, 14)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for ids, mask, place in zip(
+        *(arrays[k] for k in ("input_ids", "attention_mask", "place")), strict=True
+    ):
+        assert ids[place] == tokenizer.mask_token_id and mask[place] == 1
+        assert tokenizer.decode(ids[mask > 0]).endswith("It was <mask>.</s>") and ids[0] == 0
+    trimmed = text.trim(arrays, smallest=4)
+    assert trimmed["input_ids"].shape[1] >= arrays["attention_mask"].sum(1).max()
+
+    built = finetune.build(finetune.Options(
+        model=str(folder), data=write(tmp_path / "reviews.csv", ROWS), text="review", label="mood",
+        prompt="{review} It was", words=("bad", "good"), num_clients=3, length=24,
+    ))  # fmt: skip
+    alg = hj.decomfl(built.loss_fn, 2e-3, distribution="rademacher")
+    score, state = jax.jit(built.score), alg.init(built.params, jax.random.key(0))
+    before = simulation.evaluate(score, state.params, built.test, 8, built.prepare)
+    for report in simulation.run(
+        alg, state, built.clients, rounds=30, clients_per_round=3, batch_size=8,
+        prepare=built.prepare,
+    ):  # fmt: skip
+        state = report.state
+    after = simulation.evaluate(score, state.params, built.test, 8, built.prepare)
+    assert after["loss"] < 0.9 * before["loss"]
+
+
 def test_bad_options_are_named(folder: Path, tmp_path: Path):
     reviews = write(tmp_path / "reviews.csv", ROWS)
     base = ("--model", str(folder), "--data", str(reviews), "--out", str(tmp_path / "run"))

@@ -100,8 +100,24 @@ class _Encoder(nnx.Module):
         return jax.lax.scan(step, x, stacked)[0]
 
 
+class _Transform(nnx.Module):
+    def __init__(self, config: Any, norm: str, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.dense = nnx.Linear(width, width, rngs=rngs)
+        setattr(self, norm, nnx.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs))
+        self.norm = norm
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return getattr(self, self.norm)(jax.nn.gelu(self.dense(x), approximate=False))
+
+
+def has_head(config: Any) -> bool:
+    """Whether a config's checkpoint comes with the masked-language-model head."""
+    return any(name.endswith("ForMaskedLM") for name in config.architectures or ())
+
+
 class Bert(nnx.Module):
-    """BERT or RoBERTa without pooler and head: tokens in, hidden states out.
+    """BERT or RoBERTa without pooler: tokens in, hidden states out; a head if it has one.
 
     Args:
       config: a transformers config of model type ``bert`` or ``roberta``.
@@ -115,6 +131,18 @@ class Bert(nnx.Module):
             )
         self.embeddings = _Embeddings(config, rngs)
         self.encoder = _Encoder(config, rngs)
+        self.roberta = config.model_type == "roberta"
+        if has_head(config):
+            bias = nnx.Param(jnp.zeros(config.vocab_size))
+            if self.roberta:
+                self.lm_head: Any = _Transform(config, "layer_norm", rngs)
+                self.lm_head.bias = bias
+            else:
+                self.cls: Any = nnx.Module()
+                predictions: Any = nnx.Module()
+                predictions.transform = _Transform(config, "LayerNorm", rngs)
+                predictions.bias = bias
+                self.cls.predictions = predictions
 
     def __call__(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
         """Encode a padded batch.
@@ -132,3 +160,19 @@ class Bert(nnx.Module):
     def hidden(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
         """The same, by the name it has in decoders."""
         return self(input_ids, attention_mask)
+
+    def head(self, hidden: jax.Array, rows: Any = None) -> jax.Array:
+        """Logits float32 [..., V] of hidden states [..., D], or those of the tokens `rows`.
+
+        Raises:
+          ValueError: the checkpoint came without a masked-language-model head.
+        """
+        if not (hasattr(self, "lm_head") or hasattr(self, "cls")):
+            raise ValueError("head: this encoder came without a masked-language-model head")
+        transform = self.lm_head if self.roberta else self.cls.predictions.transform
+        bias = (self.lm_head if self.roberta else self.cls.predictions).bias[...]
+        table = self.embeddings.word_embeddings.embedding[...]
+        if rows is not None:
+            table, bias = table[rows], bias[rows]
+        logits = transform(hidden) @ table.T
+        return (logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))).astype(jnp.float32)

@@ -23,7 +23,13 @@ _FAMILIES: dict[str, Any] = {"bert": bert.Bert, "roberta": bert.Bert} | dict.fro
     ("opt", "llama", "qwen2", "qwen3", "gemma3_text", "smollm3"), decoder.Decoder
 )
 # Buffers that old checkpoints hold and no model reads; the pooler is not part of the encoder.
-_UNUSED = re.compile(r"(^|\.)(pooler\.|position_ids$|rotary_emb\.inv_freq$|masked_bias$)")
+_UNUSED = re.compile(
+    r"(^|\.)(pooler\.|seq_relationship\.|position_ids$|rotary_emb\.inv_freq$|masked_bias$)"
+)
+# Copies of the embeddings under the names of heads that are tied to them.
+_TIED = ("lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight")
+_TABLES = ("embed_tokens.weight",)
+_TIED_BIASES = ("lm_head.decoder.bias", "cls.predictions.decoder.bias")
 _PREFIXES = ("", "model.", "bert.", "roberta.")
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of the small files of a folder (tokenizer, generation) that go with the weights."""
@@ -38,13 +44,15 @@ class Model(NamedTuple):
       apply: ``(params, input_ids [B, T], attention_mask [B, T])`` -> logits [B, T, V], or, for
         encoders, hidden states [B, T, D].
       hidden: as `apply`, -> hidden states [B, T, D].
-      head: ``(params, hidden [..., D], rows=None) -> logits [..., V or rows]``; decoders only.
+      head: ``(params, hidden [..., D], rows=None) -> logits [..., V or rows]``; of encoders only
+        those that come with a masked-language-model head.
       generate: ``(params, input_ids, attention_mask, max_new_tokens, stop=(), pad=0,
         prefix=None) -> int32 [B, max_new_tokens]``, the most probable tokens; decoders only.
       prefix: ``(params, input_ids [n]) -> keys and values [L, n, ...]`` that `hidden` and
         `generate` can put before every row; decoders only.
       source: the folder it came from, or None.
       untouched: tensors of the checkpoint that are not used, by their own names.
+      renamed: tensors that the checkpoint has by other names than `tensor_names` gives.
     """
 
     config: Any
@@ -56,6 +64,7 @@ class Model(NamedTuple):
     prefix: Callable[..., tuple[jax.Array, jax.Array]]
     source: Path | None
     untouched: dict[str, np.ndarray]
+    renamed: dict[str, str]
 
 
 def tensor_names(leaf: str, layers: int) -> list[str]:
@@ -80,7 +89,7 @@ def find(name: str, there: Container[str]) -> str | None:
     """
     short = name.removeprefix("model.")
     names = [name, short, *(prefix + name for prefix in _PREFIXES)]
-    if short.endswith("embed_tokens.weight"):
+    if short.endswith(_TABLES):
         names.append("lm_head.weight")
     return next((own for own in names if own in there), None)
 
@@ -106,7 +115,12 @@ def _build(config: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _model(
-    config: Any, graph: Any, params: trees.Params, source: Path | None, untouched: dict[str, Any]
+    config: Any,
+    graph: Any,
+    params: trees.Params,
+    source: Path | None = None,
+    untouched: dict[str, Any] | None = None,
+    renamed: dict[str, str] | None = None,
 ) -> Model:
     def method(name: str) -> Callable[..., Any]:
         def call(params: trees.Params, *args: Any, **options: Any) -> Any:
@@ -117,7 +131,18 @@ def _model(
 
     names = ("", "hidden", "head", "generate", "prefix")
     apply, hidden, head, generate, prefix = (method(name) for name in names)
-    return Model(config, params, apply, hidden, head, generate, prefix, source, untouched)
+    return Model(
+        config,
+        params,
+        apply,
+        hidden,
+        head,
+        generate,
+        prefix,
+        source,
+        untouched or {},
+        renamed or {},
+    )
 
 
 def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
@@ -149,7 +174,7 @@ def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
         return jnp.full(like.shape, 0 if name.endswith("bias") or offset else 1, dtype)
 
     params = jax.tree_util.tree_map_with_path(draw, shapes)
-    return _model(config, graph, params, None, {})
+    return _model(config, graph, params)
 
 
 def folder_of(path: str | os.PathLike[str]) -> Path:
@@ -233,9 +258,13 @@ def from_pretrained(
         plan = {n: _tensors(folder, n, config, there) for n in leaves}
         used = {tensor for own in plan.values() for tensor in own}
         surplus = there.keys() - used - {n for n in there if _UNUSED.search(n)}
-        if getattr(config, "tie_word_embeddings", False) and "lm_head.weight" in surplus:
-            _check_tied(folder, there, next(n for n in used if n.endswith("embed_tokens.weight")))
-            surplus -= {"lm_head.weight"}
+        tables = ("word_embeddings.weight", *_TABLES)
+        table = next((n for n in used if n.endswith(tables)), "lm_head.weight")
+        bias = next((n for n in used if n in ("lm_head.bias", "cls.predictions.bias")), "")
+        if getattr(config, "tie_word_embeddings", True):
+            for name in surplus & {*_TIED, *(_TIED_BIASES if bias else ())}:
+                _check_tied(folder, there, bias if name in _TIED_BIASES else table, name)
+                surplus -= {name}
         if surplus:
             raise ValueError(f"{folder}: unknown tensors: {sorted(surplus)}")
         # Largest first: what is in memory twice is large only while there is little else.
@@ -250,12 +279,15 @@ def from_pretrained(
             else:
                 array = next(rows).astype(dtype, copy=False)
             filled[leaf] = jax.block_until_ready(jax.device_put(array))
-        kept = [n for n in sorted(there.keys() - used) if n != "lm_head.weight"]
+        kept = [n for n in sorted(there.keys() - used) if n not in (*_TIED, *_TIED_BIASES)]
         untouched = {
             n: there[n].read(n, 0, there[n].tensors[n].size).reshape(there[n].tensors[n].shape)
             for n in kept
         }
-    return _model(config, graph, trees.merge(shapes, filled), folder, untouched)
+    wanted = {leaf: tensor_names(leaf, config.num_hidden_layers) for leaf in plan}
+    pairs = (pair for leaf in plan for pair in zip(wanted[leaf], plan[leaf], strict=True))
+    renamed = {name: own for name, own in pairs if name != own}
+    return _model(config, graph, trees.merge(shapes, filled), folder, untouched, renamed)
 
 
 def _tensors(folder: Path, leaf: str, config: Any, there: Container[str]) -> list[str]:
@@ -277,10 +309,10 @@ def _read(
     return x.T if turned else x
 
 
-def _check_tied(folder: Path, there: dict[str, TensorFile], table: str) -> None:
-    one, two = (there[n].read(n, 0, there[n].tensors[n].size) for n in (table, "lm_head.weight"))
+def _check_tied(folder: Path, there: dict[str, TensorFile], table: str, name: str) -> None:
+    one, two = (there[n].read(n, 0, there[n].tensors[n].size) for n in (table, name))
     if one.tobytes() != two.tobytes():
-        raise ValueError(f"{folder}: the config ties 'lm_head.weight' to {table!r}, they differ")
+        raise ValueError(f"{folder}: the config ties {name!r} to {table!r}, they differ")
 
 
 def save_pretrained(
@@ -302,7 +334,7 @@ def save_pretrained(
     for leaf, array in leaves.items():
         shape = array.shape[1:] if _stacked(leaf) else array.shape
         for i, name in enumerate(tensor_names(leaf, model.config.num_hidden_layers)):
-            own = shape[::-1] if is_turned(leaf) else shape
+            own, name = shape[::-1] if is_turned(leaf) else shape, model.renamed.get(name, name)
             tensors[name], parts[name] = Tensor(np.dtype(array.dtype), own), (leaf, i)
     with files.whole(folder / "model.safetensors") as part:
         with TensorFile.create(part, tensors, {"format": "pt"}) as file:

@@ -36,13 +36,13 @@ def _fit(ids: list[int], room: int, first: int | None) -> list[int]:
     return keep + ids[len(ids) - room + len(keep) :]
 
 
-def pad(rows: Sequence[Sequence[int]], length: int, token: int) -> Arrays:
-    """Pad rows of tokens on the left: int32 ``input_ids`` and ``attention_mask`` [N, length]."""
+def pad(rows: Sequence[Sequence[int]], length: int, token: int, left: bool = True) -> Arrays:
+    """Pad rows of tokens: int32 ``input_ids`` and ``attention_mask`` [N, length]."""
     ids = np.full((len(rows), length), token, np.int32)
     mask = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
-        if row:
-            ids[i, -len(row) :], mask[i, -len(row) :] = row, 1
+        span = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[i, span], mask[i, span] = row, 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -90,6 +90,26 @@ def words(task: Task, tokenizer: Any, rows: Rows, length: int) -> Arrays:
     ]
     labels = np.array([task.label_of(row) for row in rows], np.int32)
     return pad(prompts, length, _padding(tokenizer)) | {"label": labels}
+
+
+def masked(task: Task, tokenizer: Any, rows: Rows, length: int) -> Arrays:
+    """Prompts for encoders with a head, ``... It was <mask>.``: the word is told by the mask.
+
+    As `words`, padded on the right, and ``place`` [N], the number of the mask's column.
+    """
+    ends = {tokenizer.cls_token_id, tokenizer.sep_token_id}
+    cut: list[list[int]] = []
+    for row in rows:
+        whole = tokenizer(f"{task.read(row).rstrip()} {tokenizer.mask_token}.")["input_ids"]
+        inner = [token for token in whole if token not in ends]
+        kept = _fit(inner, length - 2, None)
+        cut.append([tokenizer.cls_token_id, *kept, tokenizer.sep_token_id])
+    # The last one: a text may hold the word itself.
+    place = [len(row) - 1 - row[::-1].index(tokenizer.mask_token_id) for row in cut]
+    labels = np.array([task.label_of(row) for row in rows], np.int32)
+    return pad(cut, length, _padding(tokenizer), left=False) | {
+        "label": labels, "place": np.array(place, np.int32)
+    }  # fmt: skip
 
 
 def prompts(task: Task, tokenizer: Any, rows: Rows, length: int) -> Arrays:
@@ -150,7 +170,8 @@ def trim(batch: Mapping[str, np.ndarray], smallest: int = 16) -> Arrays:
     """Cut columns that are padding in the whole batch, to one of a few lengths.
 
     Lengths are `smallest` times powers of two and their halves between (16, 24, 32, 48, ...),
-    so that few programs are compiled and little padding is computed.
+    so that few programs are compiled and little padding is computed. Padding is on the left, or,
+    where the batch has a ``place``, on the right.
 
     Args:
       batch: columns [..., N, length]; those of `attention_mask`'s last axis are cut.
@@ -164,4 +185,5 @@ def trim(batch: Mapping[str, np.ndarray], smallest: int = 16) -> Arrays:
         kept = kept * 3 // 2 if kept & (kept - 1) == 0 else kept // 3 * 4
     kept = min(kept, length)
     cut = {"input_ids", "attention_mask", "target"}
-    return {k: v[..., length - kept :] if k in cut else v for k, v in batch.items()}
+    span = slice(0, kept) if "place" in batch else slice(length - kept, length)
+    return {k: v[..., span] if k in cut else v for k, v in batch.items()}
