@@ -124,7 +124,7 @@ def rebuild(
         for path, file in base.items():
             tensors = {n: t._replace(dtype=types.get((path, n), t.dtype))
                        for n, t in file.tensors.items()}  # fmt: skip
-            target = out / path if out.is_dir() else out
+            target = out / as_safetensors(path) if out.is_dir() else out
             made = TensorFile.create(target, tensors, file.metadata)
             written[path] = stack.enter_context(made)
             for name, tensor in file.tensors.items():
@@ -147,6 +147,11 @@ def rebuild(
         list(pool.map(advance, *zip(*work, strict=True)))
     if replay.wanted not in (None, replay.digest):
         raise hj.LedgerMismatch(f"the digest is {replay.digest}, the ledger's {replay.wanted}")
+
+
+def as_safetensors(text: str) -> str:
+    """Names of files in PyTorch's own format as those of the safetensors they become."""
+    return text.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
 def open_ledger(path: Path) -> hj.Ledger:
@@ -175,14 +180,14 @@ def run(ledger_path: Path, base_path: Path, out: Path) -> None:
     if out.exists():
         raise FileExistsError(f"{out} exists; nothing is written over")
     folder = base_path.is_dir()
-    paths = sorted(base_path.glob("*.safetensors")) if folder else [base_path]
-    if not paths or not all(path.is_file() for path in paths):
-        raise FileNotFoundError(f"{base_path}: no safetensors files there")
+    kind, paths = huggingface.weight_files(base_path) if folder else (TensorFile, [base_path])
+    if not paths[0].is_file():
+        raise FileNotFoundError(f"{base_path}: no such file or folder")
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(open_ledger(ledger_path))
         replay = Replay(ledger)
-        base = {path.name: stack.enter_context(TensorFile(path)) for path in paths}
+        base = {path.name: stack.enter_context(kind(path)) for path in paths}
         if folder:
             config = json.loads((base_path / "config.json").read_text())
             pieces = folder_pieces(replay.leaves, base, config["num_hidden_layers"])
@@ -200,7 +205,11 @@ def run(ledger_path: Path, base_path: Path, out: Path) -> None:
         rebuild(replay, pieces, base, made, step)
         for small in base_path.iterdir() if folder else ():
             if small.is_file() and small.suffix in huggingface.SMALL_FILES:
-                shutil.copy(small, made / small.name)
+                if small.name.endswith(".index.json"):
+                    index = as_safetensors(small.read_text())
+                    (made / as_safetensors(small.name)).write_text(index)
+                else:
+                    shutil.copy(small, made / small.name)
     seconds = time.perf_counter() - begin
     console.print(
         f"{ledger.rounds} rounds, {ledger_path.stat().st_size:,} bytes, {size:,} parameters: "

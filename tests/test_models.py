@@ -1,6 +1,8 @@
 """The encoder against transformers' torch model, folders in and out, and refusals."""
 
 import json
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import BertConfig, OPTConfig
 
 from experiments import finetune
 from hiso_jax import models, trees
+from hiso_jax.models import torchfile
 
 CONFIG = dict(
     vocab_size=99, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=36,
@@ -173,7 +176,7 @@ def test_checkpoints_in_several_files_and_by_other_names(tmp_path: Path):
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     assert same(models.from_pretrained(sharded).params, whole)
     (sharded / "model-1.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model-1.safetensors; a checkpoint that is there"):
+    with pytest.raises(FileNotFoundError, match=r"expected .*model-1.safetensors"):
         models.from_pretrained(sharded)
 
     bare = {n.removeprefix("model."): x for n, x in tensors.items()}  # saved without a head
@@ -209,3 +212,40 @@ def test_small_files_go_with_the_weights(tmp_path: Path):
         "config.json", "model.safetensors", "tokenizer.json"}  # fmt: skip
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
     assert same(models.from_pretrained(tmp_path / "out", jnp.bfloat16).params, model.params)
+
+
+def test_pytorch_files_are_read_without_pytorch(tmp_path: Path):
+    torch = pytest.importorskip("torch", reason="extra 'parity': pip install torch")
+    whole = models.from_pretrained(opt_folder(tmp_path)).params
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for kind in (torch.float32, torch.float16):
+        given = {n: torch.nn.Parameter(torch.tensor(x).to(kind)) for n, x in tensors.items()}
+        torch.save(given, tmp_path / "pytorch_model.bin")
+        wanted = whole if kind == torch.float32 else jax.tree.map(
+            lambda x: x.astype(jnp.float16).astype(jnp.float32), whole)  # fmt: skip
+        assert same(models.from_pretrained(tmp_path).params, wanted)
+    names = sorted(given)
+    for i in (0, 1):
+        torch.save({n: given[n] for n in names[i::2]}, tmp_path / f"pytorch_model-{i}.bin")
+    index = {"weight_map": {n: f"pytorch_model-{i % 2}.bin" for i, n in enumerate(names)}}
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert same(models.from_pretrained(tmp_path).params, wanted)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("a pickle has run",))
+
+
+def test_a_pickle_runs_nothing(tmp_path: Path, capsys: Any):
+    path = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"w": Evil()}))
+    with pytest.raises(ValueError, match="builtins.print has no place in a dict of tensors"):
+        torchfile.TorchFile(path)
+    path.write_bytes(b"not a zip")
+    with pytest.raises(ValueError, match="not a dict of tensors saved by PyTorch"):
+        torchfile.TorchFile(path)
+    assert "has run" not in capsys.readouterr().out

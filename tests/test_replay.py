@@ -13,7 +13,7 @@ from safetensors.flax import load_file, save_file
 
 import hiso_jax as hj
 from experiments import finetune
-from hiso_jax import replay, rules, trees
+from hiso_jax import models, replay, rules, trees
 from hiso_jax.tensorfile import TensorFile
 from tests.helpers import assert_same_bits, finish, odd_loss, odd_tree, start
 
@@ -111,7 +111,7 @@ def test_a_wrong_base_is_refused_and_nothing_is_written(shipped: dict[str, Any],
     save_file(lacking, tmp_path / "lacking.safetensors")
     (tmp_path / "garbage.safetensors").write_bytes(b"\xff" * 100)
     cases = {"flipped": "another base model", "lacking": "another base model",
-             "garbage": "not a safetensors file", "absent": "no safetensors files there"}  # fmt: skip
+             "garbage": "not a safetensors file", "absent": "no such file or folder"}  # fmt: skip
     started = {
         name: start("replay", str(folder / "ledger.sqlite"), str(tmp_path / f"{name}.safetensors"),
                     str(tmp_path / "out" / name))
@@ -145,9 +145,13 @@ def test_a_run_on_a_hugging_face_folder_is_shipped(tmp_path: Path):
     sharded.mkdir()
     (sharded / "config.json").write_bytes((base / "config.json").read_bytes())
     tensors = load_file(base / "model.safetensors")
+    weight_map = {}
     for number in (0, 1):
         part = dict(sorted(tensors.items())[number::2])
         save_file(part, sharded / f"model-{number}.safetensors")
+        weight_map |= dict.fromkeys(part, f"model-{number}.safetensors")
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
     message = f"digest {summary['digest']}: equal to the ledger's"
     for ledger, source, target in [
         ("ledger.safetensors", base, out), ("ledger.sqlite", sharded, tmp_path / "sharded")
@@ -159,6 +163,8 @@ def test_a_run_on_a_hugging_face_folder_is_shipped(tmp_path: Path):
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     both = [load_file(tmp_path / "sharded" / f"model-{number}.safetensors") for number in (0, 1)]
     assert_same_bits(both[0] | both[1], load_file(run / "model" / "model.safetensors"))
+    again = models.from_pretrained(tmp_path / "sharded").params
+    assert_same_bits(again, models.from_pretrained(out).params)
 
 
 def test_tensor_files_are_those_of_the_library(tmp_path: Path):

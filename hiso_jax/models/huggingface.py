@@ -16,7 +16,7 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from hiso_jax import files, trees
-from hiso_jax.models import bert, decoder
+from hiso_jax.models import bert, decoder, torchfile
 from hiso_jax.tensorfile import Tensor, TensorFile
 
 _FAMILIES: dict[str, Any] = {"bert": bert.Bert, "roberta": bert.Bert} | dict.fromkeys(
@@ -190,30 +190,46 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [f"*{suffix}" for suffix in (*SMALL_FILES, ".safetensors")]
+    small = [f"*{suffix}" for suffix in SMALL_FILES]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
+        folder = Path(snapshot_download(str(path), allow_patterns=[*small, "model*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):  # an old one
+            folder = Path(snapshot_download(str(path), allow_patterns=[*small, "pytorch_*.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{path}: no such folder here, and the hub does not give it: {error}"
         ) from error
+    return folder
+
+
+def weight_files(folder: Path) -> tuple[Callable[[Path], TensorFile], list[Path]]:
+    """How to open a folder's weights, and where: one file, or those of its index.
+
+    Safetensors, or, where there are none, PyTorch's own files.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+    """
+    kinds = {"model.safetensors": TensorFile, "pytorch_model.bin": torchfile.TorchFile}
+    found = {}
+    for name in kinds:
+        index, found[name] = folder / f"{name}.index.json", [folder / name]
+        if index.is_file():
+            parts = json.loads(index.read_text())["weight_map"].values()
+            found[name] = [folder / part for part in sorted(set(parts))]
+    there = (name for name, paths in found.items() if any(path.is_file() for path in paths))
+    name = next(there, "model.safetensors")
+    if missing := [str(path) for path in found[name] if not path.is_file()]:
+        raise FileNotFoundError(f"expected {', '.join(missing)}")
+    return kinds[name], found[name]
 
 
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[dict[str, TensorFile]]:
-    """Open a folder's safetensors, one file or those of its index; give name -> file."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        paths = sorted({folder / p for p in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        paths = [single]
-    if missing := [str(path) for path in paths if not path.is_file()]:
-        raise FileNotFoundError(
-            f"expected {', '.join(missing)}; a checkpoint that is there as pytorch_model.bin only "
-            "has to be saved by transformers once, with save_pretrained"
-        )
+    """Open a folder's weights; give tensor name -> file."""
+    kind, paths = weight_files(folder)
     with ExitStack() as stack:
-        opened = [stack.enter_context(TensorFile(path)) for path in paths]
+        opened = [stack.enter_context(kind(path)) for path in paths]
         yield {name: file for file in opened for name in file.tensors}
 
 
