@@ -180,7 +180,7 @@ def main() -> None:
     try:
         built = build(options)
     except (OSError, ValueError) as error:
-        report.console.print(f"[red]{error}")
+        report.console.print(error, style="red", markup=False)
         sys.exit(1)
     job.run(options, built, LEARNING_RATES)
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -145,7 +147,7 @@ def _stop_on_ctrl_c() -> Iterator[threading.Event]:
     try:
         yield stop
     except FloatingPointError as error:
-        console.print(f"[red]{error}")
+        console.print(error, style="red", markup=False)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -313,17 +315,39 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
     return summary | {"rows": rows}
 
 
-def _begin(options: Options, rates: dict[str, float]) -> None:
-    """Make room for a run and write down its options, before anything else."""
-    out = options.out
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a folder, so that no other process resumes or moves a run that is under way.
+
+    Raises:
+      BlockingIOError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BlockingIOError(f"{folder}: another process is running there") from None
+    finally:
+        os.close(handle)
+
+
+def _make_room(out: Path) -> None:
+    """Move a run that is in the folder aside."""
     if any((out / name).exists() for name in ("options.json", "metrics.jsonl", "ledger.sqlite")):
         number = next(i for i in range(1, 10**6) if not out.with_name(f"{out.name}.{i}").exists())
         aside = out.with_name(f"{out.name}.{number}")
-        out.rename(aside)
+        with _alone(out):
+            out.rename(aside)
         console.print(f"The run that was in [bold]{out}/[/bold] is now in [bold]{aside}/[/bold]")
+
+
+def _write_options(options: Options, rates: dict[str, float]) -> None:
+    """Write down what `settle` needs, before anything is computed."""
     saved = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume")}
     content = {"job": _job(options), "options": saved, "learning_rates": rates}
-    report.write_json(out / "options.json", content)
+    report.write_json(options.out / "options.json", content)
 
 
 def _picture_split(options: Options, problem: Problem) -> None:
@@ -335,25 +359,30 @@ def _picture_split(options: Options, problem: Problem) -> None:
 def run(options: Options, problem: Problem, learning_rates: dict[str, float]) -> None:
     """Run what the options ask for, print the table, and say where the files are."""
     methods = list(METHODS) if options.compare else [options.method]
-    rates = {method: options.learning_rate or learning_rates[method] for method in methods}
+    given = options.learning_rate
+    rates = {method: learning_rates[method] if given is None else given for method in methods}
     summaries = []
     try:
         if options.resume is None:
-            _begin(options, rates)
-        else:
-            rates = json.loads((options.out / "options.json").read_text())["learning_rates"]
-        _picture_split(options, problem)
-        for method in methods:
-            out = options.out / method if options.compare else options.out
-            own = dataclasses.replace(options, method=method, out=out)
-            summaries.append(train(own, problem, rates[method]))
-        if options.compare:
-            curves = {TITLES[s["method"]]: s["rows"] for s in summaries}
-            report.draw(curves, problem.metric, problem.name, options.out / "curve.png")
-            bare = [{k: v for k, v in s.items() if k != "rows"} for s in summaries]
-            report.write_json(options.out / "summary.json", bare)
+            _make_room(options.out)
+        with _alone(options.out):
+            if options.resume is None:
+                _write_options(options, rates)
+            else:
+                saved = json.loads((options.out / "options.json").read_text())
+                rates = saved["learning_rates"]
+            _picture_split(options, problem)
+            for method in methods:
+                out = options.out / method if options.compare else options.out
+                own = dataclasses.replace(options, method=method, out=out)
+                summaries.append(train(own, problem, rates[method]))
+            if options.compare:
+                curves = {TITLES[s["method"]]: s["rows"] for s in summaries}
+                report.draw(curves, problem.metric, problem.name, options.out / "curve.png")
+                bare = [{k: v for k, v in s.items() if k != "rows"} for s in summaries]
+                report.write_json(options.out / "summary.json", bare)
     except (OSError, hj.LedgerError) as error:
-        console.print(f"[red]{error}")
+        console.print(error, style="red", markup=False)
         console.print(f"What was recorded is safe. To go on: --resume {options.out}")
         sys.exit(1)
     console.print(report.table(summaries))

@@ -24,7 +24,7 @@ from hiso_jax.tasks import data, docstrings, text
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Train a byte-level BPE and a small OPT on a text, with AdamW, in about ten minutes."""
+    """Train a byte-level BPE and a small OPT on a text, with AdamW."""
 
     data: Path | None = None
     """Text, or a table with a column `text`; by default the docstrings of this Python."""

@@ -237,7 +237,7 @@ def main(
     try:
         run(ledger, base, out)
     except (OSError, ValueError, hj.LedgerError) as error:
-        console.print(f"[red]{error}")
+        console.print(error, style="red", markup=False)
         sys.exit(1)
 
 

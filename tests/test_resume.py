@@ -186,6 +186,22 @@ def test_a_comparison_goes_on_with_the_method_it_was_at(tmp_path: Path):
         assert outcome(tmp_path / "cut" / method) == outcome(tmp_path / "whole" / method)
 
 
+def test_a_run_under_way_is_left_alone(tmp_path: Path):
+    first = start("digits", "--rounds", "1000000", "--out", str(tmp_path / "run"))
+    log = tmp_path / "run" / "metrics.jsonl"
+    while first.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 5):
+        time.sleep(0.05)
+    others = [start("digits", "--resume", str(tmp_path / "run")),
+              start("digits", "--rounds", "3", "--out", str(tmp_path / "run"))]  # fmt: skip
+    for other in others:
+        assert "another process is running there" in finish(other, code=1)
+    first.send_signal(signal.SIGINT)
+    finish(first)
+    done = json.loads((tmp_path / "run/summary.json").read_text())["rounds"]
+    assert len(rows(tmp_path / "run")) == done + 1
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
 def test_nothing_is_written_over_and_bad_resumes_are_refused(tmp_path: Path):
     out = tmp_path / "run"
     finish(start("digits", "--rounds", "2", "--out", str(out)))
