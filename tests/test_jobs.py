@@ -23,7 +23,7 @@ def test_digits_leaves_its_folder_and_is_reproducible(tmp_path: Path):
     for folder in folders:
         assert {p.name for p in folder.iterdir()} == {
             "curve.png", "ledger.safetensors", "ledger.sqlite", "metrics.jsonl",
-            "model.safetensors", "options.json", "snapshots", "summary.json"}  # fmt: skip
+            "model.safetensors", "options.json", "snapshots", "split.png", "summary.json"}  # fmt: skip
         assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
         summary = json.loads((folder / "summary.json").read_text())
         assert summary.keys() >= SUMMARY

@@ -54,8 +54,7 @@ def test_this_process(case: str):
 
 
 FLAGS = {
-    "one device": "",
-    "one thread": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "one device, one thread": "--xla_cpu_multi_thread_eigen=false",
     "no fused multiply-add": "--xla_cpu_max_isa=AVX",
     "128-bit vectors": "--xla_cpu_max_isa=SSE4_2",
     "no optimizations": "--xla_backend_optimization_level=0",
@@ -66,7 +65,7 @@ FLAGS = {
 def test_other_programs(name: str):
     environment = os.environ | {"XLA_FLAGS": FLAGS[name], "JAX_PLATFORMS": "cpu"}
     run = "import os, runpy; runpy.run_module('tests.test_portable', run_name='__main__')"
-    if name == "one thread":
+    if "thread" in name:
         run = run.replace("; ", "; os.sched_setaffinity(0, {0}); ")
     done = subprocess.run(
         [sys.executable, "-c", run], env=environment, cwd=DATA.parents[1], text=True,
