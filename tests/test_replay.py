@@ -28,7 +28,7 @@ CASES = [
 def make(distribution: str, steps: int, dtype: Any, rule: str) -> tuple[hj.Algorithm, Any]:
     whole = odd_tree()["first"]
     # Empty, scalar, shorter and longer than a block, sizes that 32 does not divide.
-    tree = {name: whole[f"leaf{name}"].astype(dtype) for name in (0, 1, 3, 6, 8, 9)}
+    tree = {f"leaf{n}": whole[f"leaf{n}"].astype(dtype) for n in (0, 1, 3, 6, 8, 9)}
     params = tree | {"step": jnp.int32(3), "frozen": jnp.ones(77)}
     mask = jax.tree.map(lambda x: True, params) | {"frozen": False}
     alg = hj.scalar_algorithm(
