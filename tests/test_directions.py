@@ -32,7 +32,7 @@ def test_noise_does_not_depend_on_context(law: Distribution):
     assert_same_bits(plain, jax.tree.map(lambda x: x[1], jax.vmap(draw)(keys)))
     scanned = jax.lax.map(draw, keys)
     assert_same_bits(plain, jax.tree.map(lambda x: x[1], scanned))
-    for name in leaves:
+    for name in list(leaves)[::4]:
         assert_same_bits(plain[name], directions.noise(keys[1], {name: leaves[name]}, law)[name])
 
 
@@ -94,7 +94,7 @@ def test_signs_of_a_word_and_of_neighbours_are_uncorrelated():
         assert abs((u[lag:] * u[:-lag]).mean()) < 5 / np.sqrt(u.size - lag), lag
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(0, 40), max_size=3), st.sampled_from(LAWS))
 def test_any_shape(shape: list[int], law: Distribution):
     u = directions.draw(jax.random.key(0), tuple(shape), law)
