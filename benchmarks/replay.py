@@ -55,7 +55,7 @@ def ledger_of(options: Options, distribution: str, size: int, rounds: int) -> hj
     ledger = hj.Ledger.create(":memory:", alg, alg.init({"w": jnp.zeros(size)}, jax.random.key(0)))
     for round in range(rounds):
         scalars = np.random.default_rng(round).normal(size=ledger.shape)
-        ledger._append(scalars.astype("<f4").tobytes(), float(np.float32(1e-3)), None, "{}")
+        ledger._append(scalars, float(np.float32(1e-3)), None, "{}")
     return ledger
 
 

@@ -155,14 +155,15 @@ def build(options: Options) -> Problem:
     shown = "docstring topics" if task is DOCSTRINGS else options.task
     title = f"{shown}, {name} ({size / 1e6:.1f} M parameters)"
     length = options.length or (24 if task is DOCSTRINGS else 128)
+    material = texts.Material(title, task, rows, own, model, tokenizer, length)
     if model.config.model_type in ("bert", "roberta"):
         if bert.has_head(model.config):
-            return texts.masked_problem(title, task, rows, own, model, tokenizer, length)
-        return texts.encoder_problem(title, task, rows, own, model, tokenizer, length)
+            return texts.masked_problem(material)
+        return texts.encoder_problem(material)
     if task is DOCSTRINGS:
-        task = task._replace(prompt="{text}\nTopic:")
+        material = material._replace(task=task._replace(prompt="{text}\nTopic:"))
     return texts.decoder_problem(
-        title, task, rows, own, model, tokenizer, length, options.room, options.train,
+        material, options.room, options.train,
         options.lora_rank, options.lora_alpha, options.lora_targets,
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,20 @@ from hiso_jax.tasks.prompts import Task
 
 SCALE = 10.0
 """Of the cosines: lowest zero-shot loss on the docstrings' training split among 5 to 20."""
-
-
 MEASURED = 256
 """Test examples that answers are generated for."""
+
+
+class Material(NamedTuple):
+    """What a problem is made of."""
+
+    name: str  # of the problem
+    task: Task  # with sentences, or words that stand for them, for encoders
+    rows: dict[str, Rows]  # "train", "dev" and "test"
+    own: dict[str, np.ndarray]  # numbers of each client's rows in "train"
+    model: models.Model
+    tokenizer: Any  # the model's
+    length: int  # tokens a text is cut to
 
 
 def sentence_embedding(apply: Any, params: Any, batch: Any) -> jax.Array:
@@ -39,31 +49,15 @@ def unit(x: jax.Array) -> jax.Array:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-9)
 
 
-def encoder_problem(
-    name: str,
-    task: Task,
-    rows: dict[str, Rows],
-    own: dict[str, np.ndarray],
-    model: models.Model,
-    tokenizer: Any,
-    length: int,
-) -> Problem:
+def encoder_problem(material: Material) -> Problem:
     """Classify by the nearest label sentence.
 
     ``logits = SCALE * cosine(sentence embedding, label embedding)``; the label embeddings
     start as the embeddings of one sentence a label and are trained with everything else. What
     is trained is their difference to the start, so that the run begins at the published
     weights and zeros: whoever has those needs nothing more to replay it.
-
-    Args:
-      name: of the problem.
-      task: with sentences, or words that stand for them.
-      rows: ``train``, ``dev`` and ``test``.
-      own: numbers of each client's rows in ``train``.
-      model: an encoder.
-      tokenizer: its tokenizer.
-      length: tokens a text is cut to.
     """
+    name, task, rows, own, model, tokenizer, length = material
 
     def tokens(texts: Sequence[str]) -> Arrays:
         batch = tokenizer(
@@ -103,19 +97,9 @@ def encoder_problem(
     )
 
 
-def masked_problem(
-    name: str,
-    task: Task,
-    rows: dict[str, Rows],
-    own: dict[str, np.ndarray],
-    model: models.Model,
-    tokenizer: Any,
-    length: int,
-) -> Problem:
-    """Classify by the word that an encoder's own head puts in the place of a mask.
-
-    Args: as in `encoder_problem`.
-    """
+def masked_problem(material: Material) -> Problem:
+    """Classify by the word that an encoder's own head puts in the place of a mask."""
+    name, task, rows, own, model, tokenizer, length = material
     firsts = [
         tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in task.words or ()
     ]
@@ -152,13 +136,7 @@ def _base(params: Any) -> Any:
 
 
 def decoder_problem(
-    name: str,
-    task: Task,
-    rows: dict[str, Rows],
-    own: dict[str, np.ndarray],
-    model: models.Model,
-    tokenizer: Any,
-    length: int,
+    material: Material,
     room: int = 32,
     train: str = "all",
     rank: int = 8,
@@ -168,13 +146,13 @@ def decoder_problem(
     """Fine-tune a decoder by label words, by whole answers or on plain text.
 
     Args:
-      name, task, rows, own, model, tokenizer: as in `encoder_problem`.
-      length: tokens of prompt and answer.
+      material: its length is that of prompt and answer.
       room: tokens an answer is cut to.
       train: ``"all"``, ``"norms"``, ``"biases"``, ``"lora"``, ``"last-N"`` layers or a prefix
         of N tokens, ``"prefix-N"``.
       rank, alpha, targets: of LoRA.
     """
+    name, task, rows, own, model, tokenizer, length = material
     kind, _, count = train.partition("-")
     whole, start = _base, None
     if kind in subsets.MASKS:
@@ -210,7 +188,7 @@ def decoder_problem(
 
     def columns(rows: Rows) -> Arrays:
         if task.words is not None:
-            return text.words(task, tokenizer, rows, length)
+            return text.words(task, tokenizer, rows, length, shared)
         if task.metric == "perplexity":
             return text.chunks([str(row[task.label]) for row in rows], tokenizer, length)
         return text.answers(task, tokenizer, rows, length, room)
@@ -224,11 +202,10 @@ def decoder_problem(
             with files.whole(folder / "model" / f"{kind}.safetensors") as part:
                 save_file(own, part)
 
-    @functools.cache
-    def generate() -> Any:
-        return jax.jit(lambda p, ids, mask: model.generate(
-            whole(p), ids, mask, room, stop, tokenizer.pad_token_id or 0, prefix(p)
-        ))  # fmt: skip
+    @jax.jit
+    def generate(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        fill = tokenizer.pad_token_id or 0
+        return model.generate(whole(params), ids, mask, room, stop, fill, prefix(params))
 
     def measure(params: Any) -> dict[str, float]:
         """Scores of the answers generated for the first test examples."""
@@ -238,14 +215,16 @@ def decoder_problem(
         for i in range(0, len(asked), 32):
             ids, mask = (batch[k][i : i + 32] for k in ("input_ids", "attention_mask"))
             fill = [(0, 32 - len(ids)), (0, 0)]
-            tokens = generate()(params, np.pad(ids, fill), np.pad(mask, fill))
+            tokens = generate(params, np.pad(ids, fill), np.pad(mask, fill))
             guesses += tokenizer.batch_decode(np.asarray(tokens)[: len(ids)], True)
         lines = [guess.strip().split("\n")[0] for guess in guesses]
         return metrics.METRICS[task.metric](lines, [task.answers(row) for row in asked])
 
     stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     if task.words is not None:
-        tokens = jnp.asarray(text.word_tokens(task, tokenizer, rows["train"])[1])
+        # Told once, by the training rows: the same for every split.
+        shared, firsts = text.word_tokens(task, tokenizer, rows["train"])
+        tokens = jnp.asarray(firsts)
         loss_fn, score = problem.classification(lambda p, b: head(p, hidden(p, b)[:, -1], tokens))
         own_columns = _clients(columns(rows["train"]), own)
     else:

@@ -87,7 +87,7 @@ def shape(header: Mapping[str, Any]) -> tuple[int, int]:
 
 def check(header: Any) -> None:
     """Raise ValueError unless all that others rely on is there."""
-    missing = {"algorithm", "key", "base", "leaves", "software", "about"} - set(header) - {"about"}
+    missing = {"algorithm", "key", "base", "leaves", "software"} - set(header)
     if missing:
         raise ValueError(f"the header lacks {sorted(missing)}")
     wanted = {"rule", "learning_rate", "local_steps", "num_perturbations", "distribution"}

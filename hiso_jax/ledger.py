@@ -208,8 +208,7 @@ class Ledger:
         if record.shape != self.shape:
             raise ValueError(f"record: expected shape {self.shape} (local steps, perturbations), "
                              f"got {record.shape}")  # fmt: skip
-        empty = bool(np.isnan(record).all())
-        if not empty and not np.isfinite(record).all():
+        if not np.isnan(record).all() and not np.isfinite(record).all():
             raise ValueError(f"record: expected finite scalars, got {record.tolist()}")
         constant = self.header["algorithm"]["learning_rate"]
         if learning_rate is None:
@@ -222,10 +221,10 @@ class Ledger:
         text = digest if isinstance(digest, str) else fingerprint.text(digest)
         fingerprint.parse(text)
         weights = {str(n): float(w) for n, w in (reported or {}).items()}
-        scalars = b"" if empty else record.astype("<f4").tobytes()
-        return self._append(scalars, rate, text, json.dumps(weights))
+        return self._append(record, rate, text, json.dumps(weights))
 
-    def _append(self, scalars: bytes, rate: float, digest: str | None, reported: str) -> int:
+    def _append(self, record: np.ndarray, rate: float, digest: str | None, reported: str) -> int:
+        scalars = b"" if np.isnan(record).all() else record.astype("<f4").tobytes()
         chain = _link(self._chain, self.rounds, scalars, rate, digest, reported)
         with self._writing(f"round {self.rounds}") as connection:
             connection.execute(
@@ -320,9 +319,8 @@ class Ledger:
         ledger = cls._make(to, header | {"about": {}})
         constant = header["algorithm"]["learning_rate"]
         for i, record in enumerate(scalars):
-            blob = b"" if np.isnan(record).all() else record.astype("<f4").tobytes()
             rate = float(np.float32(constant) if rates is None else rates[i])
-            ledger._append(blob, rate, last if i + 1 == len(scalars) else None, "{}")
+            ledger._append(record, rate, last if i + 1 == len(scalars) else None, "{}")
         return ledger
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ _UNUSED = re.compile(
 _TIED = ("lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight")
 _TABLES = ("embed_tokens.weight",)
 _TIED_BIASES = ("lm_head.decoder.bias", "cls.predictions.decoder.bias")
-_PREFIXES = ("", "model.", "bert.", "roberta.")
+_PREFIXES = ("model.", "bert.", "roberta.")
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of the small files of a folder (tokenizer, generation) that go with the weights."""
 

@@ -72,7 +72,9 @@ def word_tokens(task: Task, tokenizer: Any, rows: Rows) -> tuple[list[int], np.n
     return tokens[0][:shared], np.array(firsts, np.int32)
 
 
-def words(task: Task, tokenizer: Any, rows: Rows, length: int) -> Arrays:
+def words(
+    task: Task, tokenizer: Any, rows: Rows, length: int, shared: Sequence[int] = ()
+) -> Arrays:
     """Prompts to classify by their label words: ``input_ids``, ``attention_mask``, ``label``.
 
     The answer is the token that follows the last column; see `word_tokens`.
@@ -82,10 +84,11 @@ def words(task: Task, tokenizer: Any, rows: Rows, length: int) -> Arrays:
       tokenizer: a transformers tokenizer.
       rows: N.
       length: tokens a prompt is cut to, at its beginning.
+      shared: tokens that all words begin with, which go to the prompt.
     """
-    word, shared = (task.words or ("",))[0], word_tokens(task, tokenizer, rows)[0]
+    word = (task.words or ("",))[0]
     prompts = [
-        _fit(_pair(tokenizer, task.read(row), word)[0] + shared, length, _first(tokenizer))
+        _fit([*_pair(tokenizer, task.read(row), word)[0], *shared], length, _first(tokenizer))
         for row in rows
     ]
     labels = np.array([task.label_of(row) for row in rows], np.int32)
