@@ -37,7 +37,8 @@ def main(options: Options) -> None:
         lambda params, batch: jnp.float32(0), 1e-3, distribution=options.distribution
     )
     states = [alg.init(params, jax.random.key(0))]
-    advance, record = jax.jit(alg.advance, donate_argnums=0), jnp.ones((1, 5))
+    advance = jax.jit(alg.advance, donate_argnums=0, compiler_options=hj.compiler_options())
+    record = jnp.ones((1, 5))
 
     def step() -> hj.State:
         states[0] = advance(states[0], record)

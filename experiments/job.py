@@ -119,6 +119,7 @@ def algorithm(options: Options, problem: Problem, learning_rate: float) -> hj.Al
         smoothing=options.smoothing,
         distribution=options.distribution,
         trainable=problem.trainable,
+        lazy=problem.lazy,
         **extra,
     )
 

@@ -25,6 +25,7 @@ class Problem(NamedTuple):
     metric: str = "accuracy"  # "accuracy", "f1" or "perplexity"
     prepare: Callable[[Arrays], Arrays] = lambda batch: batch  # before a batch is computed with
     trainable: Any = None  # as in `hiso_jax.trees.select`
+    lazy: bool = False  # the loss takes lazy leaves, see `hiso_jax.lazy`
     measure: Callable[[Any], dict[str, float]] = lambda params: {}  # more, of the test split
 
     def figure(self, sums: dict[str, Any]) -> tuple[float, float]:

@@ -29,7 +29,7 @@ TASKS: dict[str, tuple[Any, Any]] = {
     ),
     "digits": (digits.Options, lambda options: digits.digits()),
 }
-AXES = ("method", "learning_rate", "batch_size", "num_perturbations", "rounds")
+AXES = ("method", "learning_rate", "batch_size", "num_perturbations", "rounds", "distribution")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Search:
     """Scalars a round."""
     rounds: tuple[int, ...] = ()
     """Rounds."""
+    distribution: tuple[str, ...] = ()
+    """Noise."""
     seeds: int = 3
     """Seeds 0 to this number less one."""
     out: Path = Path("runs/search.jsonl")

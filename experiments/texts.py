@@ -94,6 +94,7 @@ def encoder_problem(material: Material) -> Problem:
         test=columns(rows["test"]),
         save=save,
         metric=task.metric,
+        lazy=True,
     )
 
 
@@ -124,6 +125,7 @@ def masked_problem(material: Material) -> Problem:
         save=lambda folder, params: models.save_pretrained(model, folder / "model", params),
         metric=task.metric,
         prepare=text.trim,
+        lazy=True,
     )
 
 
@@ -244,5 +246,6 @@ def decoder_problem(
         metric=task.metric if task.words is not None else "perplexity",
         prepare=text.trim,
         trainable=trainable,
+        lazy=kind in subsets.MASKS,
         measure=measure if task.metric in metrics.METRICS else lambda params: {},
     )

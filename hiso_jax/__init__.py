@@ -6,10 +6,12 @@ from hiso_jax import (
     estimators,
     exact,
     fingerprint,
+    lazy,
     rules,
     server,
     trees,
 )
+from hiso_jax.exact import compiler_options
 from hiso_jax.federated import Algorithm, Metrics, State, decomfl, federated_hiso, scalar_algorithm
 from hiso_jax.fingerprint import digest
 from hiso_jax.ledger import CorruptLedger, Ledger, LedgerError, LedgerMismatch, LedgerWriteError
@@ -25,6 +27,7 @@ __all__ = [
     "Metrics",
     "State",
     "aggregators",
+    "compiler_options",
     "decomfl",
     "digest",
     "directions",
@@ -33,6 +36,7 @@ __all__ = [
     "federated_hiso",
     "fingerprint",
     "hiso",
+    "lazy",
     "rules",
     "scalar_algorithm",
     "scale_by_zeroth_order",

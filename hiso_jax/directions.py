@@ -5,13 +5,13 @@ name) and of nothing else. Every party holds the root key, so a direction is nev
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from hiso_jax import checks, exact, trees
+from hiso_jax import checks, exact, lazy, trees
 
 Distribution = Literal["normal", "rademacher"]
 
@@ -83,11 +83,17 @@ def threefry(
 
 
 def words(key: jax.Array, size: int, start: Any = 0) -> jax.Array:
-    """Random words: word i is the cipher of counter i, so any part can be drawn alone."""
+    """Random words: word i is the cipher of counter i, so any part can be drawn alone.
+
+    `start` may be an array: that many runs of `size` words, [*start.shape, size].
+    """
     data = jax.random.key_data(key)
     if size > 2**32:
         raise ValueError(f"params: a leaf needs {size} random words, more than its 2^32 counters")
-    low = jax.lax.iota(jnp.uint32, size) + jnp.asarray(start, jnp.uint32)
+    start = jnp.asarray(start, jnp.uint32)[..., None]
+    low = start + jax.lax.broadcasted_iota(
+        jnp.uint32, (*(1,) * (start.ndim - 1), size), start.ndim - 1
+    )
     return threefry((data[0], data[1]), (jnp.zeros_like(low), low))[0]
 
 
@@ -104,31 +110,46 @@ def draw(
       key: of one leaf in one direction.
       shape: of what is drawn.
       distribution: ``"normal"`` or ``"rademacher"``.
-      start: number of the first element, a multiple of 32, to draw a part of a leaf.
+      start: number of the first element, a multiple of 32, to draw a part of a leaf; an array of
+        them gives as many runs, [*start.shape, *shape].
 
     Example:
       >>> import jax
       >>> draw(jax.random.key(0), (2, 3), "rademacher").shape
       (2, 3)
     """
-    size = math.prod(shape)
+    size, start = math.prod(shape), jnp.asarray(start, jnp.uint32)
+    (count,) = words_of([size], distribution)
     if distribution == "normal":
-        whole = jax.lax.bitcast_convert_type(words(key, size, start), jnp.int32) >> 8
+        drawn = words(key, count, start)
+    else:
+        # Fused with what follows, a CPU would compute the word of every sign anew.
+        cipher = lambda data, start: words(jax.random.wrap_key_data(data), count, start)  # noqa: E731
+        drawn = jax.lax.platform_dependent(
+            jax.random.key_data(key),
+            start >> 5,
+            cpu=lambda *args: exact.apart(cipher, *args),
+            default=cipher,
+        )
+    return from_words(drawn, distribution)[..., :size].reshape(*start.shape, *shape)
+
+
+def words_of(sizes: Sequence[int], distribution: Distribution) -> list[int]:
+    """How many random words the noise of leaves of these sizes takes."""
+    return [size if distribution == "normal" else -(-size // 32) for size in sizes]
+
+
+def from_words(words: jax.Array, distribution: Distribution) -> jax.Array:
+    """Noise [..., N] of random words, [..., N] or, for signs, [..., N / 32]."""
+    if distribution == "normal":
+        whole = jax.lax.bitcast_convert_type(words, jnp.int32) >> 8
         # Exact, symmetric and inside (-1, 1): 24 bits hold an odd multiple of 2^-24.
-        uniform = (whole.astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
-        return exact.normal_quantile(uniform).reshape(shape)
-    # Fused with what follows, a CPU would compute the word of every sign anew.
-    cipher = lambda data, start: words(jax.random.wrap_key_data(data), -(-size // 32), start)  # noqa: E731
-    drawn = jax.lax.platform_dependent(
-        jax.random.key_data(key),
-        jnp.asarray(start // 32, jnp.uint32),
-        cpu=lambda *args: exact.apart(cipher, *args),
-        default=cipher,
-    )
+        return exact.normal_quantile((whole.astype(jnp.float32) + 0.5) * jnp.float32(2**-23))
     # Bit j becomes the sign bit of the j-th number: +1.0 is 0x3f800000.
-    signs = (drawn[:, None] << jnp.arange(32, dtype=jnp.uint32)[None]) & jnp.uint32(0x80000000)
+    places = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * words.ndim + (32,))
+    signs = (words[..., None] << places) & jnp.uint32(0x80000000)
     ones = jax.lax.bitcast_convert_type(signs | jnp.uint32(0x3F800000), jnp.float32)
-    return ones.reshape(-1)[:size].reshape(shape)
+    return ones.reshape(*words.shape[:-1], -1)
 
 
 def _leaf_keys(key: jax.Array, names: list[str]) -> jax.Array:
@@ -161,18 +182,31 @@ def noise(
     return {n: draw(keys[i], jnp.shape(leaves[n]), distribution) for i, n in enumerate(names)}
 
 
+def round_keys(
+    key: jax.Array, round: Any, shape: tuple[int, int], names: Sequence[str]
+) -> dict[str, jax.Array]:
+    """Keys of all noise of a round: name of a leaf -> keys [K, P]."""
+    step, perturbation = jnp.unravel_index(jnp.arange(math.prod(shape)), shape)
+    each = jax.vmap(lambda k, p: direction_key(key, round, k, p))(step, perturbation)
+    keys = jax.vmap(lambda own: _leaf_keys(own, list(names)), out_axes=1)(each)
+    return {n: own.reshape(shape) for n, own in zip(names, keys, strict=True)}
+
+
 def perturb(
-    params: trees.Params, direction: Mapping[str, jax.Array], scale: jax.typing.ArrayLike
+    params: trees.Params, direction: Mapping[str, Any], scale: jax.typing.ArrayLike
 ) -> trees.Params:
-    """Return ``params + scale * direction``, each leaf in its own dtype."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            (leaf + scale * direction[name]).astype(leaf.dtype)
-            if (name := trees.leaf_name(path)) in direction
-            else leaf
-        ),
-        params,
-    )
+    """Return ``params + scale * direction``, each leaf in its own dtype.
+
+    Leaves are lazy (`hiso_jax.lazy`) where the direction is.
+    """
+
+    def moved(path: Any, leaf: Any) -> Any:
+        z = direction.get(trees.leaf_name(path))
+        if isinstance(z, lazy.Lazy):
+            return z.plus(leaf, scale)
+        return leaf if z is None else exact.move(leaf, scale, z)
+
+    return jax.tree_util.tree_map_with_path(moved, params)
 
 
 def rounding_key(key: jax.Array, round: Any) -> jax.Array:
@@ -180,17 +214,15 @@ def rounding_key(key: jax.Array, round: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, round), _ROUNDING)
 
 
-def round_leaves(
-    key: jax.Array, round: Any, leaves: Mapping[str, jax.Array], like: Mapping[str, jax.Array]
-) -> trees.Leaves:
-    """Round float32 leaves to the dtypes of `like`, stochastically and from the shared key."""
-    names = [n for n in sorted(leaves) if like[n].dtype != jnp.float32]
-    if not names:
-        return dict(leaves)
-    keys = _leaf_keys(rounding_key(key, round), names)
-    drawn = {
-        n: words(keys[i], leaves[n].size).reshape(leaves[n].shape) for i, n in enumerate(names)
-    }
-    return dict(leaves) | {
-        n: exact.stochastic_round(drawn[n], leaves[n], like[n].dtype) for n in names
-    }
+def rounding_keys(key: jax.Array, round: Any, names: Sequence[str]) -> dict[str, jax.Array]:
+    """Keys of that stream: name of a leaf -> key."""
+    keys = _leaf_keys(rounding_key(key, round), list(names))
+    return {n: keys[i] for i, n in enumerate(names)}
+
+
+def round_to(key: jax.Array, x: jax.Array, dtype: Any, start: Any = 0) -> jax.Array:
+    """Round float32 to `dtype`, stochastically; `key` and `start` as of `draw`."""
+    if dtype == jnp.float32:
+        return x
+    drawn = words(key, x.size, start).reshape(x.shape)
+    return exact.stochastic_round(drawn, x, dtype)

@@ -4,8 +4,8 @@ Three things make two parties that run the same source disagree in the last bit:
 
 * Compilers contract ``a * b + c`` into a fused multiply-add in one program and not in the
   next. A product that has passed through `seal` or `mul` cannot be contracted: they
-  change what an infinity or a subnormal number would become, so no compiler may look
-  through them.
+  are integer operations that change what a NaN or a subnormal number would become, so no
+  compiler may look through them.
 * Divisions, square roots and transcendental functions are approximations of their own on
   every accelerator. Nothing here uses one: only integer operations, comparisons, sums and
   products, which IEEE 754 rounds correctly everywhere.
@@ -19,6 +19,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+def compiler_options() -> dict[str, int]:
+    """Options for ``jax.jit`` under which noise costs least; the bits are the same without.
+
+    A CPU's compiler takes half of the vector width that it could, for fear of lower clocks; noise
+    is drawn 1.4 times faster with all of it.
+
+    Example:
+      >>> import jax
+      >>> step = jax.jit(lambda x: x + 1, compiler_options=compiler_options())
+    """
+    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
@@ -40,18 +53,21 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def seal(x: jax.Array) -> jax.Array:
-    """Return `x` unchanged (infinities become the largest finite value), uncontractable.
+    """Return `x` unchanged, uncontractable; the cheapest, for products that cannot be subnormal.
 
-    The cheapest of the three, for products that cannot be subnormal.
+    One integer minimum, which touches no number but a NaN (that stays one). A clamp costs
+    six times as much on a CPU, most of it for the care it takes of NaN.
 
     Args:
-      x: any float array.
+      x: float32 array.
 
-    Returns:
-      An array equal to `x` wherever `x` is finite; NaN stays NaN.
+    Example:
+      >>> import jax.numpy as jnp
+      >>> seal(jnp.array([1.5, -0.0, jnp.inf])).tolist()
+      [1.5, -0.0, inf]
     """
-    limit = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
-    return lax.clamp(-limit, x, limit)
+    pattern = lax.bitcast_convert_type(x, jnp.uint32)
+    return lax.bitcast_convert_type(jnp.minimum(pattern, jnp.uint32(2**32 - 2)), jnp.float32)
 
 
 def flush(x: jax.Array) -> jax.Array:
@@ -77,6 +93,11 @@ def mul(a: jax.typing.ArrayLike, b: jax.typing.ArrayLike) -> jax.Array:
       1.5
     """
     return flush(jnp.multiply(a, b))
+
+
+def move(x: jax.Array, scale: Any, direction: jax.Array) -> jax.Array:
+    """Return ``x + scale * direction`` in the dtype of `x`, computed in float32 at least."""
+    return (x + seal(jnp.asarray(scale, jnp.float32) * direction)).astype(x.dtype)
 
 
 def rsqrt(x: jax.Array) -> jax.Array:

@@ -17,7 +17,17 @@ import numpy as np
 import optax
 from jax import lax
 
-from hiso_jax import aggregators, checks, directions, estimators, exact, rules, trees, updates
+from hiso_jax import (
+    aggregators,
+    checks,
+    directions,
+    estimators,
+    exact,
+    packing,
+    rules,
+    trees,
+    updates,
+)
 
 LossFn = Callable[[trees.Params, Any], jax.Array]
 """(params, batch) -> scalar loss, pure; need not be differentiable."""
@@ -83,6 +93,7 @@ class Options(TypedDict, total=False):
     distribution: str
     trainable: trees.Trainable
     nonfinite: str
+    lazy: bool
 
 
 def scalar_algorithm(
@@ -98,6 +109,7 @@ def scalar_algorithm(
     distribution: str = "normal",
     trainable: trees.Trainable = None,
     nonfinite: str = "raise",
+    lazy: bool = False,
 ) -> Algorithm:
     """Build a scalar-only federated algorithm from a rule (HiSo's Algorithm 1).
 
@@ -125,6 +137,10 @@ def scalar_algorithm(
         raises ValueError naming it; inside jit, where nothing can be raised, the whole
         round moves nothing, its record is NaN, and ``metrics.finite`` names the client.
         ``"exclude"``: it gets weight 0.
+      lazy: the loss takes large leaves as `hiso_jax.lazy.Lazy`, as one that computes with
+        ``model.apply``, ``hidden`` and ``head`` of `hiso_jax.models` does: only one layer's
+        perturbed copy lives at a time, instead of one of all parameters. Records and states
+        do not depend on it.
 
     Returns:
       An `Algorithm`.
@@ -155,10 +171,15 @@ def scalar_algorithm(
     combine_clients = aggregators.mean() if aggregator is None else aggregator
     shape = (steps, perturbations)
 
-    def noise_at(state: State, leaves: trees.Leaves, step: Any) -> estimators.Direction:
-        def noise(p: Any) -> trees.Leaves:
-            key = directions.direction_key(state.key, state.round, step, p)
-            return directions.noise(key, leaves, noise_law)
+    def noise_of(state: State, leaves: trees.Leaves, packs: packing.Packs) -> updates.Noise:
+        """Noise of this round, from keys drawn once."""
+        keys = directions.round_keys(state.key, state.round, shape, list(leaves))
+
+        def noise(name: str, k: Any, p: Any, size: tuple[int, ...], start: Any) -> jax.Array:
+            if name not in packs:
+                return directions.draw(keys[name][k, p], size, noise_law, start)
+            own = packs[name]
+            return packing.draw([keys[n][k, p] for n in own], list(own.values()), noise_law)
 
         return noise
 
@@ -168,8 +189,11 @@ def scalar_algorithm(
         schedule = lambda r: jnp.asarray(learning_rate(r), jnp.float32)  # noqa: E731  # pyright: ignore
         return exact.apart(schedule, round)
 
-    def wide(params: trees.Params) -> trees.Leaves:
-        return {n: x.astype(jnp.float32) for n, x in trees.select(params, trainable).items()}
+    def packed(state: State) -> tuple[trees.Leaves, packing.Packs, Any]:
+        """Leaves and the rule's state, small leaves packed."""
+        leaves = trees.select(state.params, trainable)
+        packs = packing.plan(leaves)
+        return packing.pack(leaves, packs), packs, packing.pack_state(state.rule, leaves, packs)
 
     def narrow(params: trees.Params, leaves: trees.Leaves) -> trees.Params:
         like = trees.select(params, trainable)
@@ -190,14 +214,21 @@ def scalar_algorithm(
     def evaluate(state: State, batches: Any) -> tuple[jax.Array, jax.Array]:
         """Return losses [C, K] and scalars [C, K, P]."""
         checks.batches(loss_fn, state.params, batches, steps)
-        leaves = trees.select(state.params, trainable)
+        leaves, packs, rule_state = packed(state)
+        noise = noise_of(state, trees.select(state.params, trainable), packs)
         args = (perturbations, smoothing)
+
+        def direction_of(step: Any) -> estimators.Direction:
+            of = updates.directions_of(rule, noise, leaves, rule_state, step, lazy)
+            return lambda p: packing.unpack(of(p), packs)
+
         if steps == 1:
             data = jax.tree.map(lambda x: x[:, 0], batches)
             losses, scalars = estimate(
-                lambda params: jax.vmap(loss_fn, (None, 0))(params, data),
+                # Closed over, since lazy leaves cannot be arguments of vmap.
+                lambda params: jax.vmap(lambda batch: loss_fn(params, batch))(data),
                 state.params,
-                lambda p: rule.direction(state.rule, noise_at(state, leaves, 0)(p)),
+                direction_of(0),
                 *args,
             )
             return losses[:, None], scalars.T[:, None]
@@ -206,18 +237,26 @@ def scalar_algorithm(
 
         def client(data: Any) -> tuple[jax.Array, jax.Array]:
             def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
-                leaves, rule_state = carry
+                leaves, inner = carry
                 k, batch = inputs
-                noise, params = noise_at(state, leaves, k), narrow(state.params, leaves)
-                direction = lambda p: rule.direction(state.rule, noise(p))  # noqa: E731
-                loss, scalars = estimate(lambda x: loss_fn(x, batch), params, direction, *args)
-                last = jnp.equal(k, steps - 1)
-                moved = updates.local_step(
-                    rule, state.rule, noise, leaves, rule_state, scalars, rate, last
+                params = narrow(state.params, packing.unpack(leaves, packs))
+                loss, scalars = estimate(
+                    lambda x: loss_fn(x, batch), params, direction_of(k), *args
+                )
+                moved = updates.apply_record(
+                    rule,
+                    lambda name, _, *place: noise(name, k, *place),
+                    leaves,
+                    inner,
+                    scalars[None],
+                    rate,
+                    entering=rule_state,
+                    lasts=jnp.equal(k, steps - 1)[None],
                 )
                 return moved, (loss, scalars)
 
-            start = (wide(state.params), state.rule)
+            wide = {n: x.astype(jnp.float32) for n, x in leaves.items()}
+            start = (wide, rule_state)
             return lax.scan(step, start, (jnp.arange(steps), data))[1]
 
         return lax.map(client, batches)
@@ -256,28 +295,41 @@ def scalar_algorithm(
             raise ValueError(f"record: expected shape {shape} (local steps, perturbations), got "
                              f"{record.shape}")  # fmt: skip
         usable = jnp.isfinite(record).all()
-        if checks.is_concrete(record) and not usable and not jnp.isnan(record).all():
-            raise ValueError(
-                "record: expected finite scalars, or NaN only for a round nobody answered, got "
-                f"{np.asarray(record).tolist()}"
-            )
+        if checks.is_concrete(record):
+            values = np.asarray(record)
+            if not np.isfinite(values).all() and not np.isnan(values).all():
+                raise ValueError("record: expected finite scalars, or NaN only for a round nobody "
+                                 f"answered, got {values.tolist()}")  # fmt: skip
         rate = rate_at(state.round)
         if learning_rate is not None:
             rate = jnp.asarray(checks.number("learning_rate", learning_rate, 0), jnp.float32)
         # Without the barrier the scalars may be computed anew, and differently, where used.
         record = exact.seal(lax.optimization_barrier(jnp.where(usable, record, 0)))
 
-        start = wide(state.params)
-        noise = lambda k: noise_at(state, start, k)  # noqa: E731
-        leaves, rule_state = updates.apply_record(rule, noise, start, state.rule, record, rate)
+        leaves, packs, rule_state = packed(state)
         like = trees.select(state.params, trainable)
-        leaves = directions.round_leaves(state.key, state.round, leaves, like)
-        kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731
+        keys = directions.rounding_keys(state.key, state.round, list(like))
+        rounded = lambda n, x, at: directions.round_to(keys[n], x, like[n].dtype, at)  # noqa: E731
+        leaves, rule_state = updates.apply_record(
+            rule,
+            noise_of(state, like, packs),
+            leaves,
+            rule_state,
+            record,
+            rate,
+            usable=usable,
+            narrow=lambda n, x, at: x if n in packs else rounded(n, x, at),
+        )
+        small = {n for own in packs.values() for n in own}
+        moved = {
+            n: rounded(n, x, 0) if n in small else x
+            for n, x in packing.unpack(leaves, packs).items()
+        }
         return State(
-            params=trees.merge(state.params, jax.tree.map(kept, leaves, like)),
+            params=trees.merge(state.params, moved),
             key=state.key,
             round=state.round + 1,
-            rule=jax.tree.map(kept, rule_state, state.rule),
+            rule=packing.unpack_state(rule_state, leaves, packs),
         )
 
     def round(state: State, batches: Any, weights: Any = None) -> tuple[State, Metrics]:

@@ -79,7 +79,10 @@ class Replay:
         data = jnp.array(key["data"], jnp.uint32)
         self._path, self._records = ledger.path, (records.scalars, rates)
         self._rule = rules.from_recipe(recipe["rule"])
-        self._program = jax.jit(functools.partial(_replay, self._rule, recipe["distribution"]))
+        self._program = jax.jit(
+            functools.partial(_replay, self._rule, recipe["distribution"]),
+            compiler_options=exact.compiler_options(),
+        )
         self._keys = functools.lru_cache(4)(
             functools.partial(
                 _keys,
@@ -190,8 +193,6 @@ def _replay(
     rates: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """All rounds on one block; returns it, its digest, and that of state without elements."""
-    # Apart, so that neither noise nor roots are computed once for x and once more for the rule.
-    rule = rule._replace(direction=functools.partial(exact.apart, rule.direction))
 
     def round(carry: Any, inputs: Any) -> tuple[Any, None]:
         x, state = carry
@@ -203,11 +204,9 @@ def _replay(
         usable = jnp.isfinite(record).all()
         record = exact.seal(jnp.where(usable, record, 0))
         wide = {"x": x.astype(jnp.float32)}
-        leaves, new = updates.apply_record(rule, noise, wide, state, record, rate)
-        moved = leaves["x"]
-        if x.dtype != jnp.float32:
-            words = directions.words(rounding_key, x.size, start)
-            moved = exact.stochastic_round(words, moved, x.dtype)
+        lasts = jnp.arange(len(record)) == len(record) - 1
+        leaves, new = updates.local_steps(rule, noise, state, wide, state, record, rate, lasts)
+        moved = directions.round_to(rounding_key, leaves["x"], x.dtype, start)
         kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731
         return (kept(moved, x), jax.tree.map(kept, new, state)), None
 

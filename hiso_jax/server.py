@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiso_jax import checks, fingerprint
+from hiso_jax import checks, exact, fingerprint
 from hiso_jax.federated import Algorithm, State
 from hiso_jax.ledger import Ledger, LedgerMismatch, Records
 
@@ -40,7 +40,7 @@ def catch_up(
     if not 0 <= skip <= len(records.scalars):
         last = records.first + len(records.scalars)
         raise ValueError(f"state: expected round {records.first} to {last}, got {state.round}")
-    advance = jax.jit(algorithm.advance)
+    advance = jax.jit(algorithm.advance, compiler_options=exact.compiler_options())
     rates = records.learning_rates
     for i in range(skip, len(records.scalars)):
         state = advance(state, records.scalars[i], None if rates is None else rates[i])
@@ -82,7 +82,7 @@ class Server:
         ledger.match(algorithm, state)
         self.algorithm, self.ledger = algorithm, ledger
         self.state = catch_up(algorithm, state, ledger.records(int(state.round)))
-        self._advance = jax.jit(algorithm.advance)
+        self._advance = jax.jit(algorithm.advance, compiler_options=exact.compiler_options())
         self._asked: list[str] = []
         self._replies: dict[str, tuple[np.ndarray, float]] = {}
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiso_jax import checks
+from hiso_jax.exact import compiler_options
 from hiso_jax.federated import Algorithm, Metrics, State
 
 Arrays = dict[str, np.ndarray]
@@ -200,7 +201,7 @@ def run(
     checks.count("rounds", rounds)
     checks.count("batch_size", batch_size)
     checks.number("dropout", dropout, 0, 1)
-    step = jax.jit(algorithm.round, donate_argnums=0)
+    step = jax.jit(algorithm.round, donate_argnums=0, compiler_options=compiler_options())
 
     def draw(round: int) -> tuple[list[str], Any]:
         names = clients.sample(clients_per_round, round, seed, sampling)

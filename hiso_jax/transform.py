@@ -83,7 +83,10 @@ def _transform(
             rate = jnp.asarray(rate, jnp.float32)
             wide = {n: x.astype(jnp.float32) for n, x in leaves.items()}
             moved = {n: x - exact.mul(rate, step[n]) for n, x in wide.items()}
-            rounded = directions.round_leaves(key, state.count, moved, leaves)
+            keys = directions.rounding_keys(key, state.count, list(moved))
+            rounded = {
+                n: directions.round_to(keys[n], x, leaves[n].dtype) for n, x in moved.items()
+            }
             # float32: the plain product, so that nothing is lost in adding and subtracting x.
             step = {
                 n: -exact.mul(rate, step[n])

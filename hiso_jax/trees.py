@@ -7,7 +7,7 @@ another, and a subtree can be worked on alone.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -110,3 +110,14 @@ def merge(params: Params, leaves: Mapping[str, Any]) -> Params:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaves.get(leaf_name(path), leaf), params
     )
+
+
+def nodes(tree: Any, names: Collection[str]) -> tuple[list[Any], Any]:
+    """Flatten a tree, but for the dicts of leaves in it: those with exactly these keys.
+
+    Example:
+      >>> nodes({"curvature": {"a": 1, "b": 2}, "count": 3}, ["a", "b"])[0]
+      [3, {'a': 1, 'b': 2}]
+    """
+    every = set(names)
+    return jax.tree.flatten(tree, lambda x: isinstance(x, dict) and x.keys() == every)

@@ -1,5 +1,11 @@
-"""What one record does to named leaves: the arithmetic behind `advance` and block replay."""
+"""What a record does to named leaves: the arithmetic behind `advance`, clients and replay.
 
+Rules work element by element, so all local steps are taken on one block of a leaf before
+the next is looked at: parameters and the rule's state are read once, written once, in
+place, and nothing of their size is held beside them.
+"""
+
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,56 +14,172 @@ import jax.numpy as jnp
 from jax import lax
 
 from hiso_jax import estimators, exact, rules, trees
+from hiso_jax.lazy import Lazy, worthwhile
+
+Noise = Callable[[str, Any, Any, tuple[int, ...], Any], jax.Array]
+"""(leaf, local step, perturbation, shape, number of the first element) -> u."""
+
+BLOCK = 2**18
+"""Most numbers in a block on a CPU, whose cache should hold it."""
 
 
-def local_step(
+def block_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the blocks [count, ...] that a leaf is worked on in.
+
+    On a CPU any cut of the flat leaf into equal parts that fit its cache, if there is one. On
+    others, which want axes as they are (they may be sharded), a layer of stacked ones.
+
+    Example:
+      >>> import jax
+      >>> block_shape((12, 768, 768)) if jax.default_backend() == "cpu" else (27, 2**18)
+      (27, 262144)
+    """
+    size = math.prod(shape)
+    if jax.default_backend() != "cpu":
+        return shape if len(shape) > 2 else (1, *shape)
+    # Noise can be drawn from multiples of 32 on.
+    fitting = (b for b in range(BLOCK, BLOCK // 4, -32) if size > BLOCK and size % b == 0)
+    block = next(fitting, None)
+    return (1, *shape) if block is None else (size // block, block)
+
+
+def local_steps(
     rule: rules.Rule,
+    noise: Callable[[Any], estimators.Direction],
     entering: Any,
-    noise: estimators.Direction,
     leaves: trees.Leaves,
-    rule_state: Any,
-    scalars: jax.Array,
+    state: Any,
+    record: jax.Array,
     rate: jax.Array,
-    last: jax.Array,
+    lasts: jax.Array,
 ) -> tuple[trees.Leaves, Any]:
-    """Move float32 leaves by one local step's scalars [P]; clients, server and replay alike.
+    """Move float32 leaves, or parts of them, by a record [K, P].
 
     Args:
       rule: see `hiso_jax.rules`.
+      noise: local step -> perturbation -> u of the leaves.
       entering: the rule's state that entered the round; directions come from it.
-      noise: p -> u_p of the leaves.
-      leaves: name -> float32 array, whole leaves or parts of them.
-      rule_state: the rule's state so far.
-      scalars: float32 [P].
+      leaves: name -> float32 array.
+      state: the rule's state so far.
+      record: float32 [K, P], finite.
       rate: learning rate, float32.
-      last: bool, True in the round's last local step.
+      lasts: bool [K], True in the round's last local step.
 
     Returns:
       The moved leaves and the rule's new state.
     """
-    delta = rule.direction(entering, estimators.reconstruct(scalars, noise, leaves))
-    move, rule_state = rule.update(rule_state, delta, scalars, last)
-    moved = {n: exact.flush(exact.flush(x) - exact.mul(rate, move[n])) for n, x in leaves.items()}
-    return moved, rule_state
+
+    def step(carry: Any, inputs: Any) -> tuple[Any, None]:
+        (leaves, state), (k, scalars, last) = carry, inputs
+        total = estimators.reconstruct(scalars, noise(k), leaves)
+        # Apart, so that roots are not computed once for x and once more for the rule.
+        delta = exact.apart(rule.direction, entering, total)
+        move, state = rule.update(state, delta, scalars, last)
+        shift = {n: exact.mul(rate, move[n]) for n in leaves}
+        return ({n: exact.flush(exact.flush(x) - shift[n]) for n, x in leaves.items()}, state), None
+
+    return lax.scan(step, (leaves, state), (jnp.arange(len(record)), record, lasts))[0]
 
 
 def apply_record(
     rule: rules.Rule,
-    noise: Callable[[Any], estimators.Direction],
+    noise: Noise,
     leaves: trees.Leaves,
-    rule_state: Any,
+    state: Any,
     record: jax.Array,
     rate: jax.Array,
+    *,
+    entering: Any = None,
+    lasts: Any = None,
+    usable: Any = True,
+    narrow: Callable[[str, jax.Array, Any], jax.Array] = lambda name, x, start: x,
 ) -> tuple[trees.Leaves, Any]:
-    """Take the K local steps of a finite record [K, P]; `noise` is k -> p -> u.
+    """Take the local steps of a finite record [K, P] on all leaves, block by block.
 
-    The other arguments, and what is returned, as in `local_step`.
+    Args:
+      rule, record, rate: as of `local_steps`.
+      noise: see `Noise`.
+      leaves: name -> array, any float dtype.
+      state: the rule's state so far.
+      entering: the rule's state that entered the round, if that is another.
+      lasts: bool [K]; by default True for the last of the record.
+      usable: bool; if False, nothing changes.
+      narrow: (leaf, float32 block, number of its first element) -> block in the leaf's dtype.
+
+    Returns:
+      The moved leaves and the rule's new state.
     """
-    steps = record.shape[0]
+    lasts = jnp.arange(len(record)) == len(record) - 1 if lasts is None else lasts
+    kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731
+    at = lambda x, i: lax.dynamic_index_in_dim(x, i, 0, False)  # noqa: E731
+    before, tree = trees.nodes(state, leaves)
+    first = before if entering is None else trees.nodes(entering, leaves)[0]
+    moved, after = {}, [dict(x) if isinstance(x, dict) else x for x in before]
+    for name, leaf in leaves.items():
+        shape = block_shape(leaf.shape)
 
-    def step(carry: Any, inputs: Any) -> tuple[Any, None]:
-        k, scalars = inputs
-        last, (leaves, inner) = k == steps - 1, carry
-        return local_step(rule, rule_state, noise(k), leaves, inner, scalars, rate, last), None
+        def block(i: Any, carry: Any, name: str = name, shape: Any = shape) -> Any:
+            x, own = carry
+            start = jnp.asarray(i, jnp.uint32) * jnp.uint32(math.prod(shape[1:]))
 
-    return lax.scan(step, (leaves, rule_state), (jnp.arange(steps), record))[0]
+            def draw(k: Any) -> estimators.Direction:
+                return lambda p: {name: noise(name, k, p, shape[1:], start)}
+
+            def part(nodes: list[Any], cut: Callable[[int], jax.Array]) -> Any:
+                each = enumerate(nodes)
+                return tree.unflatten(
+                    [{name: cut(j)} if isinstance(n, dict) else n for j, n in each]
+                )
+
+            now = part(before, lambda j: at(own[j], i))
+            then = now
+            if entering is not None:
+                then = part(first, lambda j: at(first[j][name].reshape(shape), i))
+            wide = {name: at(x, i).astype(jnp.float32)}
+            end, new = local_steps(rule, draw, then, wide, now, record, rate, lasts)
+            new = [n[name] if isinstance(n, dict) else n for n in tree.flatten_up_to(new)]
+            put = lambda x, n: lax.dynamic_update_index_in_dim(x, kept(n, at(x, i)), i, 0)  # noqa: E731
+            own = [
+                put(own[j], n) if isinstance(before[j], dict) else kept(n, before[j])
+                for j, n in enumerate(new)
+            ]
+            return put(x, narrow(name, end[name], start)), own
+
+        own = [n[name].reshape(shape) if isinstance(n, dict) else n for n in before]
+        x, own = lax.fori_loop(0, shape[0], block, (leaf.reshape(shape), own))
+        moved[name] = x.reshape(leaf.shape)
+        for j, n in enumerate(own):
+            if isinstance(after[j], dict):
+                after[j][name] = n.reshape(leaf.shape)
+            else:
+                after[j] = n
+    return moved, tree.unflatten(after)
+
+
+def directions_of(
+    rule: rules.Rule, noise: Noise, leaves: trees.Leaves, state: Any, step: Any, lazy: bool
+) -> estimators.Direction:
+    """Perturbation -> direction, of large leaves no more than a promise of it if `lazy`.
+
+    Args:
+      rule, noise: as of `apply_record`.
+      leaves: name -> array; gives the shapes.
+      state: the rule's state that entered the round.
+      step: number of the local step.
+      lazy: whether large leaves are `hiso_jax.lazy.Lazy`.
+    """
+    nodes, tree = trees.nodes(state, leaves)
+    element = [isinstance(x, dict) for x in nodes]
+
+    def leaf(name: str, shape: tuple[int, ...], p: Any) -> Any:
+        def compute(starts: jax.Array, size: tuple[int, ...], parts: Any) -> jax.Array:
+            own = iter(parts)
+            each = zip(nodes, element, strict=True)
+            part = tree.unflatten([{name: next(own)} if mine else n for n, mine in each])
+            return rule.direction(part, {name: noise(name, step, p, size, starts)})[name]
+
+        parts = tuple(n[name] for n, mine in zip(nodes, element, strict=True) if mine)
+        promise = Lazy(compute, shape, jnp.dtype(jnp.float32), parts)
+        return promise if lazy and worthwhile(shape) else promise[...]
+
+    return lambda p: {name: leaf(name, x.shape, p) for name, x in leaves.items()}

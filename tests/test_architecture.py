@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 # From the ground up; a module imports from lower floors only.
 FLOORS = [
     {"exact", "checks", "files", "tensorfile"},
-    {"trees"},
+    {"trees", "lazy"},
     {"directions"},
-    {"estimators", "rules", "aggregators"},
+    {"estimators", "rules", "aggregators", "packing"},
     {"updates", "fingerprint"},
     {"federated"},
     {"transform", "header"},

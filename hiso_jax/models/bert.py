@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hiso_jax import lazy
+
 
 class _Embeddings(nnx.Module):
     def __init__(self, config: Any, rngs: nnx.Rngs):
@@ -26,7 +28,7 @@ class _Embeddings(nnx.Module):
         if self.first is not None:
             positions = self.first - 1 + jnp.cumsum(valid, 1) * valid
         return self.LayerNorm(
-            self.word_embeddings(input_ids)
+            lazy.rows(self.word_embeddings.embedding.get_value(), input_ids)
             + self.position_embeddings(positions)
             + self.token_type_embeddings(jnp.zeros_like(positions))
         )
@@ -96,8 +98,8 @@ class _Encoder(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         graph, stacked = nnx.split(self.layer)
-        step = lambda x, layer: (nnx.merge(graph, layer)(x, mask), None)  # noqa: E731
-        return jax.lax.scan(step, x, stacked)[0]
+        step = lambda x, inputs: (nnx.merge(graph, inputs[0])(x, mask), None)  # noqa: E731
+        return lazy.scan(step, x, stacked)[0]
 
 
 class _Transform(nnx.Module):
@@ -171,8 +173,10 @@ class Bert(nnx.Module):
             raise ValueError("head: this encoder came without a masked-language-model head")
         transform = self.lm_head if self.roberta else self.cls.predictions.transform
         bias = (self.lm_head if self.roberta else self.cls.predictions).bias[...]
-        table = self.embeddings.word_embeddings.embedding[...]
-        if rows is not None:
-            table, bias = table[rows], bias[rows]
+        table = self.embeddings.word_embeddings.embedding
+        if rows is None:
+            table = table[...]
+        else:
+            table, bias = lazy.rows(table.get_value(), rows), bias[rows]
         logits = transform(hidden) @ table.T
         return (logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))).astype(jnp.float32)

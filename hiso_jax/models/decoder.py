@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hiso_jax import lazy
 from hiso_jax.models import rotary
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -220,14 +221,15 @@ class _Body(nnx.Module):
         self, input_ids: jax.Array, positions: jax.Array, valid: jax.Array, cache: Any, slot: Any
     ) -> tuple[jax.Array, Any]:
         """Return hidden states [B, T, D] and the cache with these tokens in it."""
-        x = self.embed_tokens(input_ids)
+        x = lazy.rows(self.embed_tokens.embedding.get_value(), input_ids)
         if self.scale is not None:
             x = x * jnp.asarray(self.scale, x.dtype)
         if self.opt:
             if hasattr(self, "project_in"):
                 x = self.project_in(x)
             # Padding is at position -1, as in the checkpoints' own code.
-            x = x + self.embed_positions(jnp.where(valid, positions, -1) + 2)
+            places = jnp.where(valid, positions, -1) + 2
+            x = x + lazy.rows(self.embed_positions.embedding.get_value(), places)
         keys, kept = (positions, valid), None
         if cache is not None:
             put = jax.lax.dynamic_update_slice_in_dim
@@ -242,12 +244,12 @@ class _Body(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def layer(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-            state, own, window, cache = inputs
+            state, (own, window, cache) = inputs
             rope = shared if own is None else rotary.turns(own, positions, x.dtype)
             seen = mask if window is None else mask & (distance < window)
             return nnx.merge(graph, state)(x, _Step(rope, seen, slot), cache)
 
-        x, kept = jax.lax.scan(layer, x, (stacked, frequencies, windows, kept))
+        x, kept = lazy.scan(layer, x, stacked, (frequencies, windows, kept))
         if not self.opt:
             x = self.norm(x)
         elif hasattr(self, "final_layer_norm"):
@@ -337,11 +339,13 @@ class Decoder(nnx.Module):
           rows: int array [N] of tokens; logits are [..., N] then, and the rest is not computed.
         """
         if hasattr(self, "lm_head"):
-            table = self.lm_head.kernel[...].T
+            table = self.lm_head.kernel[...]
+            table = table if rows is None else table[:, rows]
         else:
-            table = self.body.embed_tokens.embedding[...]
-        table = table if rows is None else table[rows]
-        return (hidden @ table.T).astype(jnp.float32)
+            table = self.body.embed_tokens.embedding
+            table = table[...] if rows is None else lazy.rows(table.get_value(), rows)
+            table = table.T
+        return (hidden @ table).astype(jnp.float32)
 
     def generate(
         self,

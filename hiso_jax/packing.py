@@ -1,0 +1,107 @@
+"""Small leaves laid end to end, so that a program draws and moves all of them in one piece.
+
+Every leaf that is drawn for and moved by itself is code of its own to compile, and biases and
+norms are most of a model's leaves. A leaf's noise is still that of its own name.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hiso_jax import directions, trees
+from hiso_jax.trees import Leaves
+
+SMALL, ROOM = 2**16, 2**18
+"""Numbers that a packed leaf has less than, and a pack at most."""
+
+Packs = dict[str, dict[str, tuple[int, ...]]]
+"""Name of a pack -> leaf -> shape, in the order in which they lie."""
+
+
+def plan(leaves: Mapping[str, Any]) -> Packs:
+    """Which leaves to pack together; a pack of one is none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> list(plan({"a": jnp.ones(3), "b": jnp.ones(2**20), "c": jnp.ones(())}).values())
+      [{'a': (3,), 'c': ()}]
+    """
+    packs: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, x in leaves.items():
+        if x.size >= SMALL:
+            continue
+        if sum(map(math.prod, packs[-1].values())) + x.size > ROOM:
+            packs.append({})
+        packs[-1][name] = x.shape
+    # No path of a tree has a NUL in it.
+    return {f"\0{i}": own for i, own in enumerate(packs) if len(own) > 1}
+
+
+def pack(leaves: Leaves, packs: Packs) -> Leaves:
+    """Leaves with the packed ones end to end, in float32, under the names of the packs."""
+    gone = {name for own in packs.values() for name in own}
+    packed = {n: x for n, x in leaves.items() if n not in gone}
+    for pack, own in packs.items():
+        flat = [leaves[n].reshape(-1).astype(jnp.float32) for n in own]
+        packed[pack] = jnp.concatenate(flat)
+    return packed
+
+
+def unpack(leaves: Mapping[str, Any], packs: Packs) -> dict[str, Any]:
+    """The inverse of `pack`, but for the dtype."""
+    out = {n: x for n, x in leaves.items() if n not in packs}
+    for pack, own in packs.items():
+        start = 0
+        for name, shape in own.items():
+            size = math.prod(shape)
+            out[name] = leaves[pack][start : start + size].reshape(shape)
+            start += size
+    return out
+
+
+def pack_state(state: Any, leaves: Leaves, packs: Packs) -> Any:
+    """A rule's state with the same leaves packed in its dicts of all `leaves`."""
+    nodes, tree = trees.nodes(state, leaves)
+    return tree.unflatten([pack(n, packs) if isinstance(n, dict) else n for n in nodes])
+
+
+def unpack_state(state: Any, packed: Leaves, packs: Packs) -> Any:
+    """The inverse of `pack_state`; `packed` are the packed leaves."""
+    nodes, tree = trees.nodes(state, packed)
+    return tree.unflatten([unpack(n, packs) if isinstance(n, dict) else n for n in nodes])
+
+
+def draw(
+    keys: Sequence[jax.Array],
+    shapes: Sequence[tuple[int, ...]],
+    distribution: directions.Distribution,
+) -> jax.Array:
+    """The noise of several leaves end to end, of the keys and shapes given, as `directions.draw`.
+
+    Example:
+      >>> import jax
+      >>> one, two = jax.random.split(jax.random.key(0))
+      >>> both = draw([one, two], [(3,), (40,)], "rademacher")
+      >>> bool((both[3:] == directions.draw(two, (40,), "rademacher")).all())
+      True
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    counts = directions.words_of(sizes, distribution)
+    data = [jax.random.key_data(key) for key in keys]
+    lanes = [
+        jnp.concatenate([jnp.full(n, d[i]) for n, d in zip(counts, data, strict=True)])
+        for i in (0, 1)
+    ]
+    low = jnp.concatenate([lax.iota(jnp.uint32, n) for n in counts])
+    # Else the choice of the leaf would be made anew for every number.
+    lanes, low = lax.optimization_barrier((lanes, low))
+    words = directions.threefry((lanes[0], lanes[1]), (jnp.zeros_like(low), low))[0]
+    drawn = directions.from_words(words, distribution)
+    if drawn.size == sum(sizes):
+        return drawn
+    starts = [32 * sum(counts[:i]) for i in range(len(counts))]
+    return jnp.concatenate([drawn[at : at + n] for at, n in zip(starts, sizes, strict=True)])
