@@ -145,18 +145,37 @@ def ceilings(options: Options) -> tuple[float, float]:
     return rate, many * 2 * 2**26 / seconds["copy"]
 
 
-def measure(options: Options) -> dict[str, Any]:
-    """All figures of one configuration."""
-    model = models.from_config(config(options.shape), jax.random.key(0), jnp.dtype(options.dtype))
-    loss_fn, make = loss_of(model), {"hiso": hj.federated_hiso, "decomfl": hj.decomfl}
-    alg = make[options.method](
-        loss_fn,
+def algorithm(model: models.Model, options: Options) -> hj.Algorithm:
+    """The algorithm that is measured."""
+    make = {"hiso": hj.federated_hiso, "decomfl": hj.decomfl}[options.method]
+    return make(
+        loss_of(model),
         1e-6,
         local_steps=options.local_steps,
         num_perturbations=options.num_perturbations,
         distribution=options.distribution,
         lazy=options.lazy,
     )
+
+
+def start(model: models.Model, options: Options) -> hj.State:
+    """A state of its own, that a round may be given to keep."""
+    params = jax.tree.map(jnp.copy, model.params)
+    return algorithm(model, options).init(params, jax.random.key(0))
+
+
+def program(model: models.Model, options: Options) -> Any:
+    """A round, compiled."""
+    alg = algorithm(model, options)
+    state = jax.eval_shape(alg.init, model.params, jax.random.key(0))
+    compiler = hj.compiler_options()
+    return jax.jit(alg.round, donate_argnums=0).lower(state, batches(options)).compile(compiler)
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """All figures of one configuration."""
+    model = models.from_config(config(options.shape), jax.random.key(0), jnp.dtype(options.dtype))
+    loss_fn = loss_of(model)
     data = jax.device_put(batches(options))
     steps, passes = options.local_steps, options.num_perturbations + 1
     own = [jax.tree.map(lambda x, k=k: x[:, k], data) for k in range(steps)]
@@ -168,25 +187,21 @@ def measure(options: Options) -> dict[str, Any]:
     jax.block_until_ready(forward(model.params, own[0]))
     bare_rss = peak_rss()
 
-    start = time.perf_counter()
-    lowered = jax.jit(alg.round, donate_argnums=0).lower(
-        jax.eval_shape(alg.init, model.params, jax.random.key(0)), data
-    )
-    program = lowered.compile(compiler_options=hj.compiler_options())
-    compile_seconds = time.perf_counter() - start
-    states = [alg.init(model.params, jax.random.key(0))]
+    began = time.perf_counter()
+    step = program(model, options)
+    compile_seconds = time.perf_counter() - began
+    states = [algorithm(model, options).init(model.params, jax.random.key(0))]
+    del model  # its buffers are the state's, which every round reuses
 
     def bare() -> list[jax.Array]:
         return [forward(states[0].params, batch) for batch in own for _ in range(passes)]
 
     def round() -> jax.Array:
-        states[0], metrics = program(states[0], data)
+        states[0], metrics = step(states[0], data)
         return metrics.record
 
     seconds = timing.interleaved({"bare": bare, "round": round}, options.repeats)
-    temp = (
-        program.memory_analysis().temp_size_in_bytes - forward.memory_analysis().temp_size_in_bytes
-    )
+    temp = step.memory_analysis().temp_size_in_bytes - forward.memory_analysis().temp_size_in_bytes
     rate, bandwidth = ceilings(options)
     floor = flops(options) / rate + moved_bytes(options, size, held // size) / bandwidth
     scalars = steps * options.num_perturbations

@@ -23,7 +23,7 @@ import hiso_jax as hj
 from experiments import report
 from experiments.problem import Problem
 from experiments.report import TITLES, console
-from hiso_jax import files, fingerprint, server, simulation, snapshots
+from hiso_jax import files, fingerprint, meshes, server, simulation, snapshots
 
 METHODS = {"hiso": hj.federated_hiso, "decomfl": hj.decomfl}
 
@@ -68,8 +68,13 @@ class Options:
     """Rounds between evaluations on the dev split."""
     snapshot_every: int = 50
     """Rounds between snapshots; a resumed run replays at most as many."""
+    mesh: tuple[int, int] | None = None
+    """Devices for clients, and for parts of the model: 8 1 has eight with the whole model."""
+    distributed: str | None = None
+    """Processes that train together: auto (TPU pods, clusters), or host:port,processes,number."""
 
 
+OWN = ("out", "resume", "distributed")  # of a process, not of the run
 SomeOptions = TypeVar("SomeOptions", bound=Options)
 
 
@@ -79,11 +84,13 @@ def settle(options: SomeOptions) -> SomeOptions:
     Raises:
       SystemExit: there is no run to resume, it is of another job, or other options are given.
     """
+    options = _join(options)
     if options.resume is None:
         return options
     path = options.resume / "options.json"
     kind = type(options)
-    extra = dataclasses.asdict(options) | {"resume": None}
+    extra = dataclasses.asdict(options) | {"resume": None, "distributed": None}
+    extra["out"] = kind().out if jax.process_index() else options.out
     if others := [k for k, v in extra.items() if v != getattr(kind(), k)]:
         given = ", ".join(f"--{k.replace('_', '-')}" for k in others)
         sys.exit(f"--resume takes all options from the run; {given} cannot be given with it")
@@ -95,6 +102,22 @@ def settle(options: SomeOptions) -> SomeOptions:
     kept = {name: _typed(hint, saved["options"].get(name))
             for name, hint in get_type_hints(kind).items() if name in saved["options"]}  # fmt: skip
     return kind(**kept, out=options.resume, resume=options.resume)
+
+
+def _join(options: SomeOptions) -> SomeOptions:
+    """Join the other processes, if there are any."""
+    if options.distributed is None:
+        return options
+    host, *numbers = options.distributed.split(",")
+    if host != "auto" and not (len(numbers) == 2 and "".join(numbers).isdecimal()):
+        sys.exit("--distributed: expected auto or host:port,processes,number, got "
+                 f"{options.distributed}")  # fmt: skip
+    jax.distributed.initialize(*([] if host == "auto" else [host, *map(int, numbers)]))
+    if number := jax.process_index():
+        console.quiet = True  # the first speaks for all
+        own = lambda path: path and path.with_name(f"{path.name}.process{number}")  # noqa: E731
+        options = dataclasses.replace(options, out=own(options.out), resume=own(options.resume))
+    return options
 
 
 def _typed(hint: Any, value: Any) -> Any:
@@ -239,6 +262,7 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
                 sampling=options.sampling,
                 dropout=options.dropout,
                 prepare=problem.prepare,
+                mesh=meshes.make(*options.mesh) if options.mesh else None,
             ):
                 seconds.append(time.perf_counter() - start)
                 state = step.state
@@ -346,7 +370,7 @@ def _make_room(out: Path) -> None:
 
 def _write_options(options: Options, rates: dict[str, float]) -> None:
     """Write down what `settle` needs, before anything is computed."""
-    saved = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume")}
+    saved = {k: v for k, v in dataclasses.asdict(options).items() if k not in OWN}
     content = {"job": _job(options), "options": saved, "learning_rates": rates}
     report.write_json(options.out / "options.json", content)
 

@@ -23,6 +23,7 @@ from hiso_jax import (
     directions,
     estimators,
     exact,
+    meshes,
     packing,
     rules,
     trees,
@@ -214,6 +215,9 @@ def scalar_algorithm(
     def evaluate(state: State, batches: Any) -> tuple[jax.Array, jax.Array]:
         """Return losses [C, K] and scalars [C, K, P]."""
         checks.batches(loss_fn, state.params, batches, steps)
+        return meshes.over_clients(evaluate_some, state, batches)
+
+    def evaluate_some(state: State, batches: Any) -> tuple[jax.Array, jax.Array]:
         leaves, packs, rule_state = packed(state)
         noise = noise_of(state, trees.select(state.params, trainable), packs)
         args = (perturbations, smoothing)

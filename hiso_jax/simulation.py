@@ -4,14 +4,16 @@ Everything random here is a function of (seed, round), so a run can be stopped a
 round and gone on with, and two methods can be given the very same clients and batches.
 """
 
+import contextlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from hiso_jax import checks
+from hiso_jax import checks, meshes
 from hiso_jax.exact import compiler_options
 from hiso_jax.federated import Algorithm, Metrics, State
 
@@ -174,6 +176,7 @@ def run(
     sampling: str = "uniform",
     dropout: float = 0.0,
     prepare: Callable[[Arrays], Arrays] = lambda batches: batches,
+    mesh: Mesh | None = None,
 ) -> Iterator[Report]:
     """Yield a report after every round, from ``state.round`` on.
 
@@ -193,6 +196,7 @@ def run(
       dropout: chance in [0, 1] that a client that was asked does not answer. A round nobody
         answers moves nothing; its record is NaN.
       prepare: what is done to batches [C, K, B, ...] before they are computed with.
+      mesh: devices to work on, from `hiso_jax.meshes.make`; C must be a multiple of its rows.
 
     Raises:
       FloatingPointError: clients sent NaN or infinite scalars, by name. It is raised after
@@ -205,14 +209,19 @@ def run(
 
     def draw(round: int) -> tuple[list[str], Any]:
         names = clients.sample(clients_per_round, round, seed, sampling)
-        return names, prepare(clients.batches(names, round, batch_size, local_steps, seed))
+        batches = prepare(clients.batches(names, round, batch_size, local_steps, seed))
+        return names, batches if mesh is None else meshes.place_batches(mesh, batches)
 
+    used = contextlib.nullcontext if mesh is None else lambda: jax.set_mesh(mesh)
+    if mesh is not None:
+        state = meshes.place_state(mesh, state)
     first = int(state.round)
     ahead = draw(first)
     for round in range(first, rounds):
         names, batches = ahead
         weights = _answers(len(names), round, seed, dropout)
-        state, metrics = step(state, batches, weights)
+        with used():
+            state, metrics = step(state, batches, weights)
         if round + 1 < rounds:
             ahead = draw(round + 1)  # the device is still busy with this round
         finite = np.asarray(metrics.finite) | (weights == 0)  # waits for the device

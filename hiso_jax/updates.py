@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hiso_jax import estimators, exact, rules, trees
+from hiso_jax import estimators, exact, meshes, rules, trees
 from hiso_jax.lazy import Lazy, worthwhile
 
 Noise = Callable[[str, Any, Any, tuple[int, ...], Any], jax.Array]
@@ -35,7 +35,7 @@ def block_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
       (27, 262144)
     """
     size = math.prod(shape)
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or meshes.size(meshes.MODEL) > 1:
         return shape if len(shape) > 2 else (1, *shape)
     # Noise can be drawn from multiples of 32 on.
     fitting = (b for b in range(BLOCK, BLOCK // 4, -32) if size > BLOCK and size % b == 0)

@@ -54,13 +54,15 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"COLUMNS": "300"}
 
 
-def start(job: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+def start(
+    job: str, *arguments: str, environment: dict[str, str] = ENVIRONMENT, **options: Any
+) -> subprocess.Popen[str]:
     """Start ``python -m experiments.<job>`` as a process of its own."""
     command = [sys.executable, "-m", f"experiments.{job}", *arguments]
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
