@@ -133,7 +133,7 @@ def ceilings(options: Options) -> tuple[float, float]:
 
         return jax.lax.fori_loop(0, many, one, x)
 
-    copied = [jnp.ones(2**26 // dtype.itemsize, dtype)]
+    copied = [jnp.ones(2**28 // dtype.itemsize, dtype)]
     step = jax.jit(lambda x: jax.lax.fori_loop(0, many, lambda i, x: x + 1, x), donate_argnums=0)
 
     def copy() -> jax.Array:
@@ -142,7 +142,7 @@ def ceilings(options: Options) -> tuple[float, float]:
 
     seconds = timing.interleaved({"product": lambda: product(x, w), "copy": copy}, 5)
     rate = many * 2 * rows * 4 * width**2 / seconds["product"]
-    return rate, many * 2 * 2**26 / seconds["copy"]
+    return rate, many * 2 * 2**28 / seconds["copy"]
 
 
 def algorithm(model: models.Model, options: Options) -> hj.Algorithm:

@@ -207,9 +207,9 @@ def _open(
 
 def _data_digest(problem: Problem) -> str:
     total = hashlib.sha256()
-    for name, columns in problem.clients.data.items():
+    for name in problem.clients.names:
         total.update(name.encode())
-        for column, values in sorted(columns.items()):
+        for column, values in sorted(problem.clients[name].items()):
             total.update(column.encode() + np.ascontiguousarray(values).tobytes())
     return total.hexdigest()[:16]
 
@@ -377,8 +377,9 @@ def _write_options(options: Options, rates: dict[str, float]) -> None:
 
 def _picture_split(options: Options, problem: Problem) -> None:
     """Draw who has what: examples of every label, client by client."""
-    labels = {n: d["label"] for n, d in problem.clients.data.items() if "label" in d}
-    report.draw_split(labels, problem.clients.sizes, options.out / "split.png")
+    clients = problem.clients
+    labels = {n: clients[n]["label"] for n in clients.names if "label" in clients[n]}
+    report.draw_split(labels, clients.sizes, options.out / "split.png")
 
 
 def run(options: Options, problem: Problem, learning_rates: dict[str, float]) -> None:

@@ -172,17 +172,10 @@ def scalar_algorithm(
     combine_clients = aggregators.mean() if aggregator is None else aggregator
     shape = (steps, perturbations)
 
-    def noise_of(state: State, leaves: trees.Leaves, packs: packing.Packs) -> updates.Noise:
-        """Noise of this round, from keys drawn once."""
-        keys = directions.round_keys(state.key, state.round, shape, list(leaves))
-
-        def noise(name: str, k: Any, p: Any, size: tuple[int, ...], start: Any) -> jax.Array:
-            if name not in packs:
-                return directions.draw(keys[name][k, p], size, noise_law, start)
-            own = packs[name]
-            return packing.draw([keys[n][k, p] for n in own], list(own.values()), noise_law)
-
-        return noise
+    def noise_of(state: State, packs: packing.Packs) -> updates.Noise:
+        names = list(trees.select(state.params, trainable))
+        keys = directions.round_keys(state.key, state.round, shape, names)
+        return packing.noise(keys, packs, noise_law)
 
     def rate_at(round: jax.Array) -> jax.Array:
         if not callable(learning_rate):
@@ -219,8 +212,7 @@ def scalar_algorithm(
 
     def evaluate_some(state: State, batches: Any) -> tuple[jax.Array, jax.Array]:
         leaves, packs, rule_state = packed(state)
-        noise = noise_of(state, trees.select(state.params, trainable), packs)
-        args = (perturbations, smoothing)
+        noise, args = noise_of(state, packs), (perturbations, smoothing)
 
         def direction_of(step: Any) -> estimators.Direction:
             of = updates.directions_of(rule, noise, leaves, rule_state, step, lazy)
@@ -255,7 +247,8 @@ def scalar_algorithm(
                     scalars[None],
                     rate,
                     entering=rule_state,
-                    lasts=jnp.equal(k, steps - 1)[None],
+                    lasts=jnp.zeros(1, bool),
+                    wanted=k < steps - 1,  # its last step would be thrown away
                 )
                 return moved, (loss, scalars)
 
@@ -316,7 +309,7 @@ def scalar_algorithm(
         rounded = lambda n, x, at: directions.round_to(keys[n], x, like[n].dtype, at)  # noqa: E731
         leaves, rule_state = updates.apply_record(
             rule,
-            noise_of(state, like, packs),
+            noise_of(state, packs),
             leaves,
             rule_state,
             record,

@@ -5,7 +5,7 @@ norms are most of a model's leaves. A leaf's noise is still that of its own name
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,11 +25,16 @@ Packs = dict[str, dict[str, tuple[int, ...]]]
 def plan(leaves: Mapping[str, Any]) -> Packs:
     """Which leaves to pack together; a pack of one is none.
 
+    Raises:
+      ValueError: a leaf has more than 2^32 numbers.
+
     Example:
       >>> import jax.numpy as jnp
       >>> list(plan({"a": jnp.ones(3), "b": jnp.ones(2**20), "c": jnp.ones(())}).values())
       [{'a': (3,), 'c': ()}]
     """
+    if huge := [name for name, x in leaves.items() if x.size > 2**32]:
+        raise ValueError(f"params: leaves {huge} have more numbers than a stream's 2^32 words")
     packs: list[dict[str, tuple[int, ...]]] = [{}]
     for name, x in leaves.items():
         if x.size >= SMALL:
@@ -105,3 +110,17 @@ def draw(
         return drawn
     starts = [32 * sum(counts[:i]) for i in range(len(counts))]
     return jnp.concatenate([drawn[at : at + n] for at, n in zip(starts, sizes, strict=True)])
+
+
+def noise(
+    keys: Mapping[str, jax.Array], packs: Packs, distribution: directions.Distribution
+) -> Callable[..., jax.Array]:
+    """The `hiso_jax.updates.Noise` of leaves and packs, given the leaves' keys [K, P]."""
+
+    def one(name: str, k: Any, p: Any, shape: tuple[int, ...], start: Any) -> jax.Array:
+        if name not in packs:
+            return directions.draw(keys[name][k, p], shape, distribution, start)
+        own = packs[name]
+        return draw([keys[n][k, p] for n in own], list(own.values()), distribution)
+
+    return one

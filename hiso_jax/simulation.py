@@ -41,11 +41,12 @@ class Clients:
     def __init__(self, data: Mapping[str, Mapping[str, np.ndarray]]):
         if not data:
             raise ValueError("data: expected at least one client, got none")
-        self.data = {name: {k: np.asarray(v) for k, v in d.items()} for name, d in data.items()}
-        columns = {(k, v.shape[1:], v.dtype) for k, v in next(iter(self.data.values())).items()}
-        for name, own in self.data.items():
-            sizes = {len(v) for v in own.values()}
-            if len(sizes) != 1 or min(sizes) == 0:
+        clients = {name: {k: np.asarray(v) for k, v in d.items()} for name, d in data.items()}
+        columns = {(k, v.shape[1:], v.dtype) for k, v in next(iter(clients.values())).items()}
+        sizes = []
+        for name, own in clients.items():
+            lengths = {len(v) for v in own.values()}
+            if len(lengths) != 1 or min(lengths) == 0:
                 raise ValueError(
                     f"data: client {name!r} needs columns of one length >= 1, got "
                     f"{ {k: len(v) for k, v in own.items()} }"
@@ -55,12 +56,57 @@ class Clients:
                     f"data: client {name!r} must have the same columns as the others, and none "
                     f'called "weight"; got { {k: (v.shape[1:], v.dtype) for k, v in own.items()} }'
                 )
-        self.names = list(self.data)
-        self._index = {name: i for i, name in enumerate(self.names)}
-        self.sizes = {name: len(next(iter(d.values()))) for name, d in self.data.items()}
+            sizes.append(lengths.pop())
+        joined = {k: np.concatenate([own[k] for own in clients.values()]) for k, *_ in columns}
+        self._hold(list(clients), np.array(sizes), joined)
+
+    @classmethod
+    def joined(
+        cls, names: Sequence[str], sizes: Sequence[int], columns: Mapping[str, np.ndarray]
+    ) -> "Clients":
+        """Clients whose examples lie one client after the other; nothing is copied.
+
+        Args:
+          names: of the clients.
+          sizes: examples of each, >= 1.
+          columns: name -> array [sum(sizes), ...].
+
+        Raises:
+          ValueError: names, sizes and columns do not match.
+
+        Example:
+          >>> Clients.joined(["a", "b"], [2, 1], {"x": np.arange(3)})["b"]["x"]
+          array([2])
+        """
+        lengths = {len(v) for v in columns.values()} | {int(np.sum(sizes))}
+        if len(names) != len(sizes) or not len(names) or min(sizes) < 1 or len(lengths) != 1:
+            raise ValueError(
+                f"sizes: expected one >= 1 a client that add up to the columns' length; got "
+                f"{len(names)} names, {len(sizes)} sizes and lengths {sorted(lengths)}"
+            )
+        clients = cls.__new__(cls)
+        clients._hold(list(names), np.asarray(sizes), dict(columns))
+        return clients
+
+    def _hold(self, names: list[str], sizes: np.ndarray, columns: Arrays) -> None:
+        self.names, self._columns, self._sizes = names, columns, sizes
+        self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        self._index = {name: i for i, name in enumerate(names)}
+        self._shares = sizes / sizes.sum()
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Examples of each client."""
+        return dict(zip(self.names, self._sizes.tolist(), strict=True))
+
+    def __getitem__(self, name: str) -> Arrays:
+        """A client's own columns."""
+        i = self._index[name]
+        own = slice(self._starts[i], self._starts[i] + self._sizes[i])
+        return {k: v[own] for k, v in self._columns.items()}
 
     def sample(self, count: int, round: int, seed: int = 0, sampling: str = "uniform") -> list[str]:
         """Draw the names of `count` different clients for a round.
@@ -77,10 +123,7 @@ class Clients:
         if not 1 <= count <= len(self):
             raise ValueError(f"count: expected 1 to {len(self)} clients a round, got {count}")
         rng = np.random.default_rng([seed, round, 0])
-        shares = None
-        if sampling == "size":
-            sizes = np.array([self.sizes[name] for name in self.names], float)
-            shares = sizes / sizes.sum()
+        shares = self._shares if sampling == "size" else None
         return [self.names[i] for i in rng.choice(len(self), count, replace=False, p=shares)]
 
     def batches(
@@ -91,19 +134,17 @@ class Clients:
         A client draws without repetition within a local step; one with fewer examples than
         `batch_size` gives all it has, and the rest of its batch has ``weight`` 0.
         """
-        parts = []
-        for name in names:
-            own, size = self.data[name], self.sizes[name]
-            rng = np.random.default_rng([seed, round, 1, self._index[name]])
-            kept = min(size, batch_size)
-            picks = np.zeros((local_steps, batch_size), int)
+        shape = (len(names), local_steps, batch_size)
+        picks, weight = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        for c, name in enumerate(names):
+            i = self._index[name]
+            size, kept = int(self._sizes[i]), min(int(self._sizes[i]), batch_size)
+            rng = np.random.default_rng([seed, round, 1, i])
             for k in range(local_steps):
-                picks[k, :kept] = rng.permutation(size)[:kept]
-            part = {column: values[picks] for column, values in own.items()}
-            part["weight"] = np.zeros((local_steps, batch_size), np.float32)
-            part["weight"][:, :kept] = 1
-            parts.append(part)
-        return {column: np.stack([p[column] for p in parts]) for column in parts[0]}
+                picks[c, k, :kept] = rng.permutation(size)[:kept]
+            picks[c] += self._starts[i]
+            weight[c, :, :kept] = 1
+        return {k: v[picks] for k, v in self._columns.items()} | {"weight": weight}
 
 
 class Traffic:

@@ -20,24 +20,28 @@ Noise = Callable[[str, Any, Any, tuple[int, ...], Any], jax.Array]
 """(leaf, local step, perturbation, shape, number of the first element) -> u."""
 
 BLOCK = 2**18
-"""Most numbers in a block on a CPU, whose cache should hold it."""
+"""Most numbers in a block where leaves may be cut flat."""
+
+
+def _flat() -> bool:
+    """Whether they may: a CPU has a cache to fit; others want axes as they are, maybe sharded."""
+    return jax.default_backend() == "cpu" and meshes.size(meshes.MODEL) == 1
 
 
 def block_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the blocks [count, ...] that a leaf is worked on in.
 
-    On a CPU any cut of the flat leaf into equal parts that fit its cache, if there is one. On
-    others, which want axes as they are (they may be sharded), a layer of stacked ones.
+    Flat, the largest equal parts that fit; else the layers of a stacked leaf.
 
     Example:
       >>> import jax
       >>> block_shape((12, 768, 768)) if jax.default_backend() == "cpu" else (27, 2**18)
       (27, 262144)
     """
-    size = math.prod(shape)
-    if jax.default_backend() != "cpu" or meshes.size(meshes.MODEL) > 1:
-        return shape if len(shape) > 2 else (1, *shape)
+    size, run = math.prod(shape), math.prod(shape[1:])
     # Noise can be drawn from multiples of 32 on.
+    if not _flat():
+        return shape if len(shape) > 2 and run % 32 == 0 else (1, *shape)
     fitting = (b for b in range(BLOCK, BLOCK // 4, -32) if size > BLOCK and size % b == 0)
     block = next(fitting, None)
     return (1, *shape) if block is None else (size // block, block)
@@ -92,6 +96,7 @@ def apply_record(
     entering: Any = None,
     lasts: Any = None,
     usable: Any = True,
+    wanted: Any = None,
     narrow: Callable[[str, jax.Array, Any], jax.Array] = lambda name, x, start: x,
 ) -> tuple[trees.Leaves, Any]:
     """Take the local steps of a finite record [K, P] on all leaves, block by block.
@@ -104,6 +109,7 @@ def apply_record(
       entering: the rule's state that entered the round, if that is another.
       lasts: bool [K]; by default True for the last of the record.
       usable: bool; if False, nothing changes.
+      wanted: bool; if False, nothing is even computed.
       narrow: (leaf, float32 block, number of its first element) -> block in the leaf's dtype.
 
     Returns:
@@ -146,7 +152,8 @@ def apply_record(
             return put(x, narrow(name, end[name], start)), own
 
         own = [n[name].reshape(shape) if isinstance(n, dict) else n for n in before]
-        x, own = lax.fori_loop(0, shape[0], block, (leaf.reshape(shape), own))
+        count = shape[0] if wanted is None else jnp.where(wanted, shape[0], 0)
+        x, own = lax.fori_loop(0, count, block, (leaf.reshape(shape), own))
         moved[name] = x.reshape(leaf.shape)
         for j, n in enumerate(own):
             if isinstance(after[j], dict):

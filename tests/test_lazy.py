@@ -110,19 +110,21 @@ def test_blocks_and_packs_change_no_bit(
 ):
     leaves = odd_tree()["first"]
     params = {n: leaves[n].astype(dtype) for n in ("leaf0", "leaf3", "leaf10", "leaf11", "leaf12")}
+    params["layers"] = leaves["leaf11"].reshape(4, 64, 512).astype(dtype)
     record = jnp.asarray(np.random.default_rng(0).normal(size=(steps, 4)), jnp.float32)
     kinds = {"blocks": (1024, 1, 1), "packs": (10**9, 10**9, 10**9), "neither": (10**9, 1, 1),
-             "many packs": (2048, 5000, 9000)}  # fmt: skip
+             "many packs": (2048, 5000, 9000), "layers": (1024, 1, 1)}  # fmt: skip
     ends = {}
     for kind, (block, small, room) in kinds.items():
         monkeypatch.setattr(updates, "BLOCK", block)
+        monkeypatch.setattr(updates, "_flat", lambda flat=kind != "layers": flat)
         monkeypatch.setattr(packing, "SMALL", small)
         monkeypatch.setattr(packing, "ROOM", room)
         alg = hj.federated_hiso(odd_loss, 0.1, local_steps=steps, num_perturbations=4,
                                 distribution=law, update_steps="all")  # fmt: skip
         assert bool(packing.plan(params)) == ("packs" in kind)
         cut = [updates.block_shape(x.shape)[0] for x in params.values()]
-        assert (max(cut) > 1) == (kind in ("blocks", "many packs"))
+        assert (max(cut) > 1) == (kind in ("blocks", "many packs", "layers"))
         step = jax.jit(lambda s, alg=alg: alg.advance(alg.advance(s, record), record))
         ends[kind] = step(alg.init(params, jax.random.key(0)))
     for kind in kinds:
@@ -152,3 +154,11 @@ def test_memory_of_a_round_is_that_of_a_layer():
         temp[clients, late] = program.memory_analysis().temp_size_in_bytes / held
     assert temp[1, True] < 0.33 < 1 < temp[1, False]
     assert temp[8, True] < temp[1, True] + 0.05
+
+
+def test_a_leaf_of_more_numbers_than_a_stream_has():
+    alg = hj.decomfl(odd_loss, 0.1)
+    params = {"w": jax.ShapeDtypeStruct((3, 2**31), jnp.float32)}
+    state = jax.eval_shape(alg.init, params, jax.random.key(0))
+    with pytest.raises(ValueError, match="'w'.*2\\^32"):
+        jax.eval_shape(alg.advance, state, jnp.ones((1, 5)))

@@ -157,3 +157,23 @@ def test_downlink_is_what_the_ledger_sends(rate: Any):
         sent = traffic.down["a"]
         traffic.catch_up(["a"], 6)
         assert traffic.down["a"] - sent == ledger.records(since=2).nbytes
+
+
+def test_joined_clients_are_the_same_clients():
+    rng = np.random.default_rng(0)
+    data = {f"c{i}": {"x": rng.normal(size=(i + 1, 2)), "y": np.arange(i + 1)} for i in range(5)}
+    one = Clients(data)
+    columns = {k: np.concatenate([own[k] for own in data.values()]) for k in ("x", "y")}
+    two = Clients.joined(list(data), [1, 2, 3, 4, 5], columns)
+    assert one.names == two.names and one.sizes == two.sizes == {f"c{i}": i + 1 for i in range(5)}
+    for clients in (one, two):
+        np.testing.assert_array_equal(clients["c3"]["x"], data["c3"]["x"])
+        names = clients.sample(3, round=4, sampling="size")
+        batch = clients.batches(names, round=4, batch_size=3, local_steps=2)
+        for c, name in enumerate(names):
+            own = {tuple(row) for row in data[name]["x"]}
+            assert {tuple(r) for r in batch["x"][c].reshape(-1, 2)} <= own
+            kept = min(3, len(own))
+            assert batch["weight"][c].sum(-1).tolist() == [kept, kept]
+    with pytest.raises(ValueError, match="sizes: .*2 names, 1 sizes"):
+        Clients.joined(["a", "b"], [1], {"x": np.zeros(1)})
