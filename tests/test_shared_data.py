@@ -90,7 +90,10 @@ def test_language_model_with_speakers_as_clients(tmp_path: Path):
         params, state = step(params, state, batch)
     score = jax.jit(built.score)
     first_order = simulation.evaluate(score, params, built.test, 64, built.prepare)
-    assert built.figure(first_order)[1] < 0.97 * summary["perplexity"]
+    adam = built.figure(first_order)[1]
+    before, after = summary["perplexity_before"], summary["perplexity"]
+    print(f"perplexity {before:.1f}; after 30 rounds HiSo {after:.1f}, Adam {adam:.1f}")
+    assert adam < 0.97 * after
 
 
 @pytest.mark.parametrize("task, folder, options, train", [
