@@ -24,7 +24,8 @@ def test_cipher_is_jax_threefry():
 
 @pytest.mark.parametrize("law", LAWS)
 def test_noise_does_not_depend_on_context(law: Distribution):
-    leaves = trees.select(odd_tree())
+    every = trees.select(odd_tree())
+    leaves = {name: every[name] for name in list(every)[::3]}  # each is a program of its own
     draw = lambda key: directions.noise(key, leaves, law)  # noqa: E731
     keys = jax.random.split(jax.random.key(1), 3)
     plain = draw(keys[1])
@@ -32,7 +33,7 @@ def test_noise_does_not_depend_on_context(law: Distribution):
     assert_same_bits(plain, jax.tree.map(lambda x: x[1], jax.vmap(draw)(keys)))
     scanned = jax.lax.map(draw, keys)
     assert_same_bits(plain, jax.tree.map(lambda x: x[1], scanned))
-    for name in list(leaves)[::4]:
+    for name in list(leaves)[::2]:
         assert_same_bits(plain[name], directions.noise(keys[1], {name: leaves[name]}, law)[name])
 
 

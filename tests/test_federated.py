@@ -185,7 +185,7 @@ def test_learning_rate_schedule_is_of_the_round():
     assert_same_bits(moved[0][0].params, moved[0][1].params)  # rate 0 in round 1
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=4),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
