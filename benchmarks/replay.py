@@ -4,6 +4,7 @@ python -m benchmarks.replay --rounds 1000
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -62,7 +63,7 @@ def ledger_of(options: Options, distribution: str, size: int, rounds: int) -> hj
 def bare(distribution: Any, keys: jax.Array) -> Any:
     """Draw all noise of a block, and add it up so that it is not optimized away."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=hj.compiler_options())
     def block(keys: jax.Array, start: jax.Array) -> jax.Array:
         def add(p: Any, total: jax.Array, own: jax.Array) -> jax.Array:
             return total + directions.draw(own[p], (LARGE,), distribution, start)
