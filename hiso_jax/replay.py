@@ -204,8 +204,7 @@ def _replay(
         usable = jnp.isfinite(record).all()
         record = exact.seal(jnp.where(usable, record, 0))
         wide = {"x": x.astype(jnp.float32)}
-        lasts = jnp.arange(len(record)) == len(record) - 1
-        leaves, new = updates.local_steps(rule, noise, state, wide, state, record, rate, lasts)
+        leaves, new = updates.local_steps(rule, noise, state, wide, state, record, rate)
         moved = directions.round_to(rounding_key, leaves["x"], x.dtype, start)
         kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731
         return (kept(moved, x), jax.tree.map(kept, new, state)), None

@@ -57,7 +57,8 @@ class Clients:
                     f'called "weight"; got { {k: (v.shape[1:], v.dtype) for k, v in own.items()} }'
                 )
             sizes.append(lengths.pop())
-        joined = {k: np.concatenate([own[k] for own in clients.values()]) for k, *_ in columns}
+        first = clients[next(iter(clients))]
+        joined = {k: np.concatenate([own[k] for own in clients.values()]) for k in first}
         self._hold(list(clients), np.array(sizes), joined)
 
     @classmethod

@@ -55,7 +55,7 @@ def local_steps(
     state: Any,
     record: jax.Array,
     rate: jax.Array,
-    lasts: jax.Array,
+    lasts: Any = None,
 ) -> tuple[trees.Leaves, Any]:
     """Move float32 leaves, or parts of them, by a record [K, P].
 
@@ -67,11 +67,12 @@ def local_steps(
       state: the rule's state so far.
       record: float32 [K, P], finite.
       rate: learning rate, float32.
-      lasts: bool [K], True in the round's last local step.
+      lasts: bool [K]: which is the round's last local step; by default the last of the record.
 
     Returns:
       The moved leaves and the rule's new state.
     """
+    lasts = jnp.arange(len(record)) == len(record) - 1 if lasts is None else lasts
 
     def step(carry: Any, inputs: Any) -> tuple[Any, None]:
         (leaves, state), (k, scalars, last) = carry, inputs
@@ -107,7 +108,7 @@ def apply_record(
       leaves: name -> array, any float dtype.
       state: the rule's state so far.
       entering: the rule's state that entered the round, if that is another.
-      lasts: bool [K]; by default True for the last of the record.
+      lasts: as of `local_steps`.
       usable: bool; if False, nothing changes.
       wanted: bool; if False, nothing is even computed.
       narrow: (leaf, float32 block, number of its first element) -> block in the leaf's dtype.
@@ -115,7 +116,6 @@ def apply_record(
     Returns:
       The moved leaves and the rule's new state.
     """
-    lasts = jnp.arange(len(record)) == len(record) - 1 if lasts is None else lasts
     kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731
     at = lambda x, i: lax.dynamic_index_in_dim(x, i, 0, False)  # noqa: E731
     before, tree = trees.nodes(state, leaves)
