@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hiso_jax import lazy
+from hiso_jax.models import attention
 
 
 class _Embeddings(nnx.Module):
@@ -56,7 +57,7 @@ class _SelfAttention(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
         q, k, v = (part(x).reshape(split) for part in (self.query, self.key, self.value))
-        return jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape)
+        return attention.attend(q, k, v, mask).reshape(x.shape)
 
 
 class _Attention(nnx.Module):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hiso_jax import lazy
-from hiso_jax.models import rotary
+from hiso_jax.models import attention
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -93,11 +93,11 @@ class Attention(nnx.Module):
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         if step.rope is not None:
-            q, k = rotary.rotate(q, *step.rope), rotary.rotate(k, *step.rope)
+            q, k = attention.rotate(q, *step.rope), attention.rotate(k, *step.rope)
         if cache is not None:
             put = jax.lax.dynamic_update_slice_in_dim
             k, v = put(cache[0], k, step.slot, 1), put(cache[1], v, step.slot, 1)
-        y = jax.nn.dot_product_attention(q, k, v, mask=step.mask, scale=self.scale)
+        y = attention.attend(q, k, v, step.mask, self.scale)
         y = getattr(self, self.out)(y.reshape(*x.shape[:2], -1))
         return y, None if cache is None else (k, v)
 
@@ -237,15 +237,15 @@ class _Body(nnx.Module):
             kept = (cache.keys, cache.values)
         distance = positions[:, None, :, None] - keys[0][:, None, None, :]
         mask = (distance >= 0) & keys[1][:, None, None, :]
-        frequencies, windows = rotary.of_layers(self.config)
+        frequencies, windows = attention.of_layers(self.config)
         shared = None
         if frequencies is not None and (frequencies == frequencies[0]).all():
-            shared, frequencies = rotary.turns(frequencies[0], positions, x.dtype), None
+            shared, frequencies = attention.turns(frequencies[0], positions, x.dtype), None
         graph, stacked = nnx.split(self.layers)
 
         def layer(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             state, (own, window, cache) = inputs
-            rope = shared if own is None else rotary.turns(own, positions, x.dtype)
+            rope = shared if own is None else attention.turns(own, positions, x.dtype)
             seen = mask if window is None else mask & (distance < window)
             return nnx.merge(graph, state)(x, _Step(rope, seen, slot), cache)
 

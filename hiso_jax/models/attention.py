@@ -1,4 +1,4 @@
-"""Rotary positions: which frequencies and which window each layer of a config has."""
+"""Attention, and rotary positions: which frequencies and which window each layer has."""
 
 import math
 from typing import Any
@@ -6,6 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float | None = None
+) -> jax.Array:
+    """Attend from q [B, T, N, H] to k and v [B, S, M, H] where mask [B, 1, T, S] is True."""
+    dtype = q.dtype
+    if dtype == jnp.float16:  # CPUs and TPUs refuse its products with float32 sums
+        q, k, v = (part.astype(jnp.float32) for part in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale).astype(dtype)
 
 
 def of_layers(config: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
