@@ -8,12 +8,14 @@ from hiso_jax import (
     fingerprint,
     lazy,
     meshes,
+    pool,
     rules,
     server,
     trees,
 )
+from hiso_jax.algorithms import decomfl, federated_hiso, fedkseed, fzoo, hizoo, meazo, mezo
 from hiso_jax.exact import compiler_options
-from hiso_jax.federated import Algorithm, Metrics, State, decomfl, federated_hiso, scalar_algorithm
+from hiso_jax.federated import Algorithm, Metrics, State, scalar_algorithm
 from hiso_jax.fingerprint import digest
 from hiso_jax.ledger import CorruptLedger, Ledger, LedgerError, LedgerMismatch, LedgerWriteError
 from hiso_jax.transform import hiso, scale_by_zeroth_order, value_and_grad, zo_sgd
@@ -35,10 +37,16 @@ __all__ = [
     "estimators",
     "exact",
     "federated_hiso",
+    "fedkseed",
     "fingerprint",
+    "fzoo",
     "hiso",
+    "hizoo",
     "lazy",
+    "meazo",
     "meshes",
+    "mezo",
+    "pool",
     "rules",
     "scalar_algorithm",
     "scale_by_zeroth_order",

@@ -4,6 +4,7 @@ The noise of a leaf is a function of (root key, round, local step, perturbation,
 name) and of nothing else. Every party holds the root key, so a direction is never sent.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -17,6 +18,7 @@ Distribution = Literal["normal", "rademacher"]
 
 # Step number of the stream that rounds narrow floats; no run has this many local steps.
 _ROUNDING = 2**32 - 1
+_POOL = 2**32 - 2
 
 
 def as_key(key: Any) -> jax.Array:
@@ -50,11 +52,28 @@ def check_distribution(distribution: str) -> Distribution:
     return checks.choice("distribution", distribution, get_args(Distribution))
 
 
-def direction_key(key: jax.Array, round: Any, step: Any, perturbation: Any) -> jax.Array:
-    """Key of one direction: the root key with round, local step and perturbation folded in."""
+def direction_key(
+    key: jax.Array, round: Any, step: Any, perturbation: Any, pool: int | None = None
+) -> jax.Array:
+    """Key of one direction: the root key with round, local step and perturbation folded in.
+
+    With a pool it is the pool's key of the number that `pool_pick` gives.
+    """
+    if pool is not None:
+        return pool_key(key, pool_pick(key, round, step, perturbation, pool))
     for counter in (round, step, perturbation):
         key = jax.random.fold_in(key, counter)
     return key
+
+
+def pool_pick(key: jax.Array, round: Any, step: Any, perturbation: Any, pool: int) -> jax.Array:
+    """Which of a pool's `pool` directions one is, uint32, uniform but for 1 in 2^32 / pool."""
+    return words(direction_key(key, round, step, perturbation), 1, 0)[0] % jnp.uint32(pool)
+
+
+def pool_key(key: jax.Array, number: Any) -> jax.Array:
+    """Key of direction `number` of the pool."""
+    return jax.random.fold_in(jax.random.fold_in(key, _POOL), number)
 
 
 def threefry(
@@ -97,6 +116,8 @@ def words(key: jax.Array, size: int, start: Any = 0) -> jax.Array:
     return threefry((data[0], data[1]), (jnp.zeros_like(low), low))[0]
 
 
+# Inlined where it is traced; by itself one program, instead of one for every operation.
+@functools.partial(jax.jit, static_argnames=("shape", "distribution"), inline=True)
 def draw(
     key: jax.Array, shape: tuple[int, ...], distribution: Distribution, start: Any = 0
 ) -> jax.Array:
@@ -183,11 +204,15 @@ def noise(
 
 
 def round_keys(
-    key: jax.Array, round: Any, shape: tuple[int, int], names: Sequence[str]
+    key: jax.Array,
+    round: Any,
+    shape: tuple[int, int],
+    names: Sequence[str],
+    pool: int | None = None,
 ) -> dict[str, jax.Array]:
     """Keys of all noise of a round: name of a leaf -> keys [K, P]."""
     step, perturbation = jnp.unravel_index(jnp.arange(math.prod(shape)), shape)
-    each = jax.vmap(lambda k, p: direction_key(key, round, k, p))(step, perturbation)
+    each = jax.vmap(lambda k, p: direction_key(key, round, k, p, pool))(step, perturbation)
     keys = jax.vmap(lambda own: _leaf_keys(own, list(names)), out_axes=1)(each)
     return {n: own.reshape(shape) for n, own in zip(names, keys, strict=True)}
 

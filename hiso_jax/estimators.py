@@ -14,7 +14,7 @@ Loss = Callable[[trees.Params], jax.Array]
 Direction = Callable[[Any], trees.Leaves]
 """Number of a perturbation -> direction z (or noise u)."""
 Estimator = Callable[[Loss, trees.Params, Direction, int, Any], tuple[jax.Array, jax.Array]]
-"""(loss, params, direction, P, smoothing) -> (value [...], scalars [P, ...])."""
+"""(loss, params, direction, P, smoothing) -> (value [...], scalars [P, ...]); some give 2 P."""
 
 
 def forward_difference(
@@ -74,23 +74,85 @@ def central_difference(
     return values.mean(0), scalars
 
 
-ESTIMATORS: dict[str, Estimator] = {"forward": forward_difference, "central": central_difference}
+def three_point(
+    loss: Loss, params: trees.Params, direction: Direction, num_perturbations: int, smoothing: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Estimate first and second directional derivatives (HiZOO, arXiv 2402.15173).
+
+    ``scalars[p]`` is the central difference, and ``scalars[P + p] = (loss(x + smoothing z_p) +
+    loss(x - smoothing z_p) - 2 loss(x)) / smoothing^2``. Costs 2 P + 1 forward passes.
+
+    Args and Returns: as `forward_difference`, but scalars [2 P, ...].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x, z = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([1.0, 0.0])}
+      >>> value, scalars = three_point(
+      ...     lambda x: (x["w"] ** 2).sum(), x, lambda p: z, num_perturbations=1, smoothing=0.5)
+      >>> float(value), scalars.tolist()
+      (5.0, [2.0, 2.0])
+    """
+    base = loss(params)
+
+    def pair(p: jax.Array) -> jax.Array:
+        z = direction(p)
+        up = loss(directions.perturb(params, z, smoothing))
+        down = loss(directions.perturb(params, z, -smoothing))
+        first, second = (up - down) / (2 * smoothing), (up + down - 2 * base) / smoothing**2
+        return jnp.stack([first, second]).astype(jnp.float32)
+
+    pairs = jnp.moveaxis(lax.map(pair, jnp.arange(num_perturbations)), 1, 0)
+    return base, pairs.reshape(-1, *pairs.shape[2:])
 
 
-def get(estimator: str | Estimator) -> Estimator:
-    """Return an estimator by name, or the function itself."""
-    if callable(estimator):
-        return estimator
-    if estimator not in ESTIMATORS:
+ESTIMATORS: dict[str, Estimator] = {
+    "forward": forward_difference,
+    "central": central_difference,
+    "three_point": three_point,
+}
+
+
+def scalars_per_direction(estimator: str | Estimator) -> int:
+    """How many scalars a direction gives: 2 of `three_point`, else 1."""
+    return 2 if estimator in ("three_point", three_point) else 1
+
+
+def forward_passes(estimator: str | Estimator, num_perturbations: int) -> int:
+    """Forward passes of a local step: P + 1, 2 P, or 2 P + 1.
+
+    Example:
+      >>> forward_passes("forward", 5), forward_passes("three_point", 5)
+      (6, 11)
+    """
+    name = getattr(estimator, "__name__", estimator)
+    sides = 1 if name in ("forward", "forward_difference") else 2
+    base = name not in ("central", "central_difference")
+    return sides * num_perturbations + base
+
+
+def get(estimator: str | Estimator, second: bool = False) -> Estimator:
+    """Return an estimator by name, or the function itself.
+
+    Raises:
+      ValueError: there is none of that name, or it gives second differences and they are not
+        wanted, or the reverse.
+    """
+    if not callable(estimator) and estimator not in ESTIMATORS:
         raise ValueError(
             f"estimator: expected one of {tuple(ESTIMATORS)} or a function, got {estimator!r}"
         )
-    return ESTIMATORS[estimator]
+    if second != (scalars_per_direction(estimator) == 2):
+        raise ValueError('estimator: expected "three_point" for a rule that takes second '
+                         f"differences and for nothing else, got {estimator!r}")  # fmt: skip
+    return estimator if callable(estimator) else ESTIMATORS[estimator]
 
 
 def reconstruct(
-    scalars: jax.Array, noise: Direction, like: Mapping[str, jax.Array]
-) -> trees.Leaves:
+    scalars: jax.Array,
+    noise: Direction,
+    like: Mapping[str, jax.Array],
+    seconds: jax.Array | None = None,
+) -> Any:
     """Add up noise by its scalars: ``(1/P) sum_p scalars[p] u_p``.
 
     Preconditioning is linear, so it comes after the sum, once instead of P times. The sum
@@ -101,17 +163,29 @@ def reconstruct(
       scalars: float32 [P].
       noise: p -> u_p.
       like: name -> array; gives names and shapes.
+      seconds: float32 [P], if ``(1/P) sum_p seconds[p] u_p^2`` is wanted too.
 
     Returns:
-      name -> float32 array.
+      name -> float32 array; with `seconds` a pair of them.
     """
-    weights = exact.mul(scalars, jnp.float32(1 / scalars.shape[0]))
-    # Whatever is multiplied by these stays clear of subnormal numbers.
-    weights = jnp.where(jnp.abs(weights) < 2**-60, 0, weights)
 
-    def add(p: jax.Array, total: trees.Leaves) -> trees.Leaves:
-        u = noise(p)
-        return {n: total[n] + exact.seal(weights[p] * u[n]) for n in total}
+    def weights(scalars: jax.Array) -> jax.Array:
+        own = exact.mul(scalars, jnp.float32(1 / scalars.shape[0]))
+        # Whatever is multiplied by these stays clear of subnormal numbers.
+        return jnp.where(jnp.abs(own) < 2**-60, 0, own)
+
+    firsts = weights(scalars)
+    each = None if seconds is None else weights(seconds)
+
+    def add(p: jax.Array, totals: Any) -> Any:
+        u, (first, second) = noise(p), totals
+        first = {n: first[n] + exact.seal(firsts[p] * u[n]) for n in first}
+        if each is not None:
+            # The square of noise may be tiny, but is then of no weight.
+            second = {n: second[n] + exact.mul(each[p], exact.mul(u[n], u[n])) for n in second}
+        return first, second
 
     zeros = {n: jnp.zeros(jnp.shape(x), jnp.float32) for n, x in like.items()}
-    return lax.fori_loop(0, scalars.shape[0], add, zeros)
+    start = (zeros, {} if each is None else zeros)
+    first, second = lax.fori_loop(0, scalars.shape[0], add, start)
+    return first if each is None else (first, second)

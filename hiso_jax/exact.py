@@ -118,6 +118,40 @@ def rsqrt(x: jax.Array) -> jax.Array:
     return y
 
 
+def sqrt(x: jax.Array) -> jax.Array:
+    """Return the square root of positive normal float32 numbers, to 3 units in the last place.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(sqrt(jnp.float32(4.0)))
+      2.0
+    """
+    return _times(x, rsqrt(x))
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """Return 1 / x of float32 numbers from 2^-60 to 2^60, to 5 units in the last place.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(reciprocal(jnp.float32(4.0)))
+      0.25
+    """
+    root = rsqrt(x)
+    return _times(root, root)
+
+
+def total(x: jax.Array) -> jax.Array:
+    """Add up a vector of float32 numbers in its order, which ``jnp.sum`` does not promise.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(total(jnp.array([1.0, 2.0, 3.0])))
+      6.0
+    """
+    return lax.fori_loop(0, x.shape[0], lambda i, sum: sum + x[i], jnp.float32(0))
+
+
 def _times(a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiply numbers whose product is never subnormal."""
     return seal(a * b)

@@ -9,7 +9,7 @@ a resumed run and a shipped model are all `replay`, the fold of `advance` over r
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,7 @@ class Options(TypedDict, total=False):
     distribution: str
     trainable: trees.Trainable
     nonfinite: str
+    seed_pool: int | None
     lazy: bool
 
 
@@ -110,6 +111,7 @@ def scalar_algorithm(
     distribution: str = "normal",
     trainable: trees.Trainable = None,
     nonfinite: str = "raise",
+    seed_pool: int | None = None,
     lazy: bool = False,
 ) -> Algorithm:
     """Build a scalar-only federated algorithm from a rule (HiSo's Algorithm 1).
@@ -126,7 +128,8 @@ def scalar_algorithm(
       loss_fn: pure function of (params, one client's batch) returning a float32 scalar.
       learning_rate: float, or optax schedule of the round.
       rule: how scalars become steps, see `hiso_jax.rules`.
-      estimator: ``"forward"`` (P + 1 forward passes), ``"central"`` (2 P) or a function.
+      estimator: ``"forward"`` (P + 1 forward passes), ``"central"`` (2 P), ``"three_point"``
+        (2 P + 1, and 2 P scalars; for rules that take second differences) or a function.
       aggregator: see `hiso_jax.aggregators`; the weighted mean by default.
       local_steps: K >= 1.
       num_perturbations: P >= 1.
@@ -138,6 +141,8 @@ def scalar_algorithm(
         raises ValueError naming it; inside jit, where nothing can be raised, the whole
         round moves nothing, its record is NaN, and ``metrics.finite`` names the client.
         ``"exclude"``: it gets weight 0.
+      seed_pool: every direction is one of so many, picked by the shared key, as in FedKSeed;
+        by default no two are the same. See `hiso_jax.pool`.
       lazy: the loss takes large leaves as `hiso_jax.lazy.Lazy`, as one that computes with
         ``model.apply``, ``hidden`` and ``head`` of `hiso_jax.models` does: only one layer's
         perturbed copy lives at a time, instead of one of all parameters. Records and states
@@ -168,13 +173,16 @@ def scalar_algorithm(
     checks.number("smoothing", smoothing, 0, above=True)
     noise_law = directions.check_distribution(distribution)
     checks.choice("nonfinite", nonfinite, ("raise", "exclude"))
-    estimate = estimators.get(estimator)
+    estimate = estimators.get(estimator, rule.second)
+    if seed_pool is not None:
+        checks.count("seed_pool", seed_pool)
     combine_clients = aggregators.mean() if aggregator is None else aggregator
-    shape = (steps, perturbations)
+    shape = (steps, perturbations * estimators.scalars_per_direction(estimator))
 
     def noise_of(state: State, packs: packing.Packs) -> updates.Noise:
         names = list(trees.select(state.params, trainable))
-        keys = directions.round_keys(state.key, state.round, shape, names)
+        drawn = (steps, perturbations)
+        keys = directions.round_keys(state.key, state.round, drawn, names, seed_pool)
         return packing.noise(keys, packs, noise_law)
 
     def rate_at(round: jax.Array) -> jax.Array:
@@ -261,7 +269,7 @@ def scalar_algorithm(
     def combine(scalars: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return record [K, P], effective weights [C] and finite [C]."""
         if scalars.ndim != 3 or scalars.shape[1:] != shape:
-            raise ValueError(f"scalars: expected shape [C, {steps}, {perturbations}] (clients, "
+            raise ValueError(f"scalars: expected shape [C, {steps}, {shape[1]}] (clients, "
                              f"local steps, perturbations), got {scalars.shape}")  # fmt: skip
         weights = checks.weights(weights, scalars.shape[0])
         finite = jnp.isfinite(scalars).all((1, 2))
@@ -346,7 +354,7 @@ def scalar_algorithm(
     def replay(state: State, records: jax.Array, learning_rates: Any = None) -> State:
         records = jnp.asarray(records, jnp.float32)
         if records.ndim != 3 or records.shape[1:] != shape:
-            raise ValueError(f"records: expected shape [R, {steps}, {perturbations}] (rounds, "
+            raise ValueError(f"records: expected shape [R, {steps}, {shape[1]}] (rounds, "
                              f"local steps, perturbations), got {records.shape}")  # fmt: skip
         if checks.is_concrete(records):
             values = np.asarray(records)
@@ -371,47 +379,6 @@ def scalar_algorithm(
         aggregator=getattr(combine_clients, "__qualname__", repr(combine_clients)),
         distribution=noise_law,
         nonfinite=nonfinite,
-    )
+    ) | ({} if seed_pool is None else {"seed_pool": seed_pool})
     chosen = lambda params: trees.select(params, trainable)  # noqa: E731
     return Algorithm(init, probe, aggregate, advance, round, replay, rate_at, recipe, chosen)
-
-
-def federated_hiso(
-    loss_fn: LossFn,
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    decay: float = 0.95,
-    epsilon: float = 1e-8,
-    update_steps: str = "last",
-    **options: Unpack[Options],
-) -> Algorithm:
-    """HiSo (arXiv 2506.02370): noise whitened by a curvature estimate made of the scalars.
-
-    Args:
-      loss_fn, learning_rate: as in `scalar_algorithm`.
-      decay, epsilon, update_steps: as in `hiso_jax.rules.hiso`.
-      **options: `local_steps`, `num_perturbations`, `smoothing`, `estimator`, `aggregator`,
-        `distribution`, `trainable`, `nonfinite`, as in `scalar_algorithm`.
-
-    Example:
-      >>> import hiso_jax as hj, jax, jax.numpy as jnp
-      >>> loss_fn = lambda params, batch: ((params["w"] - batch) ** 2).mean()
-      >>> alg = hj.federated_hiso(loss_fn, 0.1, local_steps=2, num_perturbations=3)
-      >>> state = alg.init({"w": jnp.zeros(3)}, jax.random.key(0))
-      >>> scalars = alg.probe(state, jnp.ones((4, 2, 3)))  # four clients, two local steps
-      >>> state = alg.advance(state, alg.aggregate(scalars))
-      >>> scalars.shape, state.rule.curvature["w"].shape
-      ((4, 2, 3), (3,))
-    """
-    rule = rules.hiso(decay, epsilon, update_steps)
-    return scalar_algorithm(loss_fn, learning_rate, rule=rule, **options)
-
-
-def decomfl(
-    loss_fn: LossFn, learning_rate: optax.ScalarOrSchedule, **options: Unpack[Options]
-) -> Algorithm:
-    """DeComFL (arXiv 2405.15861): no preconditioner; HiSo with H = 1.
-
-    Args: as `scalar_algorithm`, without `rule`.
-    """
-    return scalar_algorithm(loss_fn, learning_rate, rule=rules.identity(), **options)

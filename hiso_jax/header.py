@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiso_jax import fingerprint, trees
+from hiso_jax import estimators, fingerprint, trees
 from hiso_jax.federated import Algorithm, State
 
 
@@ -80,9 +80,10 @@ def canonical(header: Mapping[str, Any]) -> str:
 
 
 def shape(header: Mapping[str, Any]) -> tuple[int, int]:
-    """(K, P) of its records."""
+    """(K, P) of its records, or (K, 2 P) if a direction has two scalars."""
     algorithm = header["algorithm"]
-    return int(algorithm["local_steps"]), int(algorithm["num_perturbations"])
+    each = estimators.scalars_per_direction(algorithm.get("estimator", "forward"))
+    return int(algorithm["local_steps"]), each * int(algorithm["num_perturbations"])
 
 
 def check(header: Any) -> None:

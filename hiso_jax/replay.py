@@ -87,7 +87,8 @@ class Replay:
             functools.partial(
                 _keys,
                 jax.random.wrap_key_data(data, impl=key["implementation"]),
-                records.scalars.shape,
+                (*records.scalars.shape[:2], recipe["num_perturbations"]),
+                recipe.get("seed_pool"),
             )
         )
         self._lock = threading.Lock()
@@ -170,11 +171,13 @@ def _digests(x: jax.Array, salts: jax.Array, start: jax.Array, size: jax.Array) 
     return jnp.stack([fingerprint.part(x, own, start, size) for own in salts])
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _keys(root: jax.Array, shape: tuple[int, ...], leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _keys(
+    root: jax.Array, shape: tuple[int, ...], pool: int | None, leaf: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Keys of a leaf's noise [R, K, P], and of its rounding [R]."""
     place = jnp.unravel_index(jnp.arange(math.prod(shape)), shape)
-    noise = jax.vmap(lambda *place: directions.direction_key(root, *place))(*place)
+    noise = jax.vmap(lambda r, k, p: directions.direction_key(root, r, k, p, pool))(*place)
     rounding = jax.vmap(lambda r: directions.rounding_key(root, r))(jnp.arange(shape[0]))
     fold = jax.vmap(jax.random.fold_in, (0, None))
     return fold(noise, leaf).reshape(shape), fold(rounding, leaf)

@@ -13,10 +13,14 @@ Everything a rule knows comes from the shared key and the record, so any rule ke
 scalar-only communication. All K local steps of a round take their directions from the
 state that entered the round.
 
+A rule whose `second` is true goes with ``estimator="three_point"``: its record has 2 P
+scalars, and `delta` is the pair of the ascent direction, made of the first P, and of
+``(1/P) sum_p scalars[P + p] u_p^2`` with the noise as drawn.
+
 What makes replay exact, and possible in blocks of a leaf: every function works element by
 element on the leaves (numbers that belong to no element come from `scalars` alone), and
-uses `hiso_jax.exact` for products and roots. `recipe` names the rule and its arguments, so that
-a ledger can build it again; it is a function of `RULES`.
+uses `hiso_jax.exact` for products, roots and sums of scalars. `recipe` names the rule and its
+arguments, so that a ledger can build it again; it is a function of `RULES`.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,12 +38,13 @@ class Rule(NamedTuple):
 
     init: Callable[[Leaves], Any]
     direction: Callable[[Any, Leaves], Leaves]
-    update: Callable[[Any, Leaves, jax.Array, jax.Array], tuple[Leaves, Any]]
+    update: Callable[[Any, Any, jax.Array, jax.Array], tuple[Leaves, Any]]
     recipe: Mapping[str, Any] | None = None  # {"rule": name, argument: value, ...}
+    second: bool = False  # whether it takes second differences too
 
 
 class HisoState(NamedTuple):
-    """Curvature estimate of HiSo."""
+    """Curvature estimate of HiSo and HiZOO."""
 
     curvature: Leaves  # H, float32, one positive number per trainable parameter
 
@@ -62,14 +67,6 @@ def hiso(decay: Any = 0.95, epsilon: Any = 1e-8, update_steps: str = "last") -> 
     checks.number("epsilon", epsilon, 0)
     checks.choice("update_steps", update_steps, ("last", "all"))
 
-    def init(leaves: Leaves) -> HisoState:
-        return HisoState(
-            curvature={n: jnp.ones_like(x, dtype=jnp.float32) for n, x in leaves.items()}
-        )
-
-    def direction(state: HisoState, noise: Leaves) -> Leaves:
-        return {n: exact.mul(u, exact.rsqrt(state.curvature[n])) for n, u in noise.items()}
-
     def update(
         state: HisoState, delta: Leaves, scalars: jax.Array, last: jax.Array
     ) -> tuple[Leaves, HisoState]:
@@ -83,7 +80,7 @@ def hiso(decay: Any = 0.95, epsilon: Any = 1e-8, update_steps: str = "last") -> 
         return delta, HisoState({n: average(h, delta[n]) for n, h in state.curvature.items()})
 
     recipe = dict(rule="hiso", decay=decay, epsilon=epsilon, update_steps=update_steps)
-    return Rule(init, direction, update, recipe)
+    return Rule(_ones, _whitened, update, recipe)
 
 
 def identity() -> Rule:
@@ -96,7 +93,219 @@ def identity() -> Rule:
     )
 
 
-RULES: dict[str, Callable[..., Rule]] = {"hiso": hiso, "identity": identity}
+class ScaleState(NamedTuple):
+    """A running average of one number a step."""
+
+    square: jax.Array  # shape=(), float32
+    weight: jax.Array  # shape=(), float32: 1 - decay^steps, what the average has seen
+
+
+def _normalised(square: Callable[[jax.Array], jax.Array], decay: Any, recipe: Any) -> Rule:
+    """Divide the step by the root of a running average of a number made of the scalars."""
+    checks.number("decay", decay, 0, 1)
+
+    def update(
+        state: ScaleState, delta: Leaves, scalars: jax.Array, last: jax.Array
+    ) -> tuple[Leaves, ScaleState]:
+        del last
+        average = lambda old, new: exact.mul(decay, old) + exact.mul(1 - decay, new)  # noqa: E731
+        state = ScaleState(
+            average(state.square, square(scalars)), average(state.weight, jnp.float32(1))
+        )
+        # 1 / sqrt(square / weight), the root of the average free of its start at zero. Below
+        # 2^-60, where all scalars are, nothing is left to normalise.
+        mean = exact.mul(state.square, exact.reciprocal(jnp.maximum(state.weight, 2.0**-60)))
+        scale = exact.rsqrt(jnp.maximum(mean, 2.0**-60))
+        return {n: exact.mul(scale, d) for n, d in delta.items()}, state
+
+    zero = jnp.float32(0)
+    return Rule(lambda leaves: ScaleState(zero, zero), lambda state, u: u, update, recipe)
+
+
+def rms(decay: Any = 0.99) -> Rule:
+    """DeComFL's step over the running root mean square of its scalars.
+
+    ``v <- decay v + (1 - decay) mean_p(g_p^2)``, ``step = Delta / sqrt(v / (1 - decay^t))``. One
+    float of state: the control for HiSo, whose H may be little more than this number in every
+    element.
+
+    Args:
+      decay: weight of the old average, in [0, 1).
+    """
+
+    def square(scalars: jax.Array) -> jax.Array:
+        return exact.mul(exact.total(exact.mul(scalars, scalars)), 1 / scalars.shape[0])
+
+    return _normalised(square, decay, dict(rule="rms", decay=decay))
+
+
+def meazo(decay: Any = 0.99) -> Rule:
+    """MEAZO: one adaptive number instead of one a parameter (arXiv 2605.03869).
+
+    ``v <- decay v + (1 - decay) (mean_p g_p)^2``, ``step = Delta / sqrt(v / (1 - decay^t))``: as
+    `rms`, but of the mean scalar, whose square is P times smaller in expectation. The paper's
+    small constant under the root is 2^-60 here.
+
+    Args:
+      decay: weight of the old average, in [0, 1).
+    """
+
+    def square(scalars: jax.Array) -> jax.Array:
+        mean = exact.mul(exact.total(scalars), 1 / scalars.shape[0])
+        return exact.mul(mean, mean)
+
+    return _normalised(square, decay, dict(rule="meazo", decay=decay))
+
+
+def fzoo() -> Rule:
+    """FZOO: the step over the standard deviation of the perturbed losses (arXiv 2506.09034).
+
+    ``step = Delta / std_p(g_p)``, with P - 1 under the root. The perturbed losses are
+    ``f(x) + smoothing g_p``, so the paper's learning rate is ours times the smoothing. Meant for
+    ``distribution="rademacher"`` and ``estimator="forward"``.
+
+    Raises:
+      ValueError: at the first update, with fewer than two perturbations.
+    """
+
+    def update(
+        state: tuple[()], delta: Leaves, scalars: jax.Array, last: jax.Array
+    ) -> tuple[Leaves, tuple[()]]:
+        del last
+        if (count := scalars.shape[0]) < 2:
+            raise ValueError("num_perturbations: fzoo needs at least 2 for a standard deviation")
+        mean = exact.mul(exact.total(scalars), 1 / count)
+        off = scalars - mean
+        variance = exact.mul(exact.total(exact.mul(off, off)), 1 / (count - 1))
+        scale = exact.rsqrt(jnp.maximum(variance, 2.0**-60))
+        return {n: exact.mul(scale, d) for n, d in delta.items()}, state
+
+    return Rule(lambda leaves: (), lambda state, u: u, update, dict(rule="fzoo"))
+
+
+def hizoo(decay: Any = 1 - 1e-6) -> Rule:
+    """HiZOO: noise whitened by second differences of the loss (arXiv 2402.15173).
+
+    ``z = u / sqrt(H)`` and, after every local step, with ``c_p`` the second directional
+    derivative along ``z_p``, ``H <- decay H + (1 - decay) |mean_p(c_p u_p^2) / 2| H``. H starts at
+    1. Two scalars a direction and 2 P + 1 forward passes: use ``estimator="three_point"``.
+
+    Args:
+      decay: weight of the old H, in [0, 1]; 1 less the paper's smoothing alpha.
+    """
+    checks.number("decay", decay, 0, 1)
+
+    def update(
+        state: HisoState, delta: tuple[Leaves, Leaves], scalars: jax.Array, last: jax.Array
+    ) -> tuple[Leaves, HisoState]:
+        del scalars, last
+        step, seconds = delta
+
+        def average(h: jax.Array, second: jax.Array) -> jax.Array:
+            new = exact.mul(jnp.abs(exact.mul(0.5, second)), h)
+            # A floor, since a product of many decays could leave the normal numbers.
+            return jnp.maximum(exact.mul(decay, h) + exact.mul(1 - decay, new), 2.0**-60)
+
+        return step, HisoState({n: average(h, seconds[n]) for n, h in state.curvature.items()})
+
+    return Rule(_ones, _whitened, update, dict(rule="hizoo", decay=decay), second=True)
+
+
+class MomentumState(NamedTuple):
+    """Running sum of ascent directions."""
+
+    trace: Leaves  # float32, one number per trainable parameter
+
+
+def momentum(decay: Any = 0.9) -> Rule:
+    """Heavy-ball momentum on reconstructed directions: ``m <- decay m + Delta``, step m.
+
+    Args:
+      decay: weight of the old sum, in [0, 1].
+    """
+    checks.number("decay", decay, 0, 1)
+
+    def update(
+        state: MomentumState, delta: Leaves, scalars: jax.Array, last: jax.Array
+    ) -> tuple[Leaves, MomentumState]:
+        del scalars, last
+        trace = {n: exact.flush(exact.mul(decay, m) + delta[n]) for n, m in state.trace.items()}
+        return trace, MomentumState(trace)
+
+    init = lambda leaves: MomentumState(_zeros(leaves))  # noqa: E731
+    return Rule(init, lambda state, u: u, update, dict(rule="momentum", decay=decay))
+
+
+class AdamState(NamedTuple):
+    """Moments of Adam."""
+
+    first: Leaves  # float32, one number per trainable parameter
+    second: Leaves
+    weights: tuple[jax.Array, jax.Array]  # 1 - decay^steps of each
+
+
+def adam(b1: Any = 0.9, b2: Any = 0.999, epsilon: Any = 1e-8) -> Rule:
+    """Adam on reconstructed directions, as zeroth-order Adam and AdaMM (arXiv 1910.06513).
+
+    ``m <- b1 m + (1 - b1) Delta``, ``v <- b2 v + (1 - b2) Delta^2``, and the step is
+    ``m_hat / (sqrt(v_hat) + epsilon)`` with both free of their start at zero (arXiv 1412.6980).
+
+    Args:
+      b1, b2: weights of the old moments, in [0, 1).
+      epsilon: in the denominator, > 0.
+    """
+    checks.number("b1", b1, 0, 1)
+    checks.number("b2", b2, 0, 1)
+    checks.number("epsilon", epsilon, 0, above=True)
+
+    def update(
+        state: AdamState, delta: Leaves, scalars: jax.Array, last: jax.Array
+    ) -> tuple[Leaves, AdamState]:
+        del scalars, last
+        average = lambda b, old, new: exact.flush(exact.mul(b, old) + exact.mul(1 - b, new))  # noqa: E731
+        first = {n: average(b1, m, delta[n]) for n, m in state.first.items()}
+        second = {n: average(b2, v, exact.mul(delta[n], delta[n])) for n, v in state.second.items()}
+        one = jnp.float32(1)
+        weights = (average(b1, state.weights[0], one), average(b2, state.weights[1], one))
+        fresh = [exact.reciprocal(jnp.maximum(w, 2.0**-60)) for w in weights]
+
+        def step(m: jax.Array, v: jax.Array) -> jax.Array:
+            # Zero has no root here; what is below 2^-100 is far below any epsilon.
+            root = exact.sqrt(jnp.maximum(exact.mul(v, fresh[1]), 2.0**-100))
+            return exact.mul(exact.mul(m, fresh[0]), exact.reciprocal(root + epsilon))
+
+        steps = {n: step(m, second[n]) for n, m in first.items()}
+        return steps, AdamState(first, second, weights)
+
+    def init(leaves: Leaves) -> AdamState:
+        return AdamState(_zeros(leaves), _zeros(leaves), (jnp.float32(0), jnp.float32(0)))
+
+    recipe = dict(rule="adam", b1=b1, b2=b2, epsilon=epsilon)
+    return Rule(init, lambda state, u: u, update, recipe)
+
+
+def _whitened(state: HisoState, noise: Leaves) -> Leaves:
+    return {n: exact.mul(u, exact.rsqrt(state.curvature[n])) for n, u in noise.items()}
+
+
+def _zeros(leaves: Leaves) -> Leaves:
+    return {n: jnp.zeros(x.shape, jnp.float32) for n, x in leaves.items()}
+
+
+def _ones(leaves: Leaves) -> HisoState:
+    return HisoState({n: jnp.ones(x.shape, jnp.float32) for n, x in leaves.items()})
+
+
+RULES: dict[str, Callable[..., Rule]] = {
+    "hiso": hiso,
+    "identity": identity,
+    "rms": rms,
+    "meazo": meazo,
+    "fzoo": fzoo,
+    "hizoo": hizoo,
+    "momentum": momentum,
+    "adam": adam,
+}
 """By the name in a recipe."""
 
 

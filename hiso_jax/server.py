@@ -120,8 +120,7 @@ class Server:
             raise ValueError(f"reply: client {name!r} was not asked in round {round}")
         if name in self._replies:
             return False
-        recipe = self.algorithm.recipe
-        shape = (recipe["local_steps"], recipe["num_perturbations"])
+        recipe, shape = self.algorithm.recipe, self.ledger.shape
         scalars = np.asarray(scalars, np.float32)
         if scalars.shape != shape:
             raise ValueError(f"scalars: client {name!r}: expected shape {shape}, "
@@ -147,8 +146,7 @@ class Server:
         """
         if not self._asked:
             raise RuntimeError("close: no round is open")
-        recipe = self.algorithm.recipe
-        record = np.full((recipe["local_steps"], recipe["num_perturbations"]), np.nan, np.float32)
+        record = np.full(self.ledger.shape, np.nan, np.float32)
         # In the order of asking, not of arrival: sums depend on it.
         names = [name for name in self._asked if name in self._replies]
         if names:

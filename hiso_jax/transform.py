@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from hiso_jax import checks, directions, estimators, exact, federated, rules, trees
+from hiso_jax.updates import ascent
 
 ValueFn = Callable[[trees.Params], jax.Array]
 """params -> scalar loss, as in ``optax.lbfgs``."""
@@ -38,7 +39,7 @@ def _transform(
     perturbations = checks.count("num_perturbations", num_perturbations)
     checks.number("smoothing", smoothing, 0, above=True)
     noise_law = directions.check_distribution(distribution)
-    estimate = estimators.get(estimator)
+    estimate = estimators.get(estimator, rule.second)
 
     def init(params: trees.Params) -> ZerothOrderState:
         return ZerothOrderState(
@@ -76,7 +77,7 @@ def _transform(
         direction = lambda p: rule.direction(state.rule, noise(p))  # noqa: E731
         value, scalars = estimate(value_fn, params, direction, perturbations, smoothing)
         scalars = exact.seal(jax.lax.optimization_barrier(scalars))
-        delta = rule.direction(state.rule, estimators.reconstruct(scalars, noise, leaves))
+        delta = ascent(rule, state.rule, scalars, noise, leaves)
         step, rule_state = rule.update(state.rule, delta, scalars, jnp.bool_(True))
         if learning_rate is not None:
             rate = learning_rate(state.count) if callable(learning_rate) else learning_rate

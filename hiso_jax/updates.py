@@ -6,7 +6,7 @@ place, and nothing of their size is held beside them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,6 +47,31 @@ def block_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1, *shape) if block is None else (size // block, block)
 
 
+def ascent(
+    rule: rules.Rule,
+    state: Any,
+    scalars: jax.Array,
+    noise: estimators.Direction,
+    like: Mapping[str, jax.Array],
+) -> Any:
+    """Return the `delta` that a rule's update takes, made of a local step's scalars.
+
+    Args:
+      rule: see `hiso_jax.rules`.
+      state: the rule's, that entered the round.
+      scalars: float32 [P], or [2 P] if the rule takes second differences.
+      noise: perturbation -> u.
+      like: name -> array; gives names and shapes.
+    """
+    # Apart, so that roots are not computed once for x and once more for the rule.
+    whiten = lambda total: exact.apart(rule.direction, state, total)  # noqa: E731
+    if not rule.second:
+        return whiten(estimators.reconstruct(scalars, noise, like))
+    firsts, seconds = jnp.split(scalars, 2)
+    total, squares = estimators.reconstruct(firsts, noise, like, seconds)
+    return whiten(total), squares
+
+
 def local_steps(
     rule: rules.Rule,
     noise: Callable[[Any], estimators.Direction],
@@ -65,7 +90,7 @@ def local_steps(
       entering: the rule's state that entered the round; directions come from it.
       leaves: name -> float32 array.
       state: the rule's state so far.
-      record: float32 [K, P], finite.
+      record: float32 [K, P], finite; [K, 2 P] if the rule takes second differences.
       rate: learning rate, float32.
       lasts: bool [K]: which is the round's last local step; by default the last of the record.
 
@@ -76,9 +101,7 @@ def local_steps(
 
     def step(carry: Any, inputs: Any) -> tuple[Any, None]:
         (leaves, state), (k, scalars, last) = carry, inputs
-        total = estimators.reconstruct(scalars, noise(k), leaves)
-        # Apart, so that roots are not computed once for x and once more for the rule.
-        delta = exact.apart(rule.direction, entering, total)
+        delta = ascent(rule, entering, scalars, noise(k), leaves)
         move, state = rule.update(state, delta, scalars, last)
         shift = {n: exact.mul(rate, move[n]) for n in leaves}
         return ({n: exact.flush(exact.flush(x) - shift[n]) for n, x in leaves.items()}, state), None

@@ -15,10 +15,10 @@ FLOORS = [
     {"estimators", "rules", "aggregators", "packing"},
     {"updates", "fingerprint"},
     {"federated"},
-    {"transform", "header"},
+    {"algorithms", "transform", "header"},
     {"compact"},
     {"ledger"},
-    {"replay", "server", "snapshots"},
+    {"pool", "replay", "server", "snapshots"},
     {"models", "tasks"},
     {"simulation"},
 ]

@@ -209,9 +209,9 @@ def test_any_tree(
     )
     state = alg.init(params, jax.random.key(0))
     batches = jnp.ones((clients, steps, 2))
-    end, metrics = alg.round(state, batches)
+    end, metrics = jax.jit(alg.round)(state, batches)
     assert metrics.scalars.shape == (clients, steps, perturbations)
     assert metrics.scalars.dtype == metrics.record.dtype == jnp.float32
     shape_of = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shape_of(end) == shape_of(state) and int(end.params["step"]) == 3
-    assert_same_bits(end, alg.advance(state, metrics.record))
+    assert_same_bits(end, jax.jit(alg.advance)(state, metrics.record))

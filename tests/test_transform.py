@@ -118,11 +118,12 @@ def test_equals_the_algorithm_with_one_client(method: str):
         alg, tx = hj.decomfl(odd_loss, 1e-2, **options), hj.zo_sgd(1e-2, seed=7, **options)
     params = {"w": jnp.linspace(-1, 1, 60).reshape(4, 15)}
     state, moved = alg.init(params, jax.random.key(7)), params
+    advance = jax.jit(alg.advance)
     opt_state = tx.init(params)
     for _ in range(4):
         # The loss is run by itself, so that both see the very same values of it.
         scalars = alg.probe(state, data[None, None])
-        state = alg.advance(state, alg.aggregate(scalars))
+        state = advance(state, alg.aggregate(scalars))
         updates, opt_state = tx.update(
             None,
             opt_state,
