@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from experiments import job
 from experiments.problem import Problem, classification, split
 from hiso_jax import files, trees
-from hiso_jax.simulation import Clients
+from hiso_jax.simulation import Arrays, Clients
 
 
 class Cnn(nnx.Module):
@@ -30,25 +30,33 @@ class Cnn(nnx.Module):
         return self.dense(x.reshape(x.shape[0], -1))
 
 
-def digits(num_clients: int = 40, alpha: float = 1.0, seed: int = 0) -> Problem:
-    """The 1,797 digits, split over clients with label shares from Dirichlet(alpha)."""
-    from sklearn.datasets import load_digits
+def images(
+    name: str,
+    model: nnx.Module,
+    parts: dict[str, Arrays],
+    num_clients: int,
+    alpha: float,
+    seed: int,
+) -> Problem:
+    """Images of ten classes, split over clients with label shares from Dirichlet(alpha).
 
-    data = load_digits()
-    columns = {
-        "image": (data.images[..., None] / 16 - 0.3).astype(np.float32),
-        "label": data.target.astype(np.int32),
-    }
-    train, dev, test = split(len(data.target), seed=0)
+    Args:
+      name: of the problem.
+      model: images [B, H, W, 1] -> logits [B, 10].
+      parts: ``train``, ``dev`` and ``test``, each with columns ``image`` and ``label``.
+      num_clients: of whom those without an example are left out.
+      alpha: infinity for equal shares.
+      seed: of the split.
+    """
     rng = np.random.default_rng([seed, 7])
-    owners = np.zeros(len(train), int)
+    train = parts["train"]
+    owners = np.zeros(len(train["label"]), int)
     for label in range(10):
-        own = np.flatnonzero(columns["label"][train] == label)
-        owners[own] = rng.choice(
-            num_clients, len(own), p=rng.dirichlet(np.full(num_clients, alpha))
-        )
-    take = lambda picks: {k: v[picks] for k, v in columns.items()}  # noqa: E731
-    graph, state = nnx.split(Cnn(nnx.Rngs(seed)))
+        own = np.flatnonzero(train["label"] == label)
+        equal = np.full(num_clients, 1 / num_clients)
+        shares = equal if np.isinf(alpha) else rng.dirichlet(alpha * num_clients * equal)
+        owners[own] = rng.choice(num_clients, len(own), p=shares)
+    graph, state = nnx.split(model)
 
     def logits_fn(params: Any, batch: Any) -> jax.Array:
         return nnx.merge(graph, params)(batch["image"])
@@ -58,17 +66,35 @@ def digits(num_clients: int = 40, alpha: float = 1.0, seed: int = 0) -> Problem:
             save_file({n: np.asarray(x) for n, x in trees.named(params).items()}, part)
 
     loss_fn, score = classification(logits_fn)
-    own = {f"client {i}": train[owners == i] for i in range(num_clients)}
+    own = {f"client {i}": np.flatnonzero(owners == i) for i in range(num_clients)}
+    take = lambda picks: {k: v[picks] for k, v in train.items()}  # noqa: E731
     return Problem(
-        name="handwritten digits, CNN",
+        name=name,
         params=jax.tree.map(jnp.asarray, nnx.to_pure_dict(state)),
         loss_fn=loss_fn,
         score=score,
         clients=Clients({name: take(picks) for name, picks in own.items() if len(picks)}),
-        dev=take(dev),
-        test=take(test),
+        dev=parts["dev"],
+        test=parts["test"],
         save=save,
     )
+
+
+def digits(num_clients: int = 40, alpha: float = 1.0, seed: int = 0) -> Problem:
+    """The 1,797 digits, split over clients with label shares from Dirichlet(alpha)."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    columns = {
+        "image": (data.images[..., None] / 16 - 0.3).astype(np.float32),
+        "label": data.target.astype(np.int32),
+    }
+    names, picks = ("train", "dev", "test"), split(len(data.target), seed=0)
+    parts = {
+        n: {k: v[own] for k, v in columns.items()} for n, own in zip(names, picks, strict=True)
+    }
+    model = Cnn(nnx.Rngs(seed))
+    return images("handwritten digits, CNN", model, parts, num_clients, alpha, seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +114,7 @@ class Options(job.Options):
 
 
 LEARNING_RATES = {"hiso": 2e-2, "decomfl": 4e-2}
-"""The best of the grid in `experiments.search`, by method."""
+"""The best of the grid in `experiments.compare`, by method."""
 
 
 def main() -> None:

@@ -2,15 +2,10 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -20,22 +15,23 @@ import numpy as np
 import optax
 
 import hiso_jax as hj
-from experiments import report
+from experiments import baselines, folders, methods, report
 from experiments.problem import Problem
-from experiments.report import TITLES, console
+from experiments.report import console
 from hiso_jax import files, fingerprint, meshes, server, simulation, snapshots
 
-METHODS = {"hiso": hj.federated_hiso, "decomfl": hj.decomfl}
+COMPARED = ("hiso", "decomfl")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Options of every job."""
 
-    method: Literal["hiso", "decomfl"] = "hiso"
-    """The algorithm to run."""
+    method: str = "hiso"
+    """The algorithm to run: hiso, decomfl, rms, mezo, meazo, fzoo, hizoo, momentum, adam, fedkseed;
+    fedavg, fedadam, fedyogi, fedadagrad, fedzo, which send models; or module:function of yours."""
     compare: bool = False
-    """Run every method on the same seeds and draw all curves."""
+    """Run HiSo and DeComFL on the same seeds and draw both curves."""
     rounds: int = 200
     """Communication rounds."""
     out: Path = Path("runs/job")
@@ -60,6 +56,8 @@ class Options:
     """Scalars a local step (P); an update costs P + 1 forward passes."""
     smoothing: float = 1e-3
     """Finite-difference step (mu)."""
+    estimator: Literal["forward", "central"] = "forward"
+    """Differences: forward costs P + 1 forward passes, central 2 P."""
     decay: float = 0.95
     """Weight of the old curvature (HiSo only)."""
     distribution: Literal["normal", "rademacher"] = "rademacher"
@@ -131,20 +129,12 @@ def _job(options: Options) -> str:
     return Path(sys.modules[type(options).__module__].__file__ or "").stem
 
 
-def algorithm(options: Options, problem: Problem, learning_rate: float) -> hj.Algorithm:
-    """Build the method an `Options` asks for."""
-    extra: dict[str, Any] = {"decay": options.decay} if options.method == "hiso" else {}
-    return METHODS[options.method](
-        problem.loss_fn,
-        optax.linear_schedule(learning_rate, 0.0, options.rounds),
-        local_steps=options.local_steps,
-        num_perturbations=options.num_perturbations,
-        smoothing=options.smoothing,
-        distribution=options.distribution,
-        trainable=problem.trainable,
-        lazy=problem.lazy,
-        **extra,
-    )
+def algorithm(
+    options: Options, problem: Problem, learning_rate: float
+) -> hj.Algorithm | baselines.Baseline:
+    """Build the method that the options ask for; its rate falls linearly to 0."""
+    schedule = optax.linear_schedule(learning_rate, 0.0, options.rounds)
+    return methods.build(options, problem, schedule)
 
 
 def _evaluate(
@@ -155,34 +145,21 @@ def _evaluate(
     return problem.figure(sums)
 
 
-@contextlib.contextmanager
-def _stop_on_ctrl_c() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C sets: the round under way is finished, not lost."""
-    stop = threading.Event()
-
-    def ask(number: int, frame: Any) -> None:
-        del number, frame
-        if stop.is_set():
-            raise KeyboardInterrupt  # the second time, at once
-        stop.set()
-        console.print("[yellow]Stopping after this round; keeping what was done.")
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    except FloatingPointError as error:
-        console.print(error, style="red", markup=False)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _open(
-    options: Options, problem: Problem, alg: hj.Algorithm, bar: Any
-) -> tuple[hj.Ledger, hj.State, list[dict[str, Any]]]:
+    options: Options, problem: Problem, alg: hj.Algorithm | baselines.Baseline, bar: Any
+) -> tuple[hj.Ledger | baselines.Unrecorded, hj.State, list[dict[str, Any]]]:
     """Begin the ledger of a run, or bring one that was stopped to where it had come."""
     folder = options.out
     path = folder / "ledger.sqlite"
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(options.seed))
+    if isinstance(alg, baselines.Baseline):
+        state = baselines.restore(folder / "snapshots", alg, state)
+        done = range(int(state.round))
+        return (
+            baselines.Unrecorded([_answered(options, problem, round) for round in done]),
+            state,
+            folders.rows(folder, len(done)),
+        )
     about = {"task": problem.name, "data": _data_digest(problem)}
     if not path.exists():
         return hj.Ledger.create(path, alg, state, about), state, []
@@ -196,13 +173,18 @@ def _open(
         alg, state, ledger.records(int(state.round)), lambda state: bar.advance(task)
     )
     bar.remove_task(task)
-    rows, metrics = [], folder / "metrics.jsonl"
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
-        # A row is written before its record: the last may be broken, or of a lost round.
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            rows += [row] if row["round"] <= ledger.rounds else []
-    return ledger, state, rows
+    return ledger, state, folders.rows(folder, ledger.rounds)
+
+
+def _answered(options: Options, problem: Problem, round: int) -> dict[str, float]:
+    """Who answered in a round of a run without a ledger."""
+    names = _asked(options, problem, round)
+    weights = simulation.answers(len(names), round, options.seed, options.dropout)
+    return {name: float(w) for name, w in zip(names, weights, strict=True) if w > 0}
+
+
+def _asked(options: Options, problem: Problem, round: int) -> list[str]:
+    return problem.clients.sample(options.clients_per_round, round, options.seed, options.sampling)
 
 
 def _data_digest(problem: Problem) -> str:
@@ -214,14 +196,16 @@ def _data_digest(problem: Problem) -> str:
     return total.hexdigest()[:16]
 
 
-def _traffic(options: Options, problem: Problem, ledger: hj.Ledger) -> simulation.Traffic:
-    """Account for the rounds in the ledger."""
-    traffic = simulation.Traffic(ledger.shape, schedule=True)
+def _traffic(
+    options: Options, problem: Problem, ledger: hj.Ledger | baselines.Unrecorded, size: int
+) -> simulation.Traffic:
+    """Account for the rounds that are done, of a method with `size` trained parameters."""
+    if isinstance(ledger, hj.Ledger):
+        traffic = simulation.Traffic(ledger.shape, schedule=True)
+    else:
+        traffic = baselines.Traffic(size)
     for round, reported in enumerate(ledger.records().reported):
-        names = problem.clients.sample(
-            options.clients_per_round, round, options.seed, options.sampling
-        )
-        traffic.ask(names, round, reported)
+        traffic.ask(_asked(options, problem, round), round, reported)
     return traffic
 
 
@@ -230,6 +214,7 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
     folder, clients, metric = options.out, problem.clients, problem.metric
     folder.mkdir(parents=True, exist_ok=True)
     alg = algorithm(options, problem, learning_rate)
+    size = sum(x.size for x in alg.trainable(problem.params).values())
     score = jax.jit(problem.score)
     before = _evaluate(problem, score, problem.params, problem.test)
     seconds: list[float] = []
@@ -237,7 +222,7 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
         bar = stack.enter_context(report.progress())
         ledger, state, rows = _open(options, problem, alg, bar)
         stack.enter_context(ledger)
-        traffic = _traffic(options, problem, ledger)
+        traffic = _traffic(options, problem, ledger, size)
         if not rows:
             dev = _evaluate(problem, score, problem.params, problem.dev)
             rows.append({"round": 0, "dev_loss": dev[0], f"dev_{metric}": dev[1]})
@@ -246,10 +231,10 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
         log = stack.enter_context(open(folder / "metrics.jsonl", "a"))
         done, last_dev = ledger.rounds, [r[f"dev_{metric}"] for r in rows if "dev_loss" in r][-1]
         task = bar.add_task(
-            TITLES[options.method], total=options.rounds, completed=done, status="compiling"
+            methods.title(options.method), total=options.rounds, completed=done, status="compiling"
         )
         start = time.perf_counter()
-        with _stop_on_ctrl_c() as stop:
+        with folders.stop_on_ctrl_c() as stop:
             for step in simulation.run(
                 alg,
                 state,
@@ -307,7 +292,6 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
         shipped = ledger.export(folder / "ledger.safetensors")
     traffic.catch_up(clients.names, done)  # everybody ends with the model
     after = _evaluate(problem, score, state.params, problem.test)
-    size = sum(x.size for x in alg.trainable(problem.params).values())
     each = [row["seconds"] for row in rows if "seconds" in row]
     steady = float(np.median(each[1:] or each or [0.0]))
     summary = dict(
@@ -336,36 +320,8 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
     )
     problem.save(folder, state.params)
     report.write_json(folder / "summary.json", summary)
-    report.draw({TITLES[options.method]: rows}, metric, problem.name, folder / "curve.png")
+    report.draw({methods.title(options.method): rows}, metric, problem.name, folder / "curve.png")
     return summary | {"rows": rows}
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder, so that no other process resumes or moves a run that is under way.
-
-    Raises:
-      BlockingIOError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise BlockingIOError(f"{folder}: another process is running there") from None
-    finally:
-        os.close(handle)
-
-
-def _make_room(out: Path) -> None:
-    """Move a run that is in the folder aside."""
-    if any((out / name).exists() for name in ("options.json", "metrics.jsonl", "ledger.sqlite")):
-        number = next(i for i in range(1, 10**6) if not out.with_name(f"{out.name}.{i}").exists())
-        aside = out.with_name(f"{out.name}.{number}")
-        with _alone(out):
-            out.rename(aside)
-        console.print(f"The run that was in [bold]{out}/[/bold] is now in [bold]{aside}/[/bold]")
 
 
 def _write_options(options: Options, rates: dict[str, float]) -> None:
@@ -384,26 +340,33 @@ def _picture_split(options: Options, problem: Problem) -> None:
 
 def run(options: Options, problem: Problem, learning_rates: dict[str, float]) -> None:
     """Run what the options ask for, print the table, and say where the files are."""
-    methods = list(METHODS) if options.compare else [options.method]
+    chosen = list(COMPARED) if options.compare else [options.method]
     given = options.learning_rate
-    rates = {method: learning_rates[method] if given is None else given for method in methods}
+    try:
+        for method in chosen:
+            methods.check(method)
+    except ValueError as error:
+        sys.exit(str(error))
+    if given is None and (untuned := [m for m in chosen if m not in learning_rates]):
+        sys.exit(f"--learning-rate: none was tuned for {untuned[0]} here; give one")
+    rates = {method: learning_rates[method] if given is None else given for method in chosen}
     summaries = []
     try:
         if options.resume is None:
-            _make_room(options.out)
-        with _alone(options.out):
+            folders.make_room(options.out)
+        with folders.alone(options.out):
             if options.resume is None:
                 _write_options(options, rates)
             else:
                 saved = json.loads((options.out / "options.json").read_text())
                 rates = saved["learning_rates"]
             _picture_split(options, problem)
-            for method in methods:
+            for method in chosen:
                 out = options.out / method if options.compare else options.out
                 own = dataclasses.replace(options, method=method, out=out)
                 summaries.append(train(own, problem, rates[method]))
             if options.compare:
-                curves = {TITLES[s["method"]]: s["rows"] for s in summaries}
+                curves = {methods.title(s["method"]): s["rows"] for s in summaries}
                 report.draw(curves, problem.metric, problem.name, options.out / "curve.png")
                 bare = [{k: v for k, v in s.items() if k != "rows"} for s in summaries]
                 report.write_json(options.out / "summary.json", bare)

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from experiments.methods import title
 from hiso_jax import files
 
 console = Console()
-TITLES = {"hiso": "HiSo", "decomfl": "DeComFL"}
 
 
 def progress(count: str = "{task.completed}/{task.total}") -> Progress:
@@ -97,7 +97,7 @@ def table(summaries: list[dict[str, Any]]) -> Table:
     out = Table(title=f"{first['task']}: {first['rounds']} rounds, {first['clients']} clients")
     out.add_column("", justify="left")
     for summary in summaries:
-        out.add_column(TITLES[summary["method"]], justify="right")
+        out.add_column(title(summary["method"]), justify="right")
     metric = first["metric"]
     lines = {
         f"test {metric} before": lambda s: figure(metric, s[f"{metric}_before"]),

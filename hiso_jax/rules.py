@@ -118,8 +118,8 @@ def _normalised(square: Callable[[jax.Array], jax.Array], decay: Any, recipe: An
         scale = exact.rsqrt(jnp.maximum(mean, 2.0**-60))
         return {n: exact.mul(scale, d) for n, d in delta.items()}, state
 
-    zero = jnp.float32(0)
-    return Rule(lambda leaves: ScaleState(zero, zero), lambda state, u: u, update, recipe)
+    init = lambda leaves: ScaleState(_zero(), _zero())  # noqa: E731
+    return Rule(init, lambda state, u: u, update, recipe)
 
 
 def rms(decay: Any = 0.99) -> Rule:
@@ -278,7 +278,7 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, epsilon: Any = 1e-8) -> Rule:
         return steps, AdamState(first, second, weights)
 
     def init(leaves: Leaves) -> AdamState:
-        return AdamState(_zeros(leaves), _zeros(leaves), (jnp.float32(0), jnp.float32(0)))
+        return AdamState(_zeros(leaves), _zeros(leaves), (_zero(), _zero()))
 
     recipe = dict(rule="adam", b1=b1, b2=b2, epsilon=epsilon)
     return Rule(init, lambda state, u: u, update, recipe)
@@ -286,6 +286,11 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, epsilon: Any = 1e-8) -> Rule:
 
 def _whitened(state: HisoState, noise: Leaves) -> Leaves:
     return {n: exact.mul(u, exact.rsqrt(state.curvature[n])) for n, u in noise.items()}
+
+
+def _zero() -> jax.Array:
+    # A buffer of its own each time, since states are donated.
+    return jnp.zeros((), jnp.float32)
 
 
 def _zeros(leaves: Leaves) -> Leaves:

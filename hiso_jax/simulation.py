@@ -199,7 +199,7 @@ class Report(NamedTuple):
         return {n: float(w) for n, w in zip(self.names, self.weights, strict=True) if w > 0}
 
 
-def _answers(count: int, round: int, seed: int, dropout: float) -> np.ndarray:
+def answers(count: int, round: int, seed: int, dropout: float) -> np.ndarray:
     """Weights of the clients asked: 0 with probability `dropout`, else 1."""
     chances = np.random.default_rng([seed, round, 2]).random(count)
     return (chances >= dropout).astype(np.float32)
@@ -261,7 +261,7 @@ def run(
     ahead = draw(first)
     for round in range(first, rounds):
         names, batches = ahead
-        weights = _answers(len(names), round, seed, dropout)
+        weights = answers(len(names), round, seed, dropout)
         with used():
             state, metrics = step(state, batches, weights)
         if round + 1 < rounds:

@@ -47,22 +47,32 @@ def restore(
       ledger: of the run; a snapshot must have the digest that it gives for its round.
     """
     digests = ledger.records().digests
-    like = {"params": algorithm.trainable(state.params), "rule": state.rule}
     for round in range(ledger.rounds, 0, -1):
         path, digest = _path(folder, round), digests[round - 1]
-        if digest is None or not path.is_file():
+        if digest is None or (found := read(path, algorithm, state)) is None:
             continue
-        try:
-            with safe_open(path, "flax") as tensors:
-                leaves = {name: tensors.get_tensor(name) for name in tensors.keys()}
-        except (OSError, SafetensorError, ValueError):
-            continue  # damaged: an older one, or the beginning, will do
-        moving = trees.merge(like, leaves)
-        found = state._replace(
-            params=trees.merge(state.params, moving["params"]),
-            round=jnp.asarray(round, jnp.int32),
-            rule=moving["rule"],
-        )
         if fingerprint.text(fingerprint.digest(found)) == digest:
             return found
     return state
+
+
+def read(path: Path, algorithm: Algorithm, state: State) -> State | None:
+    """Return the state that a snapshot holds, unchecked; None if it is not there or is damaged.
+
+    Args:
+      path: as `save` returns it.
+      algorithm: the run's; only ``trainable`` is used.
+      state: fresh from init; gives structure, and the leaves that are not trained.
+    """
+    like = {"params": algorithm.trainable(state.params), "rule": state.rule}
+    try:
+        with safe_open(path, "flax") as tensors:
+            leaves = {name: tensors.get_tensor(name) for name in tensors.keys()}
+    except (OSError, SafetensorError, ValueError):
+        return None
+    moving = trees.merge(like, leaves)
+    return state._replace(
+        params=trees.merge(state.params, moving["params"]),
+        round=jnp.asarray(int(path.stem.rpartition("-")[2]), jnp.int32),
+        rule=moving["rule"],
+    )

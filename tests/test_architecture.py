@@ -12,7 +12,7 @@ FLOORS = [
     {"exact", "checks", "files", "tensorfile"},
     {"trees", "lazy", "meshes"},
     {"directions"},
-    {"estimators", "rules", "aggregators", "packing"},
+    {"estimators", "rules", "aggregators", "packing", "privacy"},
     {"updates", "fingerprint"},
     {"federated"},
     {"algorithms", "transform", "header"},

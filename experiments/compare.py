@@ -1,0 +1,217 @@
+"""Methods compared fairly: the same budget of learning rates and the same seeds for each.
+
+Every combination of methods, learning rates, seeds and what else is varied is one run and
+one JSON line, appended when the run is over; runs that are in the file are skipped, so a
+comparison can be stopped and gone on with, and grown. `experiments.results` draws it.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from experiments import digits, finetune, job, methods, mnist, results
+from experiments.problem import Problem
+from hiso_jax import simulation
+
+TASKS: dict[str, tuple[Any, Any]] = {
+    "finetune": (finetune.Options, finetune.build),
+    "sst2": (
+        lambda **own: finetune.Options(task="sst2", length=32, batch_size=8, **own),
+        finetune.build,
+    ),
+    "digits": (digits.Options, lambda options: digits.digits()),
+    "mnist": (mnist.Options, mnist.build),
+}
+DIVERGED = 20.0
+"""A training loss above which a run is given up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Run a grid of methods, learning rates and seeds on the dev split, and print the best."""
+
+    task: Literal["finetune", "sst2", "digits", "mnist"] = "digits"
+    """The job whose options are used."""
+    method: tuple[str, ...] = job.COMPARED
+    """Methods, as of the job's --method."""
+    learning_rate: tuple[float, ...] = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
+    """Peak learning rates; they fall linearly to 0."""
+    seeds: int = 3
+    """Seeds 0 to this number less one."""
+    vary: tuple[str, ...] = ()
+    """Other options of the job, each with the values to run: num_perturbations=5,20."""
+    data: Path | None = None
+    """File or folder of the data, for sst2 and mnist."""
+    columns: tuple[str, ...] = ()
+    """Names of its columns, if it has no header line."""
+    processes: int = 1
+    """Runs at a time; the processors are dealt out among them."""
+    out: Path = Path("runs/compare.jsonl")
+    """One row a run."""
+
+
+def varied(kind: type, texts: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
+    """Parse ``name=value,value`` by the types of a job's options.
+
+    Raises:
+      SystemExit: no such option, or a value it does not take.
+    """
+    hints, axes = get_type_hints(kind), {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.replace("-", "_")
+        if not equals or name not in hints:
+            sys.exit(f"--vary: expected name=value,value with an option of the job, got {text!r}")
+        read = hints[name] if hints[name] in (int, float) else str
+        try:
+            axes[name] = tuple(read(value) for value in values.split(","))
+        except ValueError:
+            sys.exit(f"--vary: expected numbers for {name}, got {values!r}")
+    return axes
+
+
+@functools.lru_cache(1)
+def _problem(task: str, options: job.Options) -> Problem:
+    return TASKS[task][1](options)
+
+
+def _only_data(options: job.Options) -> job.Options:
+    """The options, with those that no problem depends on at their defaults."""
+    common = {field.name for field in dataclasses.fields(job.Options)}
+    start = type(options)()
+    return dataclasses.replace(options, **{name: getattr(start, name) for name in common})
+
+
+def one(task: str, options: job.Options) -> dict[str, Any]:
+    """Run one point of the grid; return its row, less what names it."""
+    problem, began = _problem(task, _only_data(options)), time.perf_counter()
+    alg = job.algorithm(options, problem, options.learning_rate or 0.0)
+    state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(options.seed))
+    score = jax.jit(problem.score)
+
+    def evaluate(data: Any) -> tuple[float, float]:
+        sums = simulation.evaluate(score, state.params, data, 256, problem.prepare)
+        return problem.figure(sums)
+
+    curve, diverged = [(0, *evaluate(problem.dev))], False
+    try:
+        for report in simulation.run(
+            alg,
+            state,
+            problem.clients,
+            rounds=options.rounds,
+            clients_per_round=options.clients_per_round,
+            batch_size=options.batch_size,
+            local_steps=options.local_steps,
+            seed=options.seed,
+            sampling=options.sampling,
+            prepare=problem.prepare,
+        ):
+            state = report.state
+            diverged = not float(report.metrics.loss) <= DIVERGED
+            if diverged or report.round % options.eval_every == 0 or report.round == options.rounds:
+                curve.append((report.round, *evaluate(problem.dev)))
+            if diverged:
+                break
+    except FloatingPointError:
+        diverged = True
+    test = evaluate(problem.test)
+    return dict(
+        metric=problem.metric,
+        curve=[[round, _plain(loss), _plain(figure)] for round, loss, figure in curve],
+        test_loss=_plain(test[0]),
+        test=_plain(test[1]),
+        diverged=diverged,
+        passes_per_round=methods.forward_passes(alg),
+        bytes_per_round=4 * methods.floats(alg, problem),
+        seconds=round(time.perf_counter() - began, 1),
+    )
+
+
+def _plain(value: float) -> float | None:
+    return round(float(value), 6) if np.isfinite(value) else None
+
+
+def grid(options: Compare) -> Iterator[tuple[dict[str, Any], job.Options]]:
+    """What names a run, and its options."""
+    make, _ = TASKS[options.task]
+    given = {"data": options.data, "columns": options.columns} if options.columns else {}
+    defaults = make(**given or ({"data": options.data} if options.data else {}))
+    axes = varied(type(defaults), options.vary)
+    for method in options.method:
+        methods.check(method)
+        for rate, seed, *values in itertools.product(
+            options.learning_rate, range(options.seeds), *axes.values()
+        ):
+            own = dict(zip(axes, values, strict=True))
+            name = dict(task=options.task, method=method, learning_rate=rate, seed=seed) | own
+            name.pop("task")
+            point = dataclasses.replace(defaults, **name)
+            yield dict(task=options.task, **settings(point)), point
+
+
+def settings(options: job.Options) -> dict[str, Any]:
+    """All options that a run's figures depend on."""
+    left_out = ("out", "resume", "distributed", "compare", "mesh", "snapshot_every", "data")
+    kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
+    return json.loads(json.dumps(kept, default=str))
+
+
+def _own_processors(numbers: Any, share: int) -> None:
+    """Keep a worker to its share of the processors, so that runs do not wait for each other."""
+    number = numbers.get()
+    mine = sorted(os.sched_getaffinity(0))[number * share : (number + 1) * share]
+    os.sched_setaffinity(0, mine)
+
+
+def run(options: Compare) -> list[dict[str, Any]]:
+    """Run what is missing in the grid; return the rows of the whole grid."""
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = results.read(options.out)
+    named = lambda row: json.dumps({k: row[k] for k in wanted[0][0]}, sort_keys=True)  # noqa: E731
+    try:
+        wanted = list(grid(options))
+    except ValueError as error:
+        sys.exit(str(error))
+    done = {named(row) for row in rows if wanted[0][0].keys() <= row.keys()}
+    missing = [(name, point) for name, point in wanted if named(name) not in done]
+    spawn = multiprocessing.get_context("spawn")
+    numbers = spawn.Queue()
+    for number in range(options.processes):
+        numbers.put(number)
+    share = max(1, len(os.sched_getaffinity(0)) // options.processes)
+    with (
+        concurrent.futures.ProcessPoolExecutor(
+            options.processes, spawn, _own_processors, (numbers, share)
+        ) as pool,
+        open(options.out, "a") as file,
+    ):
+        runs = {pool.submit(one, options.task, point): name for name, point in missing}
+        for future in track(concurrent.futures.as_completed(runs), "runs", len(runs)):
+            row = runs[future] | future.result()
+            rows.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    asked = {named(name) for name, _ in wanted}
+    return [row for row in rows if wanted[0][0].keys() <= row.keys() and named(row) in asked]
+
+
+if __name__ == "__main__":
+    import tyro
+
+    Console().print(results.table(run(tyro.cli(Compare))))

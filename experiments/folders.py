@@ -1,0 +1,73 @@
+"""A run's folder: who holds it, what is kept in it, and Ctrl-C, which loses nothing."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.report import console
+
+
+@contextlib.contextmanager
+def stop_on_ctrl_c() -> Iterator[threading.Event]:
+    """Give an event that Ctrl-C sets: the round under way is finished, not lost."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: Any) -> None:
+        del number, frame
+        if stop.is_set():
+            raise KeyboardInterrupt  # the second time, at once
+        stop.set()
+        console.print("[yellow]Stopping after this round; keeping what was done.")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    except FloatingPointError as error:
+        console.print(error, style="red", markup=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def rows(folder: Path, done: int) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl of the rounds that are done."""
+    found, metrics = [], folder / "metrics.jsonl"
+    for line in metrics.read_text().splitlines() if metrics.exists() else ():
+        # A row is written before its record: the last may be broken, or of a lost round.
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            found += [row] if row["round"] <= done else []
+    return found
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder, so that no other process resumes or moves a run that is under way.
+
+    Raises:
+      BlockingIOError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BlockingIOError(f"{folder}: another process is running there") from None
+    finally:
+        os.close(handle)
+
+
+def make_room(out: Path) -> None:
+    """Move a run that is in the folder aside."""
+    if any((out / name).exists() for name in ("options.json", "metrics.jsonl", "ledger.sqlite")):
+        number = next(i for i in range(1, 10**6) if not out.with_name(f"{out.name}.{i}").exists())
+        aside = out.with_name(f"{out.name}.{number}")
+        with alone(out):
+            out.rename(aside)
+        console.print(f"The run that was in [bold]{out}/[/bold] is now in [bold]{aside}/[/bold]")

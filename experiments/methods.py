@@ -1,0 +1,109 @@
+"""The methods that --method names, and one of yours."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+import hiso_jax as hj
+from experiments import baselines
+from experiments.baselines import Baseline
+from experiments.problem import Problem
+from hiso_jax import estimators, rules
+
+SCALAR: dict[str, Callable[..., hj.Algorithm]] = {
+    "hiso": hj.federated_hiso,
+    "decomfl": hj.decomfl,
+    "rms": functools.partial(hj.scalar_algorithm, rule=rules.rms()),
+    "mezo": hj.mezo,
+    "meazo": hj.meazo,
+    "fzoo": hj.fzoo,
+    "hizoo": hj.hizoo,
+    "momentum": functools.partial(hj.scalar_algorithm, rule=rules.momentum()),
+    "adam": functools.partial(hj.scalar_algorithm, rule=rules.adam()),
+    "fedkseed": hj.fedkseed,
+}
+"""Clients send scalars only."""
+
+FIRST_ORDER = ("fedavg", *baselines.SERVERS)
+NAMES = (*SCALAR, *FIRST_ORDER, "fedzo")
+
+TITLES = {
+    "hiso": "HiSo", "decomfl": "DeComFL", "rms": "DeComFL / rms", "mezo": "MeZO",
+    "meazo": "MEAZO", "fzoo": "FZOO", "hizoo": "HiZOO", "momentum": "ZO momentum",
+    "adam": "ZO-Adam", "fedkseed": "FedKSeed", "fedavg": "FedAvg", "fedadam": "FedAdam",
+    "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad", "fedzo": "FedZO",
+}  # fmt: skip
+
+
+def title(method: str) -> str:
+    """A method as people write it."""
+    return TITLES.get(method, method.rpartition(":")[2])
+
+
+def check(method: str) -> str:
+    """Return the method, if there is one of that name.
+
+    Raises:
+      ValueError: there is none; or ``module:function`` cannot be imported.
+    """
+    if method not in NAMES:
+        _yours(method)
+    return method
+
+
+def _yours(method: str) -> Callable[..., hj.Algorithm]:
+    module, colon, name = method.partition(":")
+    wanted = f"--method: expected one of {', '.join(NAMES)}, or module:function of yours"
+    if not colon:
+        raise ValueError(f"{wanted}, got {method!r}")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{wanted}, got {method!r}: {error}") from None
+
+
+def build(
+    options: Any, problem: Problem, learning_rate: optax.ScalarOrSchedule
+) -> hj.Algorithm | Baseline:
+    """Build the method that an `experiments.job.Options` asks for.
+
+    A method of yours is ``function(loss_fn, learning_rate, **options) -> Algorithm``, with the
+    keywords of `hiso_jax.scalar_algorithm` but for the rule.
+    """
+    method, loss_fn = options.method, problem.loss_fn
+    common: dict[str, Any] = dict(local_steps=options.local_steps, trainable=problem.trainable)
+    if method in FIRST_ORDER:
+        return baselines.first_order(method, loss_fn, learning_rate, **common)
+    common |= dict(
+        num_perturbations=options.num_perturbations,
+        smoothing=options.smoothing,
+        distribution=options.distribution,
+    )
+    if method == "fedzo":
+        return baselines.fedzo(loss_fn, learning_rate, **common)
+    common |= dict(estimator=options.estimator, lazy=problem.lazy)
+    if method == "hiso":
+        common |= dict(decay=options.decay)
+    return (SCALAR.get(method) or _yours(method))(loss_fn, learning_rate, **common)
+
+
+def forward_passes(algorithm: hj.Algorithm | Baseline) -> int:
+    """Forward passes of a client a round; a gradient counts as three."""
+    recipe = algorithm.recipe
+    if "estimator" in recipe:
+        each = estimators.forward_passes(recipe["estimator"], recipe["num_perturbations"])
+    else:
+        each = recipe["forward_passes"]
+    return recipe["local_steps"] * each
+
+
+def floats(algorithm: hj.Algorithm | Baseline, problem: Problem) -> int:
+    """Floats that a client sends up a round."""
+    if isinstance(algorithm, Baseline):
+        return sum(x.size for x in algorithm.trainable(problem.params).values())
+    recipe = algorithm.recipe
+    each = estimators.scalars_per_direction(recipe["estimator"])
+    return recipe["local_steps"] * recipe["num_perturbations"] * each

@@ -1,0 +1,136 @@
+"""MNIST from scratch over a hundred clients with unequal shares of labels, as DeComFL's paper."""
+
+import dataclasses
+import gzip
+import sys
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments import job
+from experiments.digits import images
+from experiments.problem import Problem
+from hiso_jax.simulation import Arrays
+
+DEV = 2_000
+"""Of the 60,000 training images, those on which runs are compared."""
+
+
+class Cnn(nnx.Module):
+    """Two convolutions and two dense layers for 28 x 28 images, 29,083 parameters."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Conv(1, 8, (3, 3), strides=2, rngs=rngs)
+        self.second = nnx.Conv(8, 16, (3, 3), strides=2, rngs=rngs)
+        self.hidden = nnx.Linear(784, 35, rngs=rngs)
+        self.dense = nnx.Linear(35, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return logits [B, 10] of images [B, 28, 28, 1]."""
+        x = nnx.relu(self.first(x))
+        x = nnx.relu(self.second(x))
+        x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
+        return self.dense(x)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read an IDX file of bytes, gzipped or not.
+
+    Raises:
+      ValueError: it is something else, or cut off.
+    """
+    data = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+    if data[:3] != b"\0\0\x08":
+        raise ValueError(f"{path}: expected an IDX file of unsigned bytes, got {data[:4].hex()}")
+    rank = data[3]
+    shape = tuple(np.frombuffer(data, ">u4", rank, 4))
+    if len(data) - 4 - 4 * rank != np.prod(shape):
+        raise ValueError(f"{path}: expected {shape} bytes, got {len(data) - 4 - 4 * rank}")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def read(data: Path | None) -> dict[str, Arrays]:
+    """The training and test images, from a folder of IDX files, or from the hub.
+
+    Raises:
+      SystemExit: a file is not there, or no folder is given and the hub cannot be reached.
+    """
+    if data is None:
+        import datasets
+
+        try:
+            found = datasets.load_dataset("ylecun/mnist").with_format("numpy")
+        except Exception as error:  # whatever the hub's client raises
+            sys.exit(f"--data: no folder given, and the hub gave no MNIST: {error}")
+        whole = {part: (found[part]["image"], found[part]["label"]) for part in ("train", "test")}
+    else:
+        whole = {}
+        for part, stem in (("train", "train"), ("test", "t10k")):
+            kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
+            paths = [next(data.glob(f"{stem}-{kind}*"), None) for kind in kinds]
+            if None in paths:
+                sys.exit(f"--data: {data} lacks {stem}-images-idx3-ubyte or -labels-idx1-ubyte")
+            whole[part] = tuple(read_idx(path) for path in paths if path)
+    return {
+        part: {
+            "image": (np.asarray(x)[..., None] / 255 - 0.1307).astype(np.float32) / 0.3081,
+            "label": np.asarray(y).astype(np.int32),
+        }
+        for part, (x, y) in whole.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(job.Options):
+    """Train a small CNN from scratch on MNIST, over clients with unequal shares of labels."""
+
+    data: Path | None = None
+    """Folder with the four IDX files, gzipped or not; by default MNIST comes from the hub."""
+    alpha: float = 1.0
+    """Dirichlet parameter of the label shares; inf for equal ones."""
+    clients: int = 100
+    """Clients (M)."""
+    rounds: int = 1000
+    """Communication rounds."""
+    out: Path = Path("runs/mnist")
+    """Folder of the run; one that is there is moved aside, to a name with a number."""
+    clients_per_round: int = 10
+    """Clients sampled a round (C)."""
+    batch_size: int = 16
+    """Examples of a client in a local step."""
+    num_perturbations: int = 20
+    """Scalars a local step (P)."""
+    estimator: Literal["forward", "central"] = "central"
+    """Differences: forward costs P + 1 forward passes, central 2 P."""
+    eval_every: int = 50
+    """Rounds between evaluations on the dev split."""
+
+
+LEARNING_RATES: dict[str, float] = {}
+"""The best of the grid in `experiments.compare`, by method."""
+
+
+def build(options: Options) -> Problem:
+    """MNIST as the options ask for it."""
+    whole = read(options.data)
+    order = np.random.default_rng(0).permutation(len(whole["train"]["label"]))
+    parts = {"dev": order[:DEV], "train": np.sort(order[DEV:])}
+    cut = {n: {k: v[own] for k, v in whole["train"].items()} for n, own in parts.items()}
+    model = Cnn(nnx.Rngs(0))
+    everything = cut | {"test": whole["test"]}
+    return images("MNIST, CNN", model, everything, options.clients, options.alpha, seed=0)
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    import tyro
+
+    options = job.settle(tyro.cli(Options))
+    job.run(options, build(options), LEARNING_RATES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""What a comparison says: tables and figures of the rows that `experiments.compare` wrote."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from experiments.methods import title
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Curve(NamedTuple):
+    """The runs of a method at one learning rate, seed by seed."""
+
+    method: str
+    learning_rate: float
+    rounds: np.ndarray  # [E] rounds at which the dev split was looked at
+    losses: np.ndarray  # [S, E] on the dev split; infinite after a run diverged
+    figures: np.ndarray  # [S, E] its metric
+    tests: np.ndarray  # [S] the metric of the test split at the end
+    diverged: int
+    passes: int  # forward passes of a client a round
+    bytes: int  # sent up by a client a round
+    seconds: float  # a run, in the mean
+
+    @property
+    def loss(self) -> float:
+        """At the end, mean over seeds."""
+        return float(self.losses[:, -1].mean())
+
+    def reaches(self, figure: float) -> int | None:
+        """The first round at which the mean metric is as good, if there is one."""
+        hits = np.flatnonzero(self.figures.mean(0) >= figure)
+        return int(self.rounds[hits[0]]) if hits.size else None
+
+
+def curves(rows: list[Row]) -> list[Curve]:
+    """Group rows, of one task and one setting, by method and learning rate."""
+    groups: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["learning_rate"]), []).append(row)
+    out = []
+    for (method, rate), own in groups.items():
+        rounds = np.array(max((r["curve"] for r in own), key=len))[:, 0].astype(int)
+        losses = np.full((len(own), len(rounds)), np.inf)
+        figures = np.zeros((len(own), len(rounds)))
+        for i, row in enumerate(own):
+            for j, (_, loss, figure) in enumerate(row["curve"]):
+                losses[i, j] = np.inf if loss is None or (row["diverged"] and j) else loss
+                figures[i, j] = 0 if figure is None or (row["diverged"] and j) else figure
+        tests = np.array([r["test"] if not r["diverged"] and r["test"] else 0 for r in own])
+        first = own[0]
+        seconds = float(np.mean([r["seconds"] for r in own]))
+        diverged = sum(r["diverged"] for r in own)
+        out.append(Curve(method, rate, rounds, losses, figures, tests, diverged,
+                         first["passes_per_round"], first["bytes_per_round"], seconds))  # fmt: skip
+    return out
+
+
+def tuned(every: list[Curve]) -> dict[str, Curve]:
+    """Each method at the learning rate with the lowest dev loss at the end."""
+    names = dict.fromkeys(curve.method for curve in every)
+    return {n: min((c for c in every if c.method == n), key=lambda c: c.loss) for n in names}
+
+
+def edge(best: Curve, every: list[Curve]) -> bool:
+    """Whether the best learning rate is the lowest or the highest of those tried."""
+    rates = [c.learning_rate for c in every if c.method == best.method]
+    return best.learning_rate in (min(rates), max(rates)) and len(rates) > 1
+
+
+def summary(rows: list[Row], baseline: str = "decomfl") -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table: each method at its best, lowest dev loss first.
+
+    The last columns say after how many rounds, forward passes and bytes a client's method
+    reaches the best dev metric that the tuned baseline ever has, at the learning rate that
+    gets there first (the paper's Table 2).
+    """
+    every = curves(rows)
+    best = tuned(every)
+    metric = rows[0]["metric"]
+    header = ["method", "learning rate", "dev loss", f"dev {metric}", f"test {metric}", "diverged"]
+    target = best[baseline].figures.mean(0).max() if baseline in best else None
+    if target is not None:
+        header += [f"rounds to {target:.1%}", "forward passes", "scalars or floats up"]
+    lines = []
+    for method, curve in sorted(best.items(), key=lambda item: item[1].loss):
+        at = f"{curve.learning_rate:g}" + (" (edge)" if edge(curve, every) else "")
+        last = curve.figures[:, -1]
+        line = [
+            title(method),
+            at,
+            f"{curve.loss:.3f}",
+            f"{last.mean():.1%} ± {last.std():.1%}",
+            f"{curve.tests.mean():.1%} ± {curve.tests.std():.1%}",
+            str(sum(c.diverged for c in every if c.method == method)),
+        ]
+        if target is not None:
+            reached = [(r, c) for c in every if c.method == method if (r := c.reaches(target))]
+            if reached:
+                rounds, quickest = min(reached, key=lambda pair: pair[0])
+                floats = rounds * quickest.bytes // 4
+                line += [f"{rounds:,}", f"{rounds * quickest.passes:,}", f"{floats:,}"]
+            else:
+                line += ["never", "", ""]
+        lines.append(line)
+    return header, lines
+
+
+def table(rows: list[Row]) -> Table | str:
+    """`summary` for the terminal."""
+    if not rows:
+        return "no rows"
+    header, lines = summary(rows)
+    out = Table(*header)
+    for line in lines:
+        out.add_row(*line)
+    return out
+
+
+def markdown(rows: list[Row]) -> str:
+    """`summary` for a page."""
+    header, lines = summary(rows)
+    ruled = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in ruled)
+
+
+def draw(rows: list[Row], name: str, path: Path, only: tuple[str, ...] = ()) -> None:
+    """Draw the metric against rounds, forward passes and floats sent, and against the rate."""
+    every = [c for c in curves(rows) if not only or c.method in only]
+    best, metric = tuned(every), rows[0]["metric"]
+    picture = Figure(figsize=(15, 3.8), layout="constrained")
+    axes = picture.subplots(1, 4)
+    for method, curve in best.items():
+        mean, spread = 100 * curve.figures.mean(0), 100 * curve.figures.std(0)
+        units = (1, curve.passes, curve.bytes / 4)
+        for axis, unit in zip(axes, units, strict=False):
+            x = curve.rounds * unit
+            (line,) = axis.plot(x, mean, label=title(method), linewidth=1.3)
+            axis.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.15)
+        own = sorted((c for c in every if c.method == method), key=lambda c: c.learning_rate)
+        rates = [c.learning_rate / curve.learning_rate for c in own]
+        axes[3].plot(rates, [100 * c.figures[:, -1].mean() for c in own], marker=".")
+    labels = ("rounds", "forward passes of a client", "floats a client sends up",
+              "learning rate / the best one")  # fmt: skip
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel=f"dev {metric} (%)")
+    axes[0].legend(fontsize=7)
+    axes[2].set_xscale("symlog", linthresh=1)
+    axes[3].set_xscale("log", base=2)
+    picture.suptitle(f"{name}: mean and standard deviation over {len(curve.tests)} seeds")
+    picture.savefig(path, dpi=110)
+
+
+def where(rows: list[Row], conditions: tuple[str, ...]) -> list[Row]:
+    """The rows whose options have the values given, ``name=value``."""
+    pairs = [condition.partition("=") for condition in conditions]
+    return [r for r in rows if all(str(r.get(name)) == value for name, _, value in pairs)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Print the table of a comparison, as Markdown too, and draw its figure."""
+
+    rows: Path = Path("runs/compare.jsonl")
+    """What `experiments.compare` wrote."""
+    where: tuple[str, ...] = ()
+    """Which rows: task=mnist, alpha=1.0, local_steps=1; all of them must be of one setting."""
+    only: tuple[str, ...] = ()
+    """Methods to draw; by default all."""
+    picture: Path | None = None
+    """Where to draw the figure, a PNG."""
+
+
+def main(options: Results) -> None:
+    """Print and draw."""
+    rows = where(read(options.rows), options.where)
+    if not rows:
+        raise SystemExit(f"--where: {options.rows} has no such row")
+    Console().print(table(rows))
+    print(markdown(rows))
+    if options.picture:
+        draw(rows, str(rows[0]["task"]), options.picture, options.only)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Results))

@@ -1,0 +1,107 @@
+"""Comparisons: resumable, fair, and drawn from rows that anyone can read."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import compare, digits, mnist, results, robustness
+from tests.helpers import finish, start
+
+GRID = ("--task", "digits", "--method", "decomfl", "fedavg", "--learning-rate", "0.02", "0.04",
+        "--seeds", "1", "--vary", "rounds=6", "eval_every=3", "--processes", "2")  # fmt: skip
+
+
+def test_a_grid_is_run_once_and_grown(tmp_path: Path):
+    out = ("--out", str(tmp_path / "rows.jsonl"))
+    first = finish(start("compare", *GRID, *out))
+    assert "DeComFL" in first and "FedAvg" in first
+    rows = results.read(tmp_path / "rows.jsonl")
+    assert len(rows) == 4
+    assert {(r["method"], r["learning_rate"]) for r in rows} == {
+        (m, rate) for m in ("decomfl", "fedavg") for rate in (0.02, 0.04)
+    }
+    assert all([point[0] for point in r["curve"]] == [0, 3, 6] for r in rows)
+    passes = {r["method"]: (r["passes_per_round"], r["bytes_per_round"]) for r in rows}
+    assert passes == {"decomfl": (11, 40), "fedavg": (3, 4 * 4610)}
+    # The last line was being written when the machine went down.
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(lines[:3]) + lines[3][:40])
+    kept = lines[:3]
+    finish(start("compare", *GRID, *out))
+    again = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    assert again[:3] == kept and len(results.read(tmp_path / "rows.jsonl")) == 4
+    cut = json.loads(lines[3])
+    redone = next(r for r in results.read(tmp_path / "rows.jsonl") if r["method"] == cut["method"]
+                  and r["learning_rate"] == cut["learning_rate"])  # fmt: skip
+    assert redone["curve"] == cut["curve"]  # the same run, in another process
+    text = finish(start("results", "--rows", str(tmp_path / "rows.jsonl"), "--picture",
+                        str(tmp_path / "all.png"), "--where", "rounds=6"))  # fmt: skip
+    assert "| DeComFL | " in text and (tmp_path / "all.png").stat().st_size > 10_000
+
+
+def row(method: str, rate: float, seed: int, figures: list[float], diverged: bool = False) -> dict:
+    curve = [[10 * i, 1 - f, f] for i, f in enumerate(figures)]
+    return dict(method=method, learning_rate=rate, seed=seed, metric="accuracy", curve=curve,
+                test=figures[-1], test_loss=0.0, diverged=diverged, passes_per_round=6,
+                bytes_per_round=20, seconds=1.0)  # fmt: skip
+
+
+def test_the_table_says_what_the_rows_say():
+    rows = [
+        row("decomfl", 1.0, 0, [0.1, 0.5, 0.7, 0.8]),
+        row("decomfl", 1.0, 1, [0.1, 0.5, 0.7, 0.9]),
+        row("decomfl", 2.0, 0, [0.1, 0.2, 0.2, 0.2]),
+        row("decomfl", 2.0, 1, [0.1, 0.3], diverged=True),
+        row("hiso", 1.0, 0, [0.1, 0.3, 0.5, 0.6]),
+        row("hiso", 2.0, 0, [0.1, 0.9, 0.8, 0.88]),
+        row("hiso", 4.0, 0, [0.1, 0.2, 0.3, 0.4]),
+    ]
+    header, lines = results.summary(rows)
+    assert header[6] == "rounds to 85.0%"
+    assert lines[0][:2] == ["HiSo", "2"] and lines[0][5:] == ["0", "10", "60", "50"]
+    assert lines[1][1] == "1 (edge)" and lines[1][3] == "85.0% ± 5.0%"
+    assert lines[1][5:] == ["1", "30", "180", "150"]
+    worse = [r for r in rows if r["method"] == "decomfl" or r["learning_rate"] == 4.0]
+    assert results.summary(worse)[1][-1][6:] == ["never", "", ""]
+    diverged = next(c for c in results.curves(rows) if c.method == "decomfl" and c.diverged)
+    assert np.isinf(diverged.loss)
+
+
+def test_bad_options_are_named():
+    for text, said in (("rounds", "name=value"), ("round=3", "an option"), ("rounds=x", "numbers")):
+        with pytest.raises(SystemExit, match=f"--vary: .*{said}"):
+            compare.varied(digits.Options, (text,))
+    assert compare.varied(mnist.Options, ("alpha=0.1,inf",))["alpha"] == (0.1, float("inf"))
+    with pytest.raises(SystemExit, match="--method: expected one of"):
+        compare.run(compare.Compare(method=("nothing",), out=Path("/tmp/never.jsonl")))
+
+
+def test_attackers_lie_and_the_median_bears_it(tmp_path: Path):
+    scalars = np.random.default_rng(0).normal(size=(10, 1, 3)).astype(np.float32)
+    key = robustness.jax.random.key(0)
+    for kind in ("gaussian", "sign", "scaled", "colluding"):
+        sent = np.asarray(robustness.attack(kind, 0.3)(scalars, key))
+        np.testing.assert_array_equal(sent[3:], scalars[3:])
+        assert (sent[:3] != scalars[:3]).all()
+    out = tmp_path / "rows.jsonl"
+    options = robustness.Robustness(rounds=40, seeds=1, shares=(0.4,), out=out)
+    point = dict(what="attacks", attack="scaled", share=0.4, aggregator="median")
+    assert robustness._one(options, point, 0) > 0.12
+    private = dict(what="privacy", noise=5.0, clip=2.0)
+    rows = [private | {"seed": 0, "accuracy": robustness._one(options, private, 0)}]
+    table = robustness.table(robustness.Robustness(what="privacy", rounds=40), rows)
+    assert table[1][0] == "5" and float(table[1][1]) > 1
+
+
+def test_idx_files_that_are_none_are_named(tmp_path: Path):
+    path = tmp_path / "x-idx1-ubyte"
+    path.write_bytes(b"\0\0\x08\x01\0\0\0\x03ab")
+    with pytest.raises(ValueError, match=r"expected \(3,\) bytes, got 2"):
+        mnist.read_idx(path)
+    path.write_bytes(b"\0\0\x0d\x01\0\0\0\x01a")
+    with pytest.raises(ValueError, match="unsigned bytes, got 00000d01"):
+        mnist.read_idx(path)
+    with pytest.raises(SystemExit, match="--data: .* lacks train-images"):
+        mnist.read(tmp_path)
