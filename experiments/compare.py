@@ -65,6 +65,10 @@ class Compare:
     """One row a run."""
 
 
+def _truth(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
 def varied(kind: type, texts: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
     """Parse ``name=value,value`` by the types of a job's options.
 
@@ -77,11 +81,11 @@ def varied(kind: type, texts: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
         name = name.replace("-", "_")
         if not equals or name not in hints:
             sys.exit(f"--vary: expected name=value,value with an option of the job, got {text!r}")
-        read = hints[name] if hints[name] in (int, float) else str
+        read = {int: int, float: float, bool: _truth}.get(hints[name], str)
         try:
             axes[name] = tuple(read(value) for value in values.split(","))
-        except ValueError:
-            sys.exit(f"--vary: expected numbers for {name}, got {values!r}")
+        except (ValueError, KeyError):
+            sys.exit(f"--vary: expected values of {name}, got {values!r}")
     return axes
 
 

@@ -7,7 +7,9 @@ Hessian, which 4,610 parameters allow. The theory's condition is on the whitenin
 
 What a preconditioner D buys does not depend on its scale: with noise of covariance D a round's
 best expected decrease is ``P (g' D g)^2 / (2 (g_b' D g_b) tr(D Hessian))``, with g the gradient
-and g_b that of a round's batch. ``gain`` is that over the same with D = 1.
+and g_b that of a round's batch. ``gain`` is that over the same with D = 1. And if each of the C clients has P
+directions of its own, P and g_b' g_b become C P and the mean over clients of theirs, so that
+their gain is C times the one over the other.
 """
 
 import dataclasses
@@ -33,7 +35,7 @@ from hiso_jax import simulation, trees
 class Curvature:
     """Measure H against the Hessian while HiSo trains the digits' network."""
 
-    rounds: tuple[int, ...] = (0, 20, 100, 300, 600)
+    rounds: tuple[int, ...] = (0, 50, 150, 300, 600)
     """When to look."""
     learning_rate: float = 2e-2
     """Of HiSo, constant."""
@@ -79,15 +81,19 @@ def look(problem: Problem, state: hj.State, seed: int) -> tuple[dict[str, Any], 
     slope = jax.jit(jax.grad(f))
     g = np.asarray(slope(flat, data), np.float64)
     along = jax.jit(lambda v: jax.jvp(lambda x: slope(x, data), (flat,), (v,))[1])
-    hessian = np.stack([np.asarray(along(v)) for v in np.eye(flat.size, dtype=np.float32)])
+    every = jax.jit(lambda rows: jax.lax.map(along, rows, batch_size=64))
+    hessian = np.asarray(every(jnp.eye(flat.size)))
     values, vectors = np.linalg.eigh((hessian + hessian.T).astype(np.float64) / 2)
     diagonal = (vectors**2 @ np.abs(values)).clip(1e-12)
-    batches = []
+    batches, alone = [], []
     for round in range(20):
         names = problem.clients.sample(8, 10_000 + round, seed)
         own = problem.clients.batches(names, 10_000 + round, 16, 1, seed)
-        joined = {k: jnp.asarray(v.reshape(-1, *v.shape[3:])) for k, v in own.items()}
-        batches.append(np.asarray(slope(flat, joined), np.float64))
+        # As the jobs weigh them: the mean over clients of their mean losses.
+        each = [{k: jnp.asarray(v[c, 0]) for k, v in own.items()} for c in range(len(names))]
+        clients = np.stack([np.asarray(slope(flat, one), np.float64) for one in each])
+        batches.append(clients.mean(0))
+        alone.append((clients**2).sum(1).mean())
     batch = np.stack(batches)
     h = np.asarray(ravel_pytree({n: state.rule.curvature[n] for n in leaves})[0], np.float64)
     sizes = np.concatenate([np.full(x.size, i) for i, x in enumerate(leaves.values())])
@@ -109,6 +115,7 @@ def look(problem: Problem, state: hj.State, seed: int) -> tuple[dict[str, Any], 
         gain_h=gain(g, batch, diagonal, 1 / h),
         gain_curvature=gain(g, batch, diagonal, 1 / (diagonal + diagonal.mean())),
         gain_blocks=gain(g, batch, diagonal, per_block[sizes]),
+        gain_own=float(8 * (batch**2).sum(1).mean() / np.mean(alone)),
     )
     return figures, np.stack([h, diagonal])
 
@@ -118,6 +125,7 @@ TITLES = {
     "trace": "tr |Hessian|", "kappa": "kappa", "zeta": "zeta", "h_mean": "mean H",
     "h_spread": "spread of log H", "correlation": "correlation of logs", "gain_h": "gain of H",
     "gain_curvature": "gain of the true diagonal", "gain_blocks": "gain of block scales",
+    "gain_own": "gain of own directions",
 }  # fmt: skip
 
 

@@ -54,6 +54,8 @@ class Options:
     """Local steps of a client (K)."""
     num_perturbations: int = 5
     """Scalars a local step (P); an update costs P + 1 forward passes."""
+    own_directions: bool = False
+    """Every client has directions of its own: more for the server to average, no more to do."""
     smoothing: float = 1e-3
     """Finite-difference step (mu)."""
     estimator: Literal["forward", "central"] = "forward"
@@ -201,7 +203,8 @@ def _traffic(
 ) -> simulation.Traffic:
     """Account for the rounds that are done, of a method with `size` trained parameters."""
     if isinstance(ledger, hj.Ledger):
-        traffic = simulation.Traffic(ledger.shape, schedule=True)
+        places = ledger.header["algorithm"].get("own_directions", 1)
+        traffic = simulation.Traffic(ledger.shape, True, places)
     else:
         traffic = baselines.Traffic(size)
     for round, reported in enumerate(ledger.records().reported):

@@ -36,11 +36,14 @@ TITLES = {
     "adam": "ZO-Adam", "fedkseed": "FedKSeed", "fedavg": "FedAvg", "fedadam": "FedAdam",
     "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad", "fedzo": "FedZO",
 }  # fmt: skip
+OWN = ", own directions"
+"""Behind the name of a method that is run with them."""
 
 
 def title(method: str) -> str:
     """A method as people write it."""
-    return TITLES.get(method, method.rpartition(":")[2])
+    name = method.removesuffix(OWN)
+    return TITLES.get(name, name.rpartition(":")[2]) + method[len(name) :]
 
 
 def check(method: str) -> str:
@@ -85,6 +88,8 @@ def build(
     if method == "fedzo":
         return baselines.fedzo(loss_fn, learning_rate, **common)
     common |= dict(estimator=options.estimator, lazy=problem.lazy)
+    if options.own_directions:
+        common |= dict(own_directions=options.clients_per_round)
     if method == "hiso":
         common |= dict(decay=options.decay)
     return (SCALAR.get(method) or _yours(method))(loss_fn, learning_rate, **common)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from experiments.methods import title
+from experiments.methods import OWN, title
 
 Row = dict[str, Any]
 
@@ -55,7 +55,8 @@ def curves(rows: list[Row]) -> list[Curve]:
     """Group rows, of one task and one setting, by method and learning rate."""
     groups: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["learning_rate"]), []).append(row)
+        method = row["method"] + (OWN if row.get("own_directions") else "")
+        groups.setdefault((method, row["learning_rate"]), []).append(row)
     out = []
     for (method, rate), own in groups.items():
         rounds = np.array(max((r["curve"] for r in own), key=len))[:, 0].astype(int)

@@ -36,6 +36,37 @@ def mean() -> Aggregator:
     return _named(aggregate, "mean()")
 
 
+def side_by_side(places: int, outputs: int = 1) -> Aggregator:
+    """For clients with directions of their own: every scalar is kept, the weight is in it.
+
+    The record is [K, places P]: client c's scalars times ``places`` and its share of the weight,
+    so that the mean over all directions is the weighted mean over clients; zero for those that
+    are not there.
+
+    Args:
+      places: C, clients asked in a round.
+      outputs: scalars of a direction; second differences come after all first ones.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scalars = jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])
+      >>> side_by_side(2)(scalars, jnp.array([1.0, 1.0])).tolist()
+      [[1.0, 2.0, 3.0, 4.0]]
+    """
+
+    def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
+        count, steps, width = scalars.shape
+        if count > places:
+            raise ValueError(f"scalars: expected at most own_directions={places} clients, got "
+                             f"{count}")  # fmt: skip
+        shares = places * weights / weights.sum()
+        each = jnp.pad(shares[:, None, None] * scalars, ((0, places - count), (0, 0), (0, 0)))
+        parts = each.reshape(places, steps, outputs, width // outputs)
+        return jnp.moveaxis(parts, 0, 2).reshape(steps, places * width)
+
+    return _named(aggregate, "side_by_side()")
+
+
 def _sorted(scalars: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sort each of the K x P columns over the clients; absent ones go last."""
     present = jnp.where(weights[:, None, None] > 0, scalars, jnp.inf)

@@ -59,7 +59,8 @@ class Algorithm(NamedTuple):
 
     Attributes:
       init: ``(params, key) -> State``.
-      probe: ``(state, batches) -> scalars [C, K, P]``; batch leaves are [C, K, ...].
+      probe: ``(state, batches, place=0) -> scalars [C, K, P]``; batch leaves are [C, K, ...].
+        With `own_directions` the clients are those that were asked from number `place` on.
       aggregate: ``(scalars [C, K, P], weights [C] or None) -> record [K, P]``.
       advance: ``(state, record [K, P], learning_rate=None) -> State``. The rate of a schedule
         is itself computed; a party whose schedule might round differently, or that has none,
@@ -95,6 +96,7 @@ class Options(TypedDict, total=False):
     trainable: trees.Trainable
     nonfinite: str
     seed_pool: int | None
+    own_directions: int | None
     lazy: bool
 
 
@@ -112,6 +114,7 @@ def scalar_algorithm(
     trainable: trees.Trainable = None,
     nonfinite: str = "raise",
     seed_pool: int | None = None,
+    own_directions: int | None = None,
     lazy: bool = False,
 ) -> Algorithm:
     """Build a scalar-only federated algorithm from a rule (HiSo's Algorithm 1).
@@ -143,6 +146,11 @@ def scalar_algorithm(
         ``"exclude"``: it gets weight 0.
       seed_pool: every direction is one of so many, picked by the shared key, as in FedKSeed;
         by default no two are the same. See `hiso_jax.pool`.
+      own_directions: C, the clients asked in a round, of whom each then evaluates P directions
+        of its own: client c of the round the directions c P to c P + P - 1. By default all
+        evaluate the same. A client does and sends no more, the record is [K, C P], and the
+        step an average over C P directions instead of P. What has no common quantity to
+        compare cannot be aggregated but by the weighted mean.
       lazy: the loss takes large leaves as `hiso_jax.lazy.Lazy`, as one that computes with
         ``model.apply``, ``hidden`` and ``head`` of `hiso_jax.models` does: only one layer's
         perturbed copy lives at a time, instead of one of all parameters. Records and states
@@ -177,11 +185,18 @@ def scalar_algorithm(
     if seed_pool is not None:
         checks.count("seed_pool", seed_pool)
     combine_clients = aggregators.mean() if aggregator is None else aggregator
-    shape = (steps, perturbations * estimators.scalars_per_direction(estimator))
+    outputs, places = estimators.scalars_per_direction(estimator), 1
+    if own_directions is not None:
+        places = checks.count("own_directions", own_directions)
+        if aggregator is not None:
+            raise ValueError("aggregator: clients with own_directions have nothing in common to "
+                             "aggregate; leave one of the two out")  # fmt: skip
+        combine_clients = aggregators.side_by_side(places, outputs)
+    sent, shape = (steps, outputs * perturbations), (steps, outputs * places * perturbations)
 
     def noise_of(state: State, packs: packing.Packs) -> updates.Noise:
         names = list(trees.select(state.params, trainable))
-        drawn = (steps, perturbations)
+        drawn = (steps, places * perturbations)
         keys = directions.round_keys(state.key, state.round, drawn, names, seed_pool)
         return packing.noise(keys, packs, noise_law)
 
@@ -213,20 +228,31 @@ def scalar_algorithm(
             rule=rule.init(trees.select(params, trainable)),
         )
 
-    def evaluate(state: State, batches: Any) -> tuple[jax.Array, jax.Array]:
+    def evaluate(state: State, batches: Any, place: int = 0) -> tuple[jax.Array, jax.Array]:
         """Return losses [C, K] and scalars [C, K, P]."""
         checks.batches(loss_fn, state.params, batches, steps)
-        return meshes.over_clients(evaluate_some, state, batches)
+        count = len(jax.tree.leaves(batches)[0])
+        if own_directions is not None and not 0 <= place <= places - count:
+            raise ValueError(f"batches: {count} clients from place {place} on, but "
+                             f"own_directions={own_directions}")  # fmt: skip
+        starts = perturbations * (place + jnp.arange(count)) * (own_directions is not None)
+        return meshes.over_clients(evaluate_some, state, (starts, batches))
 
-    def evaluate_some(state: State, batches: Any) -> tuple[jax.Array, jax.Array]:
+    def evaluate_some(state: State, clients: Any) -> tuple[jax.Array, jax.Array]:
         leaves, packs, rule_state = packed(state)
-        noise, args = noise_of(state, packs), (perturbations, smoothing)
+        args = (perturbations, smoothing)
 
-        def direction_of(step: Any) -> estimators.Direction:
-            of = updates.directions_of(rule, noise, leaves, rule_state, step, lazy)
+        def noise_from(start: Any) -> updates.Noise:
+            noise = noise_of(state, packs)
+            return lambda name, k, p, *where: noise(name, k, start + p, *where)
+
+        def direction_of(step: Any, start: Any = 0) -> estimators.Direction:
+            own = noise_from(start)
+            of = updates.directions_of(rule, own, leaves, rule_state, step, lazy)
             return lambda p: packing.unpack(of(p), packs)
 
-        if steps == 1:
+        if steps == 1 and own_directions is None:
+            _, batches = clients
             data = jax.tree.map(lambda x: x[:, 0], batches)
             losses, scalars = estimate(
                 # Closed over, since lazy leaves cannot be arguments of vmap.
@@ -239,13 +265,16 @@ def scalar_algorithm(
 
         rate = rate_at(state.round)
 
-        def client(data: Any) -> tuple[jax.Array, jax.Array]:
+        def client(inputs: Any) -> tuple[jax.Array, jax.Array]:
+            start, data = inputs
+            noise = noise_from(start)
+
             def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
                 leaves, inner = carry
                 k, batch = inputs
                 params = narrow(state.params, packing.unpack(leaves, packs))
                 loss, scalars = estimate(
-                    lambda x: loss_fn(x, batch), params, direction_of(k), *args
+                    lambda x: loss_fn(x, batch), params, direction_of(k, start), *args
                 )
                 moved = updates.apply_record(
                     rule,
@@ -261,15 +290,14 @@ def scalar_algorithm(
                 return moved, (loss, scalars)
 
             wide = {n: x.astype(jnp.float32) for n, x in leaves.items()}
-            start = (wide, rule_state)
-            return lax.scan(step, start, (jnp.arange(steps), data))[1]
+            return lax.scan(step, (wide, rule_state), (jnp.arange(steps), data))[1]
 
-        return lax.map(client, batches)
+        return lax.map(client, clients)
 
     def combine(scalars: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return record [K, P], effective weights [C] and finite [C]."""
-        if scalars.ndim != 3 or scalars.shape[1:] != shape:
-            raise ValueError(f"scalars: expected shape [C, {steps}, {shape[1]}] (clients, "
+        if scalars.ndim != 3 or scalars.shape[1:] != sent:
+            raise ValueError(f"scalars: expected shape [C, {steps}, {sent[1]}] (clients, "
                              f"local steps, perturbations), got {scalars.shape}")  # fmt: skip
         weights = checks.weights(weights, scalars.shape[0])
         finite = jnp.isfinite(scalars).all((1, 2))
@@ -281,15 +309,16 @@ def scalar_algorithm(
                     'scalars; lower the learning rate, or leave them out with nonfinite="exclude"'
                 )
         weights = jnp.where(finite, weights, 0)
-        record = combine_clients(jnp.where((weights > 0)[:, None, None], scalars, 0), weights)
+        scalars = jnp.where((weights > 0)[:, None, None], scalars, 0)
+        record = combine_clients(scalars, weights)
         # A record nobody may apply is NaN: `advance` then moves nothing.
         usable = weights.sum() > 0
         if nonfinite == "raise":
             usable &= (finite | ~counts).all()
         return jnp.where(usable, record, jnp.nan), weights, finite
 
-    def probe(state: State, batches: Any) -> jax.Array:
-        return evaluate(state, batches)[1]
+    def probe(state: State, batches: Any, place: int = 0) -> jax.Array:
+        return evaluate(state, batches, place)[1]
 
     def aggregate(scalars: jax.Array, weights: Any = None) -> jax.Array:
         return combine(jnp.asarray(scalars, jnp.float32), weights)[0]
@@ -379,6 +408,9 @@ def scalar_algorithm(
         aggregator=getattr(combine_clients, "__qualname__", repr(combine_clients)),
         distribution=noise_law,
         nonfinite=nonfinite,
-    ) | ({} if seed_pool is None else {"seed_pool": seed_pool})
+    )
+    # Only where they are used, so that the headers of other runs are what they were.
+    given = {"seed_pool": seed_pool, "own_directions": own_directions}
+    recipe |= {name: value for name, value in given.items() if value is not None}
     chosen = lambda params: trees.select(params, trainable)  # noqa: E731
     return Algorithm(init, probe, aggregate, advance, round, replay, rate_at, recipe, chosen)

@@ -80,10 +80,15 @@ def canonical(header: Mapping[str, Any]) -> str:
 
 
 def shape(header: Mapping[str, Any]) -> tuple[int, int]:
-    """(K, P) of its records, or (K, 2 P) if a direction has two scalars."""
+    """(K, P) of its records: C times as many with own directions, twice with second differences."""
     algorithm = header["algorithm"]
     each = estimators.scalars_per_direction(algorithm.get("estimator", "forward"))
-    return int(algorithm["local_steps"]), each * int(algorithm["num_perturbations"])
+    return int(algorithm["local_steps"]), each * directions_of(algorithm)
+
+
+def directions_of(algorithm: Mapping[str, Any]) -> int:
+    """Directions of a local step, of all clients together."""
+    return int(algorithm["num_perturbations"]) * int(algorithm.get("own_directions", 1))
 
 
 def check(header: Any) -> None:

@@ -48,7 +48,7 @@ def accumulate(ledger: Ledger) -> np.ndarray:
     place = [x.ravel() for x in np.indices(records.scalars.shape)]
     pick = lambda r, k, p: directions.pool_pick(root, r, k, p, pool)  # noqa: E731
     picks = jax.vmap(pick)(*map(jnp.asarray, place))
-    shares = np.nan_to_num(rates * records.scalars / recipe["num_perturbations"])
+    shares = np.nan_to_num(rates * records.scalars / records.scalars.shape[2])
     return np.bincount(np.asarray(picks), shares.ravel(), pool).astype(np.float32)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from hiso_jax import directions, exact, fingerprint, rules, trees, updates
+from hiso_jax import header as headers
 from hiso_jax.ledger import Ledger, LedgerMismatch
 
 # Numbers a block: of a small leaf, of a large one; on a CPU the latter stays in its cache.
@@ -87,7 +88,7 @@ class Replay:
             functools.partial(
                 _keys,
                 jax.random.wrap_key_data(data, impl=key["implementation"]),
-                (*records.scalars.shape[:2], recipe["num_perturbations"]),
+                (*records.scalars.shape[:2], headers.directions_of(recipe)),
                 recipe.get("seed_pool"),
             )
         )

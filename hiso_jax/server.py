@@ -94,6 +94,8 @@ class Server:
     def open(self, names: Sequence[str]) -> int:
         """Ask clients for a round; return its number.
 
+        With `own_directions`, a client's number among them is the `place` that it probes with.
+
         Raises:
           ValueError: nobody is asked, or one twice.
           RuntimeError: the last round has not been closed.
@@ -102,6 +104,9 @@ class Server:
             raise RuntimeError(f"open: round {self.round} is open; close it first")
         if not names or len(set(names)) != len(names):
             raise ValueError(f"names: expected different clients, at least one; got {list(names)}")
+        most = self.algorithm.recipe.get("own_directions", len(names))
+        if len(names) > most:
+            raise ValueError(f"names: expected at most own_directions={most}, got {len(names)}")
         self._asked = [str(name) for name in names]
         return self.round
 
@@ -120,7 +125,10 @@ class Server:
             raise ValueError(f"reply: client {name!r} was not asked in round {round}")
         if name in self._replies:
             return False
-        recipe, shape = self.algorithm.recipe, self.ledger.shape
+        recipe = self.algorithm.recipe
+        # With directions of their own, each sends its part of the record.
+        steps, width = self.ledger.shape
+        shape = (steps, width // recipe.get("own_directions", 1))
         scalars = np.asarray(scalars, np.float32)
         if scalars.shape != shape:
             raise ValueError(f"scalars: client {name!r}: expected shape {shape}, "
@@ -150,8 +158,11 @@ class Server:
         # In the order of asking, not of arrival: sums depend on it.
         names = [name for name in self._asked if name in self._replies]
         if names:
-            scalars = np.stack([self._replies[name][0] for name in names])
-            weights = np.array([self._replies[name][1] for name in names], np.float32)
+            # All that were asked, so that each keeps its place; who is away has no weight.
+            nothing = (np.zeros_like(self._replies[names[0]][0]), 0.0)
+            replies = [self._replies.get(name, nothing) for name in self._asked]
+            scalars = np.stack([reply[0] for reply in replies])
+            weights = np.array([reply[1] for reply in replies], np.float32)
             record = np.asarray(self.algorithm.aggregate(jnp.asarray(scalars), weights))
         rate = np.asarray(self.algorithm.learning_rate(self.state.round))
         state = self._advance(self.state, record, rate)

@@ -158,11 +158,15 @@ class Traffic:
     Args:
       record_shape: (K, P).
       schedule: whether the learning rate follows one: it is then sent too, 4 bytes a record.
+      own_directions: C, where a client sends its part of a record only.
     """
 
-    def __init__(self, record_shape: tuple[int, int], schedule: bool = False):
-        self.record_bytes = 4 * int(np.prod(record_shape))
-        self.missed_bytes = self.record_bytes + 4 * schedule
+    def __init__(
+        self, record_shape: tuple[int, int], schedule: bool = False, own_directions: int = 1
+    ):
+        whole = 4 * int(np.prod(record_shape))
+        self.record_bytes = whole // own_directions
+        self.missed_bytes = whole + 4 * schedule
         self.up: dict[str, int] = {}
         self.down: dict[str, int] = {}
         self._next: dict[str, int] = {}

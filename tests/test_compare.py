@@ -69,11 +69,23 @@ def test_the_table_says_what_the_rows_say():
     assert np.isinf(diverged.loss)
 
 
+def test_own_directions_are_a_curve_of_their_own():
+    rows = [row("decomfl", 1.0, 0, [0.1, 0.5]) | {"own_directions": own} for own in (False, True)]
+    assert [c.method for c in results.curves(rows)] == ["decomfl", "decomfl, own directions"]
+    assert results.summary(rows)[1][1][0] == "DeComFL, own directions"
+
+
 def test_bad_options_are_named():
-    for text, said in (("rounds", "name=value"), ("round=3", "an option"), ("rounds=x", "numbers")):
+    for text, said in (
+        ("rounds", "name=value"),
+        ("round=3", "an option"),
+        ("rounds=x", "values of"),
+        ("own_directions=2", "values of"),
+    ):
         with pytest.raises(SystemExit, match=f"--vary: .*{said}"):
             compare.varied(digits.Options, (text,))
     assert compare.varied(mnist.Options, ("alpha=0.1,inf",))["alpha"] == (0.1, float("inf"))
+    assert compare.varied(digits.Options, ("own-directions=true",)) == {"own_directions": (True,)}
     with pytest.raises(SystemExit, match="--method: expected one of"):
         compare.run(compare.Compare(method=("nothing",), out=Path("/tmp/never.jsonl")))
 

@@ -265,3 +265,88 @@ def test_a_run_without_a_pool_has_no_numbers():
     with ledger.Ledger.create(":memory:", hiso, hiso.init(odd_tree(), jax.random.key(1))) as other:
         with pytest.raises(ValueError, match="identity rule only"):
             pool.accumulate(other)
+
+
+def test_a_client_s_own_directions_are_its_part_of_the_record():
+    """Each client's scalars are those it would send if its directions were the shared ones."""
+    common: dict[str, Any] = dict(smoothing=1e-2, distribution="normal")
+    own = hj.federated_hiso(odd_loss, 1e-2, own_directions=3, num_perturbations=2, **common)
+    wide = hj.federated_hiso(odd_loss, 1e-2, num_perturbations=6, **common)
+    params = odd_tree()["second"]
+    batches = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 4)), jnp.float32)
+    start = own.init(params, jax.random.key(1))
+    every = np.asarray(jax.jit(wide.probe)(wide.init(params, jax.random.key(1)), batches))
+    scalars = np.asarray(jax.jit(own.probe)(start, batches))
+    assert scalars.shape == (3, 1, 2)
+    for c in range(3):
+        np.testing.assert_allclose(scalars[c], every[c, :, 2 * c : 2 * c + 2], rtol=1e-4, atol=1e-4)
+        alone = own.probe(start, batches[c : c + 1], place=c)
+        np.testing.assert_allclose(alone[0], scalars[c], rtol=1e-4, atol=1e-4)
+    weights = np.array([1.0, 0.0, 3.0], np.float32)
+    record = np.asarray(own.aggregate(scalars, weights))
+    assert record.shape == (1, 6)
+    np.testing.assert_allclose(record[0, :2], 0.75 * scalars[0, 0], rtol=1e-6)
+    np.testing.assert_array_equal(record[0, 2:4], 0)
+    np.testing.assert_allclose(record[0, 4:], 2.25 * scalars[2, 0], rtol=1e-6)
+    ends = [jax.jit(a.advance)(start, record) for a in (own, wide)]
+    assert_same_bits(*ends)
+
+
+@pytest.mark.parametrize("steps, rule", [(1, "hizoo"), (2, "rms")])
+def test_own_directions_in_all_programs(steps: int, rule: str):
+    made = rules.RULES[rule]()
+    alg = hj.scalar_algorithm(
+        odd_loss, 1e-2, rule=made, own_directions=4, local_steps=steps, num_perturbations=2,
+        estimator="three_point" if made.second else "forward", distribution="rademacher",
+    )  # fmt: skip
+    params = odd_tree()["second"]
+    start = state = alg.init(params, jax.random.key(1))
+    round, records = jax.jit(alg.round), []
+    with hj.Ledger.create(":memory:", alg, start) as written:
+        for i in range(3):
+            size = (4 - i, steps, 4)  # later rounds have fewer clients
+            batches = jnp.asarray(np.random.default_rng(i).normal(size=size), jnp.float32)
+            state, metrics = round(state, batches)
+            records.append(metrics.record)
+            written.append(metrics.record, hj.digest(state), 1e-2)
+        assert records[0].shape == written.shape == (steps, 8 * (2 if made.second else 1))
+        assert_same_bits(state, jax.jit(alg.replay)(start, jnp.stack(records)))
+        blocks = replay.Replay(written)
+    flat = {n: np.asarray(x).ravel() for n, x in hj.trees.named(params).items()}
+    for n, x in flat.items():
+        blocks.read(n, 0, x)
+    for n, x in flat.items():
+        blocks.advance(n, 0, x)
+    assert blocks.digest == blocks.wanted
+
+
+def test_a_server_keeps_everybody_s_place():
+    alg = hj.decomfl(odd_loss, 1e-2, own_directions=3, num_perturbations=2)
+    params = {"w": jnp.linspace(-1, 1, 7)}
+    start = alg.init(params, jax.random.key(1))
+    batches = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 4)), jnp.float32)
+    with hj.Ledger.create(":memory:", alg, start) as written:
+        server = hj.server.Server(alg, start, written)
+        with pytest.raises(ValueError, match="at most own_directions=3, got 4"):
+            server.open(["a", "b", "c", "d"])
+        server.open(["a", "b", "c"])
+        for place, name in ((2, "c"), (0, "a")):  # b never answers
+            scalars = alg.probe(start, batches[place : place + 1], place=place)[0]
+            assert server.reply(name, 0, scalars)
+        record = server.close()
+    whole = alg.aggregate(alg.probe(start, batches), jnp.array([1.0, 0.0, 1.0]))
+    np.testing.assert_allclose(record, whole, rtol=1e-5, atol=1e-6)
+    assert (record[0, 2:4] == 0).all()
+
+
+def test_own_directions_are_refused_where_they_make_no_sense():
+    with pytest.raises(ValueError, match="own_directions have nothing in common"):
+        hj.decomfl(loss, 0.1, own_directions=2, aggregator=hj.aggregators.median())
+    alg = hj.decomfl(odd_loss, 0.1, own_directions=2)
+    start = alg.init({"w": jnp.ones(3)}, jax.random.key(0))
+    with pytest.raises(ValueError, match="3 clients from place 0"):
+        alg.probe(start, jnp.ones((3, 1, 2)))
+    with pytest.raises(ValueError, match="1 clients from place 2"):
+        alg.probe(start, jnp.ones((1, 1, 2)), place=2)
+    with pytest.raises(ValueError, match="at most own_directions=2"):
+        alg.aggregate(jnp.ones((3, 1, 5)))

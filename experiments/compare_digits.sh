@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The comparison on the handwritten digits of docs/results.md: five learning rates a method, each
+# twice the last, around the best of a first look at every fourth power of two; three seeds.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run() { # rates, methods, more options
+  .venv/bin/python -m experiments.compare --task digits --seeds 3 --processes "${PROCESSES:-2}" \
+    --out docs/results/digits.jsonl --learning-rate $1 --method $2 ${3:-}
+}
+run "0.005 0.01 0.02 0.04 0.08" "hiso decomfl"
+run "0.016 0.032 0.064 0.128 0.256" "rms fzoo"
+run "0.02 0.04 0.08 0.16 0.32" "decomfl hiso" "--vary own_directions=true"
+run "0.016 0.032 0.064 0.128 0.256" "rms" "--vary own_directions=true"
+run "0.004 0.008 0.016 0.032 0.064" "meazo adam mezo"
+run "0.001 0.002 0.004 0.008 0.016" "momentum"
+run "0.005 0.01 0.02 0.04 0.08" "hizoo fedkseed"
+run "0.016 0.032 0.064 0.128 0.256" "fedzo fedyogi fedadagrad"
+run "0.064 0.128 0.256 0.512 1.024" "fedavg"
+run "0.004 0.008 0.016 0.032 0.064" "fedadam"
