@@ -7,9 +7,9 @@ Hessian, which 4,610 parameters allow. The theory's condition is on the whitenin
 
 What a preconditioner D buys does not depend on its scale: with noise of covariance D a round's
 best expected decrease is ``P (g' D g)^2 / (2 (g_b' D g_b) tr(D Hessian))``, with g the gradient
-and g_b that of a round's batch. ``gain`` is that over the same with D = 1. And if each of the C clients has P
-directions of its own, P and g_b' g_b become C P and the mean over clients of theirs, so that
-their gain is C times the one over the other.
+and g_b that of a round's batch. ``gain`` is that over the same with D = 1. And if each of the C
+clients has P directions of its own, P and g_b' g_b become C P and the mean over clients of
+theirs, so that their gain is C times the one over the other.
 """
 
 import dataclasses

@@ -11,6 +11,7 @@ import pytest
 import hiso_jax as hj
 from hiso_jax import directions, ledger, pool, replay, rules
 from tests.helpers import assert_same_bits, odd_loss, odd_tree
+from tests.test_portable import CONTROL, CORRECT, equations
 
 P, RATE, SMOOTHING, STEPS = 4, 0.02, 1e-2, 6
 Params = dict[str, np.ndarray]
@@ -173,6 +174,23 @@ def test_same_bits(name: str):
         if parts:
             np.testing.assert_array_equal(np.concatenate(parts), state.params[n].ravel())
     assert blocks.digest == blocks.wanted
+
+
+@pytest.mark.parametrize("name", rules.RULES)
+def test_only_correctly_rounded_operations(name: str):
+    """As of HiSo in `test_portable`: no division or root of floats, no sum of unknown order."""
+    rule = rules.RULES[name]()
+    alg = hj.scalar_algorithm(
+        lambda params, batch: jnp.float32(0), 0.1, rule=rule, local_steps=2, seed_pool=9,
+        estimator="three_point" if rule.second else "forward",
+    )  # fmt: skip
+    state = alg.init({"w": jnp.ones((7, 9))}, jax.random.key(0))
+    record = jnp.ones((2, 10 if rule.second else 5))
+    for equation in equations(jax.make_jaxpr(alg.advance)(state, record).jaxpr):
+        kind = equation.primitive.name
+        assert kind in CORRECT | CONTROL | {"split"}, kind
+        if kind in ("div", "rem", "reduce_sum"):
+            assert not any("float" in str(v.aval.dtype) for v in equation.invars), kind
 
 
 @pytest.mark.parametrize("name", ["rms", "meazo", "fzoo", "adam", "hizoo"])

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import finetune, plays
+from experiments import compare, finetune, mnist, plays
 from hiso_jax import models, simulation
 from hiso_jax.tasks import data
 from hiso_jax.tasks.prompts import TASKS
@@ -126,3 +126,21 @@ def test_a_decoder_on_real_tasks(task: str, folder: str, options: tuple[str, ...
     ))  # fmt: skip
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["rounds"] == 3 and np.isfinite(summary["loss"])
+
+
+def test_mnist_over_a_hundred_clients():
+    """As the paper splits it: unlike shares of labels, ten clients a round, it learns."""
+    options = mnist.Options(data=shared("mnist"), method="rms", learning_rate=0.064, rounds=60,
+                            num_perturbations=10, batch_size=8, eval_every=60)  # fmt: skip
+    problem = mnist.build(options)
+    assert sum(x.size for x in jax.tree.leaves(problem.params)) == 29_083
+    assert len(problem.clients) == 100 and sum(problem.clients.sizes.values()) == 58_000
+    assert (len(problem.dev["label"]), len(problem.test["label"])) == (2_000, 10_000)
+    shares = [np.bincount(problem.clients[n]["label"], minlength=10).max()
+              / len(problem.clients[n]["label"]) for n in problem.clients.names]  # fmt: skip
+    assert np.mean(shares) > 0.25  # 0.1 would be equal shares
+    equal = mnist.build(mnist.Options(data=shared("mnist"), alpha=float("inf")))
+    assert max(equal.clients.sizes.values()) < 800
+    row = compare.one("mnist", options)
+    assert row["passes_per_round"] == 20 and row["bytes_per_round"] == 40
+    assert row["test"] > 0.3  # chance is 0.1
