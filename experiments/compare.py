@@ -185,7 +185,6 @@ def _own_processors(numbers: Any, share: int) -> None:
 
 def run(options: Compare) -> list[dict[str, Any]]:
     """Run what is missing in the grid; return the rows of the whole grid."""
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = results.read(options.out)
     named = lambda row: json.dumps({k: row[k] for k in wanted[0][0]}, sort_keys=True)  # noqa: E731
     try:
@@ -203,7 +202,7 @@ def run(options: Compare) -> list[dict[str, Any]]:
         concurrent.futures.ProcessPoolExecutor(
             options.processes, spawn, _own_processors, (numbers, share)
         ) as pool,
-        open(options.out, "a") as file,
+        results.append(options.out) as file,
     ):
         runs = {pool.submit(one, options.task, point): name for name, point in missing}
         for future in track(concurrent.futures.as_completed(runs), "runs", len(runs)):

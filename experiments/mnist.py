@@ -46,7 +46,7 @@ def read_idx(path: Path) -> np.ndarray:
     if data[:3] != b"\0\0\x08":
         raise ValueError(f"{path}: expected an IDX file of unsigned bytes, got {data[:4].hex()}")
     rank = data[3]
-    shape = tuple(np.frombuffer(data, ">u4", rank, 4))
+    shape = tuple(np.frombuffer(data, ">u4", rank, 4).tolist())
     if len(data) - 4 - 4 * rank != np.prod(shape):
         raise ValueError(f"{path}: expected {shape} bytes, got {len(data) - 4 - 4 * rank}")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)

@@ -172,14 +172,13 @@ def _one(options: Robustness, point: dict[str, Any], seed: int) -> float:
 
 def run(options: Robustness) -> list[dict[str, Any]]:
     """Run what is missing; return all rows of the table."""
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = results.read(options.out)
     shared = dict(rounds=options.rounds, learning_rate=options.learning_rate,
                   clients_per_round=options.clients_per_round)  # fmt: skip
     wanted = [p | shared | {"seed": s} for p in _points(options) for s in range(options.seeds)]
     named = lambda row: {k: v for k, v in row.items() if k != "accuracy"}  # noqa: E731
     done = [named(row) for row in rows]
-    with open(options.out, "a") as file:
+    with results.append(options.out) as file:
         for point in track([p for p in wanted if p not in done], "runs"):
             rows.append(point | {"accuracy": _one(options, point, point["seed"])})
             file.write(json.dumps(rows[-1]) + "\n")
