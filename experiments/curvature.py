@@ -126,8 +126,8 @@ def look(problem: Problem, state: hj.State, seed: int) -> tuple[dict[str, Any], 
 
 
 TITLES = {
-    "round": "round", "loss": "loss", "gradient": "|g|^2", "batch_gradient": "|g|^2 of a batch",
-    "trace": "tr |Hessian|", "kappa": "kappa", "zeta": "zeta", "h_mean": "mean H",
+    "round": "round", "loss": "loss", "gradient": "g squared", "batch_gradient": "of a batch",
+    "trace": "trace", "kappa": "kappa", "zeta": "zeta", "h_mean": "mean H",
     "h_spread": "spread of log H", "correlation": "correlation of logs", "gain_h": "gain of H",
     "gain_curvature": "gain of the true diagonal", "gain_blocks": "gain of block scales",
     "gain_own": "gain of own directions",

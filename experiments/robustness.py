@@ -132,7 +132,7 @@ class Robustness:
     """Largest norm of a private client's scalars."""
     delta: float = 1e-5
     """Of differential privacy."""
-    rounds: int = 300
+    rounds: int = 200
     """Rounds of a run."""
     clients_per_round: int = 20
     """Clients sampled a round, of 40."""
