@@ -75,7 +75,11 @@ def test_divergence_is_said(tmp_path: Path):
     assert json.loads((tmp_path / "summary.json").read_text())["rounds"] < 50
 
 
-@pytest.mark.parametrize("job", ["finetune", "digits", "search"])
-def test_help(job: str):
+@pytest.mark.parametrize("job, option", [
+    ("finetune", "--rounds"), ("digits", "--own-directions"), ("mnist", "--alpha"),
+    ("compare", "--vary"), ("results", "--where"), ("robustness", "--shares"),
+    ("curvature", "--decay"),
+])  # fmt: skip
+def test_help(job: str, option: str):
     output = finish(start(job, "--help"))
-    assert "--rounds" in output and "Traceback" not in output
+    assert option in output and "Traceback" not in output
