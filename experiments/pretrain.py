@@ -110,7 +110,9 @@ def run(options: Options) -> dict[str, float]:
         texts = [str(row["text"]) for row in data.read_file(options.data)]
     tokenizer = tokenizer_of(texts, options.vocabulary, 512)
     # One long text, documents apart: short ones would be mostly padding.
-    ids = np.concatenate([[*tokenizer(t, verbose=False)["input_ids"], 2] for t in texts]).astype(np.int32)
+    ids = np.concatenate([[*tokenizer(t, verbose=False)["input_ids"], 2] for t in texts]).astype(
+        np.int32
+    )
     count = len(ids) // options.length
     if count < 20:
         raise ValueError(f"--data: expected at least {20 * options.length} tokens, got {len(ids)}")
