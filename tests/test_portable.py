@@ -83,6 +83,7 @@ CORRECT = {  # integers, choices and copies; and the float operations that IEEE 
     "dynamic_slice", "dynamic_update_slice", "gather", "concatenate", "pad", "expand_dims",
     "transpose", "copy", "optimization_barrier", "random_wrap", "random_unwrap", "random_fold_in",
     "random_bits", "threefry2x32", "nextafter", "platform_index", "reduce_sum", "stop_gradient",
+    "split", "unstack",
 }  # fmt: skip
 CONTROL = {"jit", "pjit", "scan", "while", "cond", "custom_jvp_call", "custom_vjp_call",
            "closed_call", "core_call", "random_seed"}  # fmt: skip
