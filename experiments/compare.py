@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from experiments import digits, finetune, job, methods, mnist, results
+from experiments import digits, finetune, folders, job, methods, mnist, results
 from experiments.problem import Problem
 from hiso_jax import simulation
 
@@ -114,18 +114,7 @@ def one(task: str, options: job.Options) -> dict[str, Any]:
 
     curve, diverged = [(0, *evaluate(problem.dev))], False
     try:
-        for report in simulation.run(
-            alg,
-            state,
-            problem.clients,
-            rounds=options.rounds,
-            clients_per_round=options.clients_per_round,
-            batch_size=options.batch_size,
-            local_steps=options.local_steps,
-            seed=options.seed,
-            sampling=options.sampling,
-            prepare=problem.prepare,
-        ):
+        for report in job.rounds(options, problem, alg, state):
             state = report.state
             diverged = not float(report.metrics.loss) <= DIVERGED
             if diverged or report.round % options.eval_every == 0 or report.round == options.rounds:
@@ -163,9 +152,9 @@ def grid(options: Compare) -> Iterator[tuple[dict[str, Any], job.Options]]:
             options.learning_rate, range(options.seeds), *axes.values()
         ):
             own = dict(zip(axes, values, strict=True))
-            name = dict(task=options.task, method=method, learning_rate=rate, seed=seed) | own
-            name.pop("task")
-            point = dataclasses.replace(defaults, **name)
+            point = dataclasses.replace(
+                defaults, **dict(method=method, learning_rate=rate, seed=seed) | own
+            )
             yield dict(task=options.task, **settings(point)), point
 
 
@@ -185,7 +174,7 @@ def _own_processors(numbers: Any, share: int) -> None:
 
 def run(options: Compare) -> list[dict[str, Any]]:
     """Run what is missing in the grid; return the rows of the whole grid."""
-    rows = results.read(options.out)
+    rows = folders.read(options.out)
     named = lambda row: json.dumps({k: row[k] for k in wanted[0][0]}, sort_keys=True)  # noqa: E731
     try:
         wanted = list(grid(options))
@@ -202,7 +191,7 @@ def run(options: Compare) -> list[dict[str, Any]]:
         concurrent.futures.ProcessPoolExecutor(
             options.processes, spawn, _own_processors, (numbers, share)
         ) as pool,
-        results.append(options.out) as file,
+        folders.append(options.out) as file,
     ):
         runs = {pool.submit(one, options.task, point): name for name, point in missing}
         for future in track(concurrent.futures.as_completed(runs), "runs", len(runs)):

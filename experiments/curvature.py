@@ -22,10 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 import hiso_jax as hj
+from experiments import results
 from experiments.digits import digits
 from experiments.problem import Problem
 from hiso_jax import simulation, trees
@@ -175,12 +174,7 @@ def main(options: Curvature) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n")
     cells = [[f"{row[k]:.3g}" for k in TITLES] for row in rows]
-    table = Table(*TITLES.values())
-    for line in cells:
-        table.add_row(*line)
-    Console().print(table)
-    ruled = [list(TITLES.values()), ["---"] * len(TITLES), *cells]
-    print("\n".join("| " + " | ".join(line) + " |" for line in ruled))
+    results.show(list(TITLES.values()), cells)
     if options.picture:
         draw(pairs, rows[-1], options.picture)
 

@@ -1,4 +1,4 @@
-"""A run's folder: who holds it, what is kept in it, and Ctrl-C, which loses nothing."""
+"""What runs leave: files of rows, a folder with one holder, and Ctrl-C, which loses nothing."""
 
 import contextlib
 import fcntl
@@ -8,9 +8,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from experiments.report import console
+
+Row = dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -34,15 +36,30 @@ def stop_on_ctrl_c() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def rows(folder: Path, done: int) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Row]:
+    """The rows of a file; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def append(path: Path) -> TextIO:
+    """Open a file of rows to add some; a last line that was cut off is ended."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
+    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        file.write("\n")
+    return file
+
+
+def rows(folder: Path, done: int) -> list[Row]:
     """The rows of metrics.jsonl of the rounds that are done."""
-    found, metrics = [], folder / "metrics.jsonl"
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
-        # A row is written before its record: the last may be broken, or of a lost round.
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            found += [row] if row["round"] <= done else []
-    return found
+    # A row is written before its record: the last may be broken, or of a lost round.
+    return [row for row in read(folder / "metrics.jsonl") if row["round"] <= done]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -139,6 +140,26 @@ def algorithm(
     return methods.build(options, problem, schedule)
 
 
+def rounds(
+    options: Options, problem: Problem, alg: hj.Algorithm | baselines.Baseline, state: hj.State
+) -> Iterator[simulation.Report]:
+    """Simulate the rounds that the options ask for, from `state` on."""
+    return simulation.run(
+        alg,
+        state,
+        problem.clients,
+        rounds=options.rounds,
+        clients_per_round=options.clients_per_round,
+        batch_size=options.batch_size,
+        local_steps=options.local_steps,
+        seed=options.seed,
+        sampling=options.sampling,
+        dropout=options.dropout,
+        prepare=problem.prepare,
+        mesh=meshes.make(*options.mesh) if options.mesh else None,
+    )
+
+
 def _evaluate(
     problem: Problem, score: Any, params: Any, data: simulation.Arrays
 ) -> tuple[float, float]:
@@ -238,20 +259,7 @@ def train(options: Options, problem: Problem, learning_rate: float) -> dict[str,
         )
         start = time.perf_counter()
         with folders.stop_on_ctrl_c() as stop:
-            for step in simulation.run(
-                alg,
-                state,
-                clients,
-                rounds=options.rounds,
-                clients_per_round=options.clients_per_round,
-                batch_size=options.batch_size,
-                local_steps=options.local_steps,
-                seed=options.seed,
-                sampling=options.sampling,
-                dropout=options.dropout,
-                prepare=problem.prepare,
-                mesh=meshes.make(*options.mesh) if options.mesh else None,
-            ):
+            for step in rounds(options, problem, alg, state):
                 seconds.append(time.perf_counter() - start)
                 state = step.state
                 if step.bad:

@@ -1,40 +1,19 @@
 """What a comparison says: tables and figures of the rows that `experiments.compare` wrote."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from experiments.folders import Row, read
 from experiments.methods import OWN, title
 
-Row = dict[str, Any]
 NEAR = 0.95
 """Of the baseline's best: where curves are steeper, and so comparisons less noisy."""
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file; a last line that was cut off is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def append(path: Path) -> TextIO:
-    """Open a file of rows to add some; a last line that was cut off is ended."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")
-    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        file.write("\n")
-    return file
 
 
 class Curve(NamedTuple):
@@ -141,20 +120,22 @@ def summary(rows: list[Row], baseline: str = "decomfl") -> tuple[list[str], list
 
 def table(rows: list[Row]) -> Table | str:
     """`summary` for the terminal."""
-    if not rows:
-        return "no rows"
-    header, lines = summary(rows)
+    return ruled(*summary(rows)) if rows else "no rows"
+
+
+def ruled(header: list[str], lines: list[list[str]]) -> Table:
+    """A table for the terminal."""
     out = Table(*header)
     for line in lines:
         out.add_row(*line)
     return out
 
 
-def markdown(rows: list[Row]) -> str:
-    """`summary` for a page."""
-    header, lines = summary(rows)
-    ruled = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in ruled)
+def show(header: list[str], lines: list[list[str]]) -> None:
+    """Print a table, and once more as Markdown, for a page."""
+    Console().print(ruled(header, lines))
+    for line in (header, ["---"] * len(header), *lines):
+        print("| " + " | ".join(line) + " |")
 
 
 def draw(rows: list[Row], name: str, path: Path, only: tuple[str, ...] = ()) -> None:
@@ -212,8 +193,7 @@ def main(options: Results) -> None:
     rows = where(read(options.rows), options.where)
     if not rows:
         raise SystemExit(f"--where: {options.rows} has no such row")
-    Console().print(table(rows))
-    print(markdown(rows))
+    show(*summary(rows))
     if options.picture:
         draw(rows, str(rows[0]["task"]), options.picture, options.only)
 

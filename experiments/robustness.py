@@ -17,12 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import hiso_jax as hj
-from experiments import results
+from experiments import folders, results
 from experiments.digits import digits
 from experiments.problem import Problem
 from hiso_jax import aggregators, privacy, simulation
@@ -172,13 +170,13 @@ def _one(options: Robustness, point: dict[str, Any], seed: int) -> float:
 
 def run(options: Robustness) -> list[dict[str, Any]]:
     """Run what is missing; return all rows of the table."""
-    rows = results.read(options.out)
+    rows = folders.read(options.out)
     shared = dict(rounds=options.rounds, learning_rate=options.learning_rate,
                   clients_per_round=options.clients_per_round)  # fmt: skip
     wanted = [p | shared | {"seed": s} for p in _points(options) for s in range(options.seeds)]
     named = lambda row: {k: v for k, v in row.items() if k != "accuracy"}  # noqa: E731
     done = [named(row) for row in rows]
-    with results.append(options.out) as file:
+    with folders.append(options.out) as file:
         for point in track([p for p in wanted if p not in done], "runs"):
             rows.append(point | {"accuracy": _one(options, point, point["seed"])})
             file.write(json.dumps(rows[-1]) + "\n")
@@ -239,15 +237,7 @@ def main(options: Robustness) -> None:
     """Run, print the table, as Markdown too, and draw."""
     rows = run(options)
     header, *lines = table(options, rows)
-    shown = Table(*header)
-    for line in lines:
-        shown.add_row(*line)
-    Console().print(shown)
-    print(
-        "\n".join(
-            "| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]
-        )
-    )
+    results.show(header, lines)
     if options.picture and options.what == "privacy":
         draw(options, rows, options.picture)
 

@@ -240,10 +240,9 @@ def scalar_algorithm(
 
     def evaluate_some(state: State, clients: Any) -> tuple[jax.Array, jax.Array]:
         leaves, packs, rule_state = packed(state)
-        args = (perturbations, smoothing)
+        noise, args = noise_of(state, packs), (perturbations, smoothing)
 
         def noise_from(start: Any) -> updates.Noise:
-            noise = noise_of(state, packs)
             return lambda name, k, p, *where: noise(name, k, start + p, *where)
 
         def direction_of(step: Any, start: Any = 0) -> estimators.Direction:
@@ -267,7 +266,7 @@ def scalar_algorithm(
 
         def client(inputs: Any) -> tuple[jax.Array, jax.Array]:
             start, data = inputs
-            noise = noise_from(start)
+            own = noise_from(start)
 
             def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
                 leaves, inner = carry
@@ -278,7 +277,7 @@ def scalar_algorithm(
                 )
                 moved = updates.apply_record(
                     rule,
-                    lambda name, _, *place: noise(name, k, *place),
+                    lambda name, _, *place: own(name, k, *place),
                     leaves,
                     inner,
                     scalars[None],
