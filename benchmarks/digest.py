@@ -4,7 +4,6 @@ python -m benchmarks.digest
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from rich.console import Console
 
 import hiso_jax as hj
 from benchmarks import timing
+from hiso_jax import directions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Options:
     """Layers of 12 width^2 parameters."""
     width: int = 384
     """Width; the vocabulary has 30,522 rows."""
-    distribution: Literal["normal", "rademacher"] = "rademacher"
+    distribution: directions.Distribution = "rademacher"
     """Rademacher is the hard case: its noise costs least."""
     repeats: int = 15
     """Times that each is timed, in turns."""

@@ -17,7 +17,7 @@ from rich.table import Table
 
 import hiso_jax as hj
 from benchmarks import timing
-from hiso_jax import models
+from hiso_jax import directions, models
 
 console = Console()
 SHAPES: dict[str, dict[str, int]] = {  # of OPT; vocabulary 50,272 except where it is given
@@ -50,7 +50,7 @@ class Options:
     """Tokens of an example."""
     method: Literal["hiso", "decomfl"] = "hiso"
     """The rule."""
-    distribution: Literal["normal", "rademacher"] = "rademacher"
+    distribution: directions.Distribution = "rademacher"
     """Noise."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the parameters."""

@@ -3,11 +3,11 @@
 set -euo pipefail
 data=$(realpath "$1")
 cd "$(dirname "$0")/.."
-run() { # rates, methods, own directions
+run() { # rates, methods, own directions, rounds
   .venv/bin/python -m experiments.compare --task mnist --data "$data" --seeds 3 \
     --processes "${PROCESSES:-2}" --out docs/results/mnist.jsonl --learning-rate $1 --method $2 \
-    --vary rounds=300 eval_every=25 own_directions=$3 distribution=rademacher
+    --vary rounds=$4 eval_every=25 own_directions=$3 distribution=rademacher
 }
-run "0.016 0.032 0.064 0.128" "rms" true
-run "0.008 0.016 0.032 0.064" "rms" false
-run "0.0025 0.005 0.01 0.02" "decomfl hiso" false
+run "0.032 0.064 0.128 0.256 0.512" "rms" true 150,300
+run "0.00125 0.0025 0.005 0.01 0.02" "decomfl hiso" false 300
+run "0.016 0.032 0.064 0.128 0.256" "rms" false 300

@@ -19,7 +19,7 @@ import hiso_jax as hj
 from experiments import baselines, folders, methods, report
 from experiments.problem import Problem
 from experiments.report import console
-from hiso_jax import files, fingerprint, meshes, server, simulation, snapshots
+from hiso_jax import directions, files, fingerprint, meshes, server, simulation, snapshots
 
 COMPARED = ("hiso", "decomfl")
 
@@ -63,8 +63,8 @@ class Options:
     """Differences: forward costs P + 1 forward passes, central 2 P."""
     decay: float = 0.95
     """Weight of the old curvature (HiSo only)."""
-    distribution: Literal["normal", "rademacher"] = "rademacher"
-    """Noise: normal is the paper's, rademacher cheaper."""
+    distribution: directions.Distribution = "rademacher"
+    """Noise: normal is the paper's, near_normal and rademacher are cheaper."""
     eval_every: int = 25
     """Rounds between evaluations on the dev split."""
     snapshot_every: int = 50

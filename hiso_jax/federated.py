@@ -137,7 +137,8 @@ def scalar_algorithm(
       local_steps: K >= 1.
       num_perturbations: P >= 1.
       smoothing: finite-difference step mu > 0.
-      distribution: noise, ``"normal"`` or ``"rademacher"``.
+      distribution: noise, ``"normal"``, ``"near_normal"`` or ``"rademacher"``; see
+        `hiso_jax.directions.draw`.
       trainable: mask as in `hiso_jax.trees.select`; other leaves are never perturbed,
         drawn for or changed.
       nonfinite: what a client with a NaN or infinite scalar does. ``"raise"``: `aggregate`

@@ -104,8 +104,8 @@ def draw(
     low = jnp.concatenate([lax.iota(jnp.uint32, n) for n in counts])
     # Else the choice of the leaf would be made anew for every number.
     lanes, low = lax.optimization_barrier((lanes, low))
-    words = directions.threefry((lanes[0], lanes[1]), (jnp.zeros_like(low), low))[0]
-    drawn = directions.from_words(words, distribution)
+    pairs = directions.threefry((lanes[0], lanes[1]), (jnp.zeros_like(low), low))
+    drawn = directions.from_words(pairs, distribution)
     if drawn.size == sum(sizes):
         return drawn
     starts = [32 * sum(counts[:i]) for i in range(len(counts))]

@@ -158,7 +158,8 @@ def hiso(
       smoothing: finite-difference step mu > 0.
       decay, epsilon: of the curvature average, see `hiso_jax.rules.hiso`.
       estimator: ``"forward"``, ``"central"`` or a function.
-      distribution: ``"normal"`` or ``"rademacher"``.
+      distribution: ``"normal"``, ``"near_normal"`` or ``"rademacher"``; see
+        `hiso_jax.directions.draw`.
       trainable: mask as in `hiso_jax.trees.select`; updates of other leaves are zero.
       seed: of the noise.
 

@@ -31,7 +31,7 @@ def batches(round: int, clients: int, steps: int, width: int = 3) -> jax.Array:
     return jnp.asarray(rng.normal(size=(clients, steps, width)), jnp.float32)
 
 
-CASES = [("normal", 1), ("rademacher", 3)]  # one client path and one distribution each
+CASES = [("normal", 1), ("near_normal", 2), ("rademacher", 3)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[f"{d}-K{k}" for d, k in CASES])

@@ -1,5 +1,7 @@
 """Noise: the cipher, what a draw depends on, and its statistics."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.random import threefry2x32_p
 
-from hiso_jax import directions, trees
+from hiso_jax import directions, exact, trees
 from hiso_jax.directions import Distribution
 from tests.helpers import assert_same_bits, odd_tree
 
-LAWS: tuple[Distribution, ...] = ("normal", "rademacher")
+LAWS: tuple[Distribution, ...] = get_args(Distribution)
 
 
 def test_cipher_is_jax_threefry():
@@ -73,20 +75,42 @@ def test_second_moment_is_the_identity(law: Distribution):
     u = np.concatenate([np.asarray(drawn["a"]), np.asarray(drawn["b"]).reshape(n, -1)], 1)
     assert np.abs(u.mean(0)).max() < 5 / np.sqrt(n)
     moment = u.T @ u / n
-    variance = 2.0 if law == "normal" else 0.0  # of u_j^2
+    variance = 0.0 if law == "rademacher" else 2.0  # of u_j^2
     assert np.abs(np.diag(moment) - 1).max() <= 5 * np.sqrt(variance / n) + 1e-6
     assert np.abs(moment - np.diag(np.diag(moment))).max() < 5 / np.sqrt(n)
 
 
-def test_normal_has_the_normal_distribution():
-    """Kolmogorov-Smirnov distance, kurtosis and tails of a million draws."""
+@pytest.mark.parametrize("law", ["normal", "near_normal"])
+def test_normal_has_the_normal_distribution(law: Distribution):
+    """Kolmogorov-Smirnov distance, even moments and tails of a million draws."""
     from scipy import stats
 
-    u = np.asarray(directions.draw(jax.random.key(5), (1_000_000,), "normal"), np.float64)
+    u = np.asarray(directions.draw(jax.random.key(5), (1_000_000,), law), np.float64)
     assert stats.kstest(u[:100_000], "norm").pvalue > 1e-4
-    assert abs((u**4).mean() - 3) < 5 * np.sqrt(96 / u.size)
+    for power, moment, square in ((2, 1, 3), (4, 3, 105), (6, 15, 10395)):
+        error = np.sqrt((square - moment**2) / u.size)
+        bias = 0.01 * moment if law == "near_normal" and power > 2 else 0
+        assert abs((u**power).mean() - moment) < 5 * error + bias, power
     beyond = 2 * stats.norm.sf(4) * u.size
     assert abs((np.abs(u) > 4).sum() - beyond) < 5 * np.sqrt(beyond)
+
+
+def test_near_normal_is_as_near_as_it_says():
+    """Of all values that the two words give, the distribution function and the variance."""
+    from scipy import stats
+
+    ones = np.arange(33) - 16
+    chance = stats.binom.pmf(ones + 16, 32, 0.5)
+    triangle = np.convolve(np.ones(2**8), np.ones(2**8)) / 2**16  # of halves, coarser
+    steps = (np.arange(2**9 - 1) - 2**8 + 1) << 8
+    values = (ones[:, None] << 16) + steps
+    z = np.asarray(exact.near_normal(jnp.asarray(values.ravel(), jnp.int32)), np.float64)
+    z, same = np.unique(z, return_inverse=True)
+    weight = np.bincount(same, (chance[:, None] * triangle).ravel())
+    below = np.cumsum(weight) - weight / 2
+    assert np.abs(below - stats.norm.cdf(z)).max() < 1.5e-4
+    assert abs((weight * z**2).sum() - 1) < 1e-5 and abs((weight * z).sum()) < 1e-9
+    assert abs((weight * z**4).sum() - 3) < 0.01 and abs(z).max() < 6.5
 
 
 def test_signs_of_a_word_and_of_neighbours_are_uncorrelated():

@@ -1,6 +1,6 @@
 """The algorithm against an independent transcription of its paper, and its behaviour."""
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +192,7 @@ def test_learning_rate_schedule_is_of_the_round():
     clients=st.integers(1, 4),
     steps=st.integers(1, 3),
     perturbations=st.integers(1, 4),
-    distribution=st.sampled_from(["normal", "rademacher"]),
+    distribution=st.sampled_from(get_args(directions.Distribution)),
 )
 def test_any_tree(
     shapes: Any, dtype: Any, clients: int, steps: int, perturbations: int, distribution: str

@@ -56,7 +56,7 @@ def test_scalars_are_those_of_whole_copies(config: Any, steps: int, law: str):
     np.testing.assert_allclose(found[True], found[False], atol=2e-3)
 
 
-@pytest.mark.parametrize("law", ["normal", "rademacher"])
+@pytest.mark.parametrize("law", ["normal", "near_normal", "rademacher"])
 def test_lazy_leaf(law: Any):
     """Whole, as rows and as layers: bits of the leaf that is perturbed at once."""
     x = jax.random.normal(jax.random.key(0), (6, 32, 5))

@@ -1,6 +1,6 @@
 """The same bits on other machines: what of that can be tested on one.
 
-`tests/data` holds two ledgers written once and for all. Whatever replays them (this process,
+`tests/data` holds ledgers written once and for all. Whatever replays them (this process,
 one thread, one device, a CPU without fused multiply-add, another Python with another jax)
 must find the digests in them; they are also the promise that old ledgers go on working.
 """
@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ DATA = Path(__file__).parent / "data"
 ROUNDS, SHAPES = 30, [(33, 65), (129,), (4, 31, 17), (), (0, 3)]
 CASES: dict[str, Any] = {
     "normal-float32": dict(make=hj.federated_hiso, local_steps=2, update_steps="all"),
+    "near_normal-float32": dict(make=hj.federated_hiso, distribution="near_normal"),
     "rademacher-bfloat16": dict(make=hj.federated_hiso, distribution="rademacher"),
 }
 
@@ -83,7 +84,7 @@ CORRECT = {  # integers, choices and copies; and the float operations that IEEE 
     "dynamic_slice", "dynamic_update_slice", "gather", "concatenate", "pad", "expand_dims",
     "transpose", "copy", "optimization_barrier", "random_wrap", "random_unwrap", "random_fold_in",
     "random_bits", "threefry2x32", "nextafter", "platform_index", "reduce_sum", "stop_gradient",
-    "split", "unstack",
+    "split", "unstack", "population_count",
 }  # fmt: skip
 CONTROL = {"jit", "pjit", "scan", "while", "cond", "custom_jvp_call", "custom_vjp_call",
            "closed_call", "core_call", "random_seed"}  # fmt: skip
@@ -100,7 +101,7 @@ def equations(jaxpr: Any) -> Any:
                     yield from equations(inner)
 
 
-@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("distribution", get_args(directions.Distribution))
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_only_correctly_rounded_operations(distribution: str, dtype: Any):
     """No division, root or transcendental of floats anywhere in `advance`, and no float sum
@@ -124,7 +125,7 @@ def test_only_correctly_rounded_operations(distribution: str, dtype: Any):
 F = np.float32
 
 
-def np_threefry(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
+def np_threefry(key: np.ndarray, counter: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     k = [np.uint32(key[0]), np.uint32(key[1])]
     k.append(k[0] ^ k[1] ^ np.uint32(0x1BD11BDA))
     x, y = np.zeros_like(counter) + k[0], counter + k[1]
@@ -134,7 +135,7 @@ def np_threefry(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
             y = x ^ ((y << np.uint32(turn)) | (y >> np.uint32(32 - turn)))
         x = x + k[(block + 1) % 3]
         y = y + k[(block + 2) % 3] + np.uint32(block + 1)
-    return x
+    return x, y
 
 
 def np_flush(x: Any) -> Any:
@@ -175,14 +176,20 @@ def np_normal(words: np.ndarray) -> np.ndarray:
 
 
 def np_noise(key: np.ndarray, size: int, distribution: str) -> np.ndarray:
+    count = -(-size // 32) if distribution == "rademacher" else size
+    words, others = np_threefry(key, np.arange(count, dtype=np.uint32))
     if distribution == "normal":
-        return np_normal(np_threefry(key, np.arange(size, dtype=np.uint32)))
-    words = np_threefry(key, np.arange(-(-size // 32), dtype=np.uint32))
+        return np_normal(words)
+    if distribution == "near_normal":
+        ones = np.unpackbits(words.view(np.uint8).reshape(-1, 4), axis=1).sum(1, dtype=np.int32)
+        halves = others.view(np.uint16).reshape(-1, 2).astype(np.int32)  # low, high
+        y = ((ones - 16) * 2**16 + halves[:, 1] - halves[:, 0]).astype(F)
+        return y * F(exact._LINE) + y * y * (y * F(exact._CUBE))
     bits = (words[:, None] >> (np.uint32(31) - np.arange(32, dtype=np.uint32))) & np.uint32(1)
     return np.where(bits.reshape(-1)[:size] == 1, F(-1), F(1))
 
 
-@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("distribution", get_args(directions.Distribution))
 def test_a_transcription_in_numpy_finds_the_same_bits(distribution: str):
     size, rounds, decay, rate, epsilon = 5001, 8, 0.95, F(0.01), F(1e-8)
     alg = hj.federated_hiso(

@@ -21,7 +21,7 @@ CASES = [
     ("normal", 1, jnp.float32, "hiso"),
     ("rademacher", 3, jnp.float32, "hiso"),
     ("rademacher", 2, jnp.bfloat16, "hiso"),
-    ("normal", 2, jnp.float16, "identity"),
+    ("near_normal", 2, jnp.float16, "identity"),
 ]
 
 

@@ -1,0 +1,243 @@
+"""What limits a scalar-only step on a language model: signal, noise and curvature, by block.
+
+Trains with HiSo and looks now and then, by automatic differentiation, at what the scalars
+cannot show one by one. A block is a layer's part of a leaf, or a leaf that has no layers.
+
+With noise of covariance D a round's best expected decrease is
+``P (g' D g)^2 / (2 s tr(D Hessian))``, with g the gradient and s the mean square of a scalar,
+``E[g_b' D g_b]`` over the gradients g_b of what it is measured on: a round's batch if clients
+share directions, a client's if each has its own, C P in all. So *own directions* gain C times
+the one s over the other; and *block scales* what the best D with a number per block gains over
+D = 1. Those are chosen on half of the examples and probes and judged on the other, since the
+best of a hundred noisy ratios looks better than it is.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+import hiso_jax as hj
+from experiments import compare, job, results
+from experiments.problem import Problem
+from hiso_jax import trees
+
+PIECE = 128
+"""Examples whose gradient is computed at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Measure signal, noise and curvature while HiSo fine-tunes."""
+
+    task: Literal["finetune", "sst2"] = "finetune"
+    """The job whose options are used."""
+    rounds: tuple[int, ...] = (0, 100, 300)
+    """When to look."""
+    data: Path | None = None
+    """File or folder of the data, for sst2."""
+    columns: tuple[str, ...] = ()
+    """Names of its columns, if it has no header line."""
+    vary: tuple[str, ...] = ()
+    """Other options of the job, name=value: model=runs/pretrain, batch_size=32."""
+    learning_rate: float = 8e-4
+    """Of HiSo, constant."""
+    examples: int = 2048
+    """Training examples that the gradient is measured on."""
+    probes: int = 32
+    """Random vectors that traces are estimated with; their standard error is in the table."""
+    out: Path = Path("runs/blocks.json")
+    """Where the figures go, with those of each block."""
+
+
+def dots(a: Any, b: Any) -> jax.Array:
+    """Inner products of two trees of leaves by name, block by block, [blocks]."""
+
+    def one(name: str, x: jax.Array) -> jax.Array:
+        inside = tuple(range(1, x.ndim)) if re.search("/layers?/", name) else None
+        return jnp.atleast_1d((x * b[name]).astype(jnp.float32).sum(inside))
+
+    return jnp.concatenate([one(name, x) for name, x in a.items()])
+
+
+def block_names(leaves: trees.Leaves) -> list[str]:
+    """As `dots` puts them."""
+    names = []
+    for name, x in leaves.items():
+        layers = range(len(x)) if re.search("/layers?/", name) else ()
+        names += [f"{name}[{i}]" for i in layers] or [name]
+    return names
+
+
+def gain(d: np.ndarray, signal: np.ndarray, noise: np.ndarray, trace: np.ndarray) -> float:
+    """What block scales `d` buy over equal ones; see the module's docstring.
+
+    Args:
+      d: [blocks], >= 0.
+      signal: squared gradient [blocks].
+      noise: mean squared gradient of what a scalar is measured on [blocks].
+      trace: of the Hessian's blocks [blocks].
+    """
+    decrease = lambda d: (d @ signal) ** 2 / ((d @ noise) * (d @ trace))  # noqa: E731
+    return float(decrease(d) / decrease(np.ones_like(d)))
+
+
+class Look:
+    """Compiled once for a problem."""
+
+    def __init__(self, problem: Problem, options: job.Options, examples: int, probes: int):
+        own = [problem.clients[name] for name in problem.clients.names]
+        self.joined = {k: np.concatenate([np.asarray(x[k]) for x in own]) for k in own[0]}
+        count = len(next(iter(self.joined.values())))
+        pieces = min(examples, count) // PIECE
+        if pieces < 4:
+            raise ValueError(f"examples: expected at least {4 * PIECE}, got {min(examples, count)}")
+        order = np.random.default_rng(0).permutation(count)
+        self.pieces = np.split(order[: pieces // 4 * 4 * PIECE], pieces // 4 * 4)
+        self.problem, self.options, self.probes = problem, options, probes
+        pick = lambda params: trees.select(params, problem.trainable)  # noqa: E731
+        loss = lambda params, x, data: problem.loss_fn(trees.merge(params, x), data)  # noqa: E731
+        slope = lambda params, data: jax.grad(loss, 1)(params, pick(params), data)  # noqa: E731
+
+        def along(params: Any, v: Any, data: Any) -> Any:
+            of = lambda x: jax.grad(loss, 1)(params, x, data)  # noqa: E731
+            return jax.jvp(of, (pick(params),), (v,))[1]
+
+        self.pick, self.slope, self.along = pick, jax.jit(slope), jax.jit(along)
+        self.dots, self.loss = jax.jit(dots), jax.jit(problem.loss_fn)
+        self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+
+    def batch(self, numbers: np.ndarray) -> dict[str, jax.Array]:
+        """Training examples as the loss takes them."""
+        data = {k: v[numbers] for k, v in self.joined.items()}
+        data["weight"] = np.ones(len(numbers), np.float32)
+        return {k: jnp.asarray(v) for k, v in self.problem.prepare(data).items()}
+
+    def mean(self, slopes: Iterator[Any]) -> Any:
+        """Mean of gradients."""
+        total, count = next(slopes), 1
+        for x in slopes:
+            total, count = self.add(total, x), count + 1
+        return jax.tree.map(lambda x: x / count, total)
+
+    def rounds(self, params: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Squared gradients of rounds' batches and of clients', [blocks] each."""
+        clients, size = self.options.clients_per_round, self.options.batch_size
+        batches, alone = [], []
+        for number in range(10_000, 10_000 + count):
+            names = self.problem.clients.sample(clients, number, 0, self.options.sampling)
+            own = self.problem.clients.batches(names, number, size, 1, 0)
+            each = []
+            for c in range(clients):
+                data = self.problem.prepare({k: v[c, 0] for k, v in own.items()})
+                each.append(self.slope(params, {k: jnp.asarray(v) for k, v in data.items()}))
+                alone.append(self.dots(each[-1], each[-1]))
+            together = self.mean(iter(each))
+            batches.append(self.dots(together, together))
+        return np.mean(batches, 0, np.float64), np.mean(alone, 0, np.float64)
+
+    def __call__(self, state: hj.State) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Figures of a state, and those of its blocks."""
+        params, data = state.params, [self.batch(piece) for piece in self.pieces]
+        quarters = [self.mean(self.slope(params, x) for x in data[i::4]) for i in range(4)]
+        pairs = [(0, 1), (2, 3), (0, 2), (0, 3), (1, 2), (1, 3)]  # halves that share nothing
+        products = [np.asarray(self.dots(quarters[i], quarters[j]), np.float64) for i, j in pairs]
+        leaves = self.pick(params)
+        h = {n: state.rule.curvature[n] for n in leaves}
+        traces, whitened, rng = [], [], jax.random.key(7)
+        for i in range(self.probes):
+            keys = dict(
+                zip(leaves, jax.random.split(jax.random.fold_in(rng, i), len(leaves)), strict=True)
+            )
+            v = {n: jax.random.rademacher(keys[n], x.shape, x.dtype) for n, x in leaves.items()}
+            traces.append(self.dots(v, self.along(params, v, data[i % len(data)])))
+            white = {n: x / jnp.sqrt(h[n]) for n, x in v.items()}
+            if int(state.round):
+                whitened.append(self.dots(white, self.along(params, white, data[i % len(data)])))
+        trace = np.asarray(traces, np.float64)
+        zeta = np.asarray(whitened, np.float64).sum(1).mean() if whitened else trace.sum(1).mean()
+        v = quarters[0]
+        for _ in range(12):  # the power method, on a piece
+            norm = jnp.sqrt(self.dots(v, v).sum())
+            v = jax.tree.map(lambda x, n=norm: x / n, v)
+            image = self.along(params, v, data[0])
+            largest, v = float(self.dots(v, image).sum()), image
+        noise, alone = self.rounds(params, 8)
+        fit, judge = trace[::2].mean(0), trace[1::2].mean(0)
+        scales = products[0].clip(0) / fit.clip(fit.sum() / len(fit) / 10)
+        signal = np.mean(products, 0)
+        figures = dict(
+            round=int(state.round),
+            loss=float(np.mean([self.loss(params, x) for x in data])),
+            gradient=signal.sum(),
+            batch_gradient=noise.sum(),
+            client_gradient=alone.sum(),
+            trace=trace.sum(1).mean(),
+            trace_error=trace.sum(1).std() / np.sqrt(len(trace)),
+            largest=largest,
+            kappa=trace.sum(1).mean() / largest,
+            zeta=zeta,
+            gain_own=self.options.clients_per_round * noise.sum() / alone.sum(),
+            gain_blocks=gain(scales, products[1], noise, judge),
+        )
+        blocks = dict(signal=signal, noise=noise, alone=alone, trace=trace.mean(0))
+        return {k: v if isinstance(v, int) else float(v) for k, v in figures.items()}, blocks
+
+
+TITLES = {
+    "round": "round", "loss": "loss", "gradient": "g squared", "batch_gradient": "of a batch",
+    "client_gradient": "of a client's", "trace": "trace", "trace_error": "its error",
+    "largest": "largest", "kappa": "kappa", "zeta": "zeta",
+    "gain_blocks": "gain of block scales", "gain_own": "gain of own directions",
+}  # fmt: skip
+
+
+def main(options: Blocks) -> None:
+    """Train, look, print and write."""
+    make, build = compare.TASKS[options.task]
+    given: dict[str, Any] = {k: v for k in ("data", "columns") if (v := getattr(options, k))}
+    for name, values in compare.varied(compare.finetune.Options, options.vary).items():
+        given[name] = values[0]
+    settings = make(**given)
+    problem = build(settings)
+    alg = hj.federated_hiso(
+        problem.loss_fn, options.learning_rate, num_perturbations=settings.num_perturbations,
+        distribution=settings.distribution, lazy=problem.lazy, trainable=problem.trainable,
+    )  # fmt: skip
+    state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(0))
+    look = Look(problem, settings, options.examples, options.probes)
+    names = block_names(look.pick(state.params))
+    rows, kept, console = [], [], Console()
+
+    def note(state: hj.State) -> None:
+        figures, blocks = look(state)
+        rows.append(figures)
+        kept.append(
+            figures
+            | {"blocks": {n: [float(v[i]) for v in blocks.values()] for i, n in enumerate(names)}}
+        )
+        console.print({k: round(v, 4) for k, v in figures.items()})
+
+    if 0 in options.rounds:
+        note(state)
+    last = max(options.rounds)
+    rounds = dataclasses.replace(settings, rounds=last)
+    for report in job.rounds(rounds, problem, alg, state) if last else ():
+        if report.round in options.rounds:
+            note(report.state)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(kept, indent=1) + "\n")
+    results.show(list(TITLES.values()), [[f"{row[k]:.3g}" for k in TITLES] for row in rows])
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Blocks))
