@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks import round as ours
 from benchmarks import timing
-from hiso_jax import models
+from hiso_jax import directions, models
 
 console = Console()
 
@@ -32,8 +32,8 @@ class Options(ours.Options):
     for all clients, so it is added once for all of them.
     """
 
-    distribution: Literal["normal", "rademacher"] = "normal"
-    """Noise."""
+    distribution: directions.Distribution = "normal"
+    """Noise; PyTorch has its own normal one for near_normal."""
     repeats: int = 1
     """Times that each is timed, in turns, after one that is not."""
 
@@ -58,10 +58,10 @@ class Loop:
         seed = hash((self.round, step, perturbation)) % 2**63
         generator = torch.Generator().manual_seed(seed)
         for weight, h in zip(self.weights, self.curvature, strict=True):
-            if self.options.distribution == "normal":
-                z = torch.empty_like(weight).normal_(generator=generator)
-            else:
+            if self.options.distribution == "rademacher":
                 z = torch.empty_like(weight).random_(0, 2, generator=generator).mul_(2).sub_(1)
+            else:
+                z = torch.empty_like(weight).normal_(generator=generator)
             yield z.mul_(torch.rsqrt(h))
 
     def shift(self, step: int, perturbation: int, scale: float) -> None:

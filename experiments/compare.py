@@ -34,7 +34,7 @@ TASKS: dict[str, tuple[Any, Any]] = {
         lambda **own: finetune.Options(task="sst2", length=32, batch_size=8, **own),
         finetune.build,
     ),
-    "digits": (digits.Options, lambda options: digits.digits()),
+    "digits": (digits.Options, lambda own: digits.digits(own.clients, own.alpha)),
     "mnist": (mnist.Options, mnist.build),
 }
 DIVERGED = 20.0

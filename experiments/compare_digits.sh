@@ -21,3 +21,4 @@ run "0.001 0.002 0.004 0.008 0.016" "fedadam"
 # A method with half of the rounds, and so another schedule, against the others with all of them.
 run "0.032 0.064 0.128 0.256 0.512" "rms" "--vary own_directions=true rounds=300"
 run "0.01 0.02 0.04 0.08 0.16" "decomfl hiso" "--vary rounds=300"
+run "0.016 0.032 0.064 0.128 0.256" "rms" "--vary rounds=300"

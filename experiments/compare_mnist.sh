@@ -3,11 +3,17 @@
 set -euo pipefail
 data=$(realpath "$1")
 cd "$(dirname "$0")/.."
-run() { # rates, methods, own directions, rounds
+run() { # rates, methods, own directions, rounds, more options
   .venv/bin/python -m experiments.compare --task mnist --data "$data" --seeds 3 \
     --processes "${PROCESSES:-2}" --out docs/results/mnist.jsonl --learning-rate $1 --method $2 \
-    --vary rounds=$4 eval_every=25 own_directions=$3 distribution=rademacher
+    --vary rounds=$4 eval_every=25 own_directions=$3 distribution=rademacher ${5:-}
 }
 run "0.032 0.064 0.128 0.256 0.512" "rms" true 150,300
 run "0.00125 0.0025 0.005 0.01 0.02" "decomfl hiso" false 300
 run "0.016 0.032 0.064 0.128 0.256" "rms" false 300
+# One pass a direction instead of two.
+run "0.032 0.064 0.128" "rms" true 150,300 estimator=forward
+run "0.005 0.01 0.02" "decomfl" false 300 estimator=forward
+# Shares of labels less and more alike.
+run "0.064 0.128 0.256" "rms" true 300 alpha=inf,0.1
+run "0.005 0.01 0.02" "decomfl hiso" false 300 alpha=inf,0.1

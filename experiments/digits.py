@@ -101,6 +101,10 @@ def digits(num_clients: int = 40, alpha: float = 1.0, seed: int = 0) -> Problem:
 class Options(job.Options):
     """Train a small CNN from scratch on digits, over clients with unequal shares of labels."""
 
+    clients: int = 40
+    """Clients (M)."""
+    alpha: float = 1.0
+    """Dirichlet parameter of the label shares; inf for equal ones."""
     rounds: int = 600
     """Communication rounds."""
     out: Path = Path("runs/digits")
@@ -121,7 +125,8 @@ def main() -> None:
     """Parse the command line and run."""
     import tyro
 
-    job.run(job.settle(tyro.cli(Options)), digits(), LEARNING_RATES)
+    options = job.settle(tyro.cli(Options))
+    job.run(options, digits(options.clients, options.alpha), LEARNING_RATES)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ OWN = ", own directions"
 
 def title(method: str) -> str:
     """A method as people write it."""
-    name = method.removesuffix(OWN)
-    return TITLES.get(name, name.rpartition(":")[2]) + method[len(name) :]
+    name, comma, how = method.partition(", ")
+    return TITLES.get(name, name.rpartition(":")[2]) + comma + how
 
 
 def check(method: str) -> str:
@@ -93,6 +93,11 @@ def build(
     if method == "hiso":
         common |= dict(decay=options.decay)
     return (SCALAR.get(method) or _yours(method))(loss_fn, learning_rate, **common)
+
+
+def hiso_all(loss_fn: Any, learning_rate: Any, **options: Any) -> hj.Algorithm:
+    """HiSo whose H is moved by every local step; ``--method experiments.methods:hiso_all``."""
+    return hj.federated_hiso(loss_fn, learning_rate, update_steps="all", **options)
 
 
 def forward_passes(algorithm: hj.Algorithm | Baseline) -> int:

@@ -1,6 +1,9 @@
 """What a comparison says: tables and figures of the rows that `experiments.compare` wrote."""
 
 import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +22,7 @@ NEAR = 0.95
 class Curve(NamedTuple):
     """The runs of a method at one learning rate, seed by seed."""
 
-    method: str
+    method: str  # and in what its rows differ from most
     learning_rate: float
     rounds: np.ndarray  # [E] rounds at which the dev split was looked at
     losses: np.ndarray  # [S, E] on the dev split; infinite after a run diverged
@@ -41,11 +44,22 @@ class Curve(NamedTuple):
         return int(self.rounds[hits[0]]) if hits.size else None
 
 
+def variant(rows: list[Row]) -> Callable[[Row], str]:
+    """A function that names the options in which a row differs from most rows."""
+    shared = ("task", "method", "learning_rate", "seed", "own_directions")
+    # What follows the metric is what came out.
+    names = [n for n in itertools.takewhile(lambda n: n != "metric", rows[0]) if n not in shared]
+    usual = {n: Counter(str(r.get(n)) for r in rows).most_common(1)[0][0] for n in names}
+    other = lambda row: [f", {n}={row.get(n)}" for n in names if str(row.get(n)) != usual[n]]  # noqa: E731
+    return lambda row: "".join([OWN] * bool(row.get("own_directions")) + other(row))
+
+
 def curves(rows: list[Row]) -> list[Curve]:
-    """Group rows, of one task and one setting, by method and learning rate."""
+    """Group rows, of one task, by method, options and learning rate."""
     groups: dict[tuple[str, float], list[Row]] = {}
+    named = variant(rows)
     for row in rows:
-        method = row["method"] + (OWN if row.get("own_directions") else "")
+        method = row["method"] + named(row)
         groups.setdefault((method, row["learning_rate"]), []).append(row)
     out = []
     for (method, rate), own in groups.items():
@@ -138,6 +152,27 @@ def show(header: list[str], lines: list[list[str]]) -> None:
         print("| " + " | ".join(line) + " |")
 
 
+def pivot(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of another table: options downwards, methods across, each at its best.
+
+    A cell is dev loss, dev metric in percent, and the learning rate.
+    """
+    best = tuned(curves(rows))
+    methods = list(dict.fromkeys(name.partition(", ")[0] for name in best))
+
+    def cell(curve: Curve | None) -> str:
+        if curve is None:
+            return ""
+        last = 100 * curve.figures[:, -1]
+        return f"{curve.loss:.3f}, {last.mean():.1f} ± {last.std():.1f} at {curve.learning_rate:g}"
+
+    lines = []
+    for how in dict.fromkeys(name.partition(", ")[2] for name in best):
+        names = [", ".join(filter(None, (method, how))) for method in methods]
+        lines.append([how or "as most", *(cell(best.get(name)) for name in names)])
+    return ["", *map(title, methods)], lines
+
+
 def draw(rows: list[Row], name: str, path: Path, only: tuple[str, ...] = ()) -> None:
     """Draw the metric against rounds, forward passes and floats sent, and against the rate."""
     every = [c for c in curves(rows) if not only or c.method in only]
@@ -169,19 +204,23 @@ def draw(rows: list[Row], name: str, path: Path, only: tuple[str, ...] = ()) -> 
 
 
 def where(rows: list[Row], conditions: tuple[str, ...]) -> list[Row]:
-    """The rows whose options have the values given, ``name=value``."""
-    pairs = [condition.partition("=") for condition in conditions]
-    return [r for r in rows if all(str(r.get(name)) == value for name, _, value in pairs)]
+    """The rows whose options have one of the values given, ``name=value,value``."""
+    wanted = [
+        (name, values.split(",")) for name, _, values in (c.partition("=") for c in conditions)
+    ]
+    return [row for row in rows if all(str(row.get(name)) in values for name, values in wanted)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
     """Print the table of a comparison, as Markdown too, and draw its figure."""
 
-    rows: Path = Path("runs/compare.jsonl")
+    rows: tuple[Path, ...] = (Path("runs/compare.jsonl"),)
     """What `experiments.compare` wrote."""
     where: tuple[str, ...] = ()
-    """Which rows: task=mnist, alpha=1.0, local_steps=1; all of them must be of one setting."""
+    """Which rows: task=mnist, alpha=1.0, method=hiso,decomfl; all must be of one task."""
+    pivot: bool = False
+    """Options downwards, methods across."""
     only: tuple[str, ...] = ()
     """Methods to draw; by default all."""
     picture: Path | None = None
@@ -190,10 +229,10 @@ class Results:
 
 def main(options: Results) -> None:
     """Print and draw."""
-    rows = where(read(options.rows), options.where)
+    rows = where([row for path in options.rows for row in read(path)], options.where)
     if not rows:
-        raise SystemExit(f"--where: {options.rows} has no such row")
-    show(*summary(rows))
+        raise SystemExit(f"--where: there is no such row in {', '.join(map(str, options.rows))}")
+    show(*(pivot if options.pivot else summary)(rows))
     if options.picture:
         draw(rows, str(rows[0]["task"]), options.picture, options.only)
 

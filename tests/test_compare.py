@@ -2,11 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import compare, digits, mnist, results, robustness
+import hiso_jax as hj
+from experiments import blocks, compare, digits, finetune, mnist, results, robustness
+from experiments.curvature import gain as curvature_gain
+from experiments.problem import Problem
+from hiso_jax import simulation, trees
 from tests.helpers import finish, start
 
 GRID = ("--task", "digits", "--method", "decomfl", "fedavg", "--learning-rate", "0.02", "0.04",
@@ -73,6 +80,55 @@ def test_own_directions_are_a_curve_of_their_own():
     rows = [row("decomfl", 1.0, 0, [0.1, 0.5]) | {"own_directions": own} for own in (False, True)]
     assert [c.method for c in results.curves(rows)] == ["decomfl", "decomfl, own directions"]
     assert results.summary(rows)[1][1][0] == "DeComFL, own directions"
+
+
+def test_runs_of_other_options_are_not_mixed():
+    """What differs from most rows is named; the table across has a line for it."""
+    rows = [{"decay": 0.95} | row("hiso", 1.0, seed, [0.1, 0.5]) for seed in range(3)]
+    rows += [{"decay": 0.9} | row("hiso", 1.0, 0, [0.1, 0.7])]
+    rows += [{"decay": 0.95} | row("decomfl", 2.0, 0, [0.1, 0.25])]
+    assert [c.method for c in results.curves(rows)] == ["hiso", "hiso, decay=0.9", "decomfl"]
+    header, lines = results.pivot(rows)
+    assert header == ["", "HiSo", "DeComFL"]
+    assert lines == [
+        ["as most", "0.500, 50.0 ± 0.0 at 1", "0.750, 25.0 ± 0.0 at 2"],
+        ["decay=0.9", "0.300, 70.0 ± 0.0 at 1", ""],
+    ]
+    assert results.where(rows, ("decay=0.9,0.95", "method=decomfl")) == rows[4:]
+
+
+def test_blocks_of_a_quadratic():
+    """Traces, gradients and gains that are known: 0.5 sum_b c_b |x_b - y|^2."""
+    curvature = {"body/layers/w": jnp.array([1.0, 4.0])[:, None], "head": jnp.array(9.0)}
+    params = {"body": {"layers": {"w": jnp.full((2, 50), 0.5)}}, "head": jnp.full(10, 2.0)}
+
+    def loss_fn(params: Any, batch: Any) -> Any:
+        shift = (batch["y"] * batch["weight"]).sum() / batch["weight"].sum()
+        leaves = trees.select(params)
+        return sum(0.5 * (c * (leaves[n] - shift) ** 2).sum() for n, c in curvature.items())
+
+    clients = {f"client {i}": {"y": np.zeros(128, np.float32)} for i in range(8)}
+    held = {"y": np.zeros(1, np.float32)}
+    own = Problem("quadratic", params, loss_fn, lambda *_: {}, simulation.Clients(clients), held,
+                  held, lambda *_: None)  # fmt: skip
+    alg = hj.federated_hiso(loss_fn, 0.1)
+    look = blocks.Look(own, finetune.Options(clients_per_round=4), 1024, 4)
+    figures, found = look(alg.init(params, jax.random.key(0)))
+    assert blocks.block_names(look.pick(params)) == ["body/layers/w[0]", "body/layers/w[1]", "head"]
+    signal = np.array([0.25 * 50, 16 * 0.25 * 50, 81 * 4.0 * 10])
+    trace = np.array([50.0, 200, 90])
+    np.testing.assert_allclose(found["signal"], signal, rtol=1e-5)
+    np.testing.assert_allclose(found["trace"], trace, rtol=1e-5)
+    np.testing.assert_allclose(found["alone"], signal, rtol=1e-5)
+    assert figures["zeta"] == figures["trace"] == pytest.approx(340)
+    assert figures["largest"] == pytest.approx(9, rel=1e-4)
+    assert figures["gain_own"] == pytest.approx(4)  # no noise: C times as many directions
+    scales = signal / trace
+    best = (scales @ signal) / (scales @ trace) / (signal.sum() / trace.sum())
+    assert figures["gain_blocks"] == pytest.approx(best, rel=1e-4)
+    per_element = np.repeat(scales, 2)  # the same by element, as `experiments.curvature` has it
+    g, c = np.sqrt(np.repeat(signal, 2) / 2), np.repeat(trace, 2) / 2
+    assert curvature_gain(g, g[None], c, per_element) == pytest.approx(best, rel=1e-4)
 
 
 def test_bad_options_are_named():
