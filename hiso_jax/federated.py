@@ -286,6 +286,7 @@ def scalar_algorithm(
                     entering=rule_state,
                     lasts=jnp.zeros(1, bool),
                     wanted=k < steps - 1,  # its last step would be thrown away
+                    frozen=not rule.carried,
                 )
                 return moved, (loss, scalars)
 

@@ -17,6 +17,8 @@ A rule whose `second` is true goes with ``estimator="three_point"``: its record 
 scalars, and `delta` is the pair of the ascent direction, made of the first P, and of
 ``(1/P) sum_p scalars[P + p] u_p^2`` with the noise as drawn.
 
+Where `carried` is false, clients with several local steps need no copy of the state.
+
 What makes replay exact, and possible in blocks of a leaf: every function works element by
 element on the leaves (numbers that belong to no element come from `scalars` alone), and
 uses `hiso_jax.exact` for products, roots and sums of scalars. `recipe` names the rule and its
@@ -41,6 +43,7 @@ class Rule(NamedTuple):
     update: Callable[[Any, Any, jax.Array, jax.Array], tuple[Leaves, Any]]
     recipe: Mapping[str, Any] | None = None  # {"rule": name, argument: value, ...}
     second: bool = False  # whether it takes second differences too
+    carried: bool = True  # whether the step of `update` depends on the state given to it
 
 
 class HisoState(NamedTuple):
@@ -80,7 +83,7 @@ def hiso(decay: Any = 0.95, epsilon: Any = 1e-8, update_steps: str = "last") -> 
         return delta, HisoState({n: average(h, delta[n]) for n, h in state.curvature.items()})
 
     recipe = dict(rule="hiso", decay=decay, epsilon=epsilon, update_steps=update_steps)
-    return Rule(_ones, _whitened, update, recipe)
+    return Rule(_ones, _whitened, update, recipe, carried=False)
 
 
 def identity() -> Rule:
@@ -208,7 +211,7 @@ def hizoo(decay: Any = 1 - 1e-6) -> Rule:
 
         return step, HisoState({n: average(h, seconds[n]) for n, h in state.curvature.items()})
 
-    return Rule(_ones, _whitened, update, dict(rule="hizoo", decay=decay), second=True)
+    return Rule(_ones, _whitened, update, dict(rule="hizoo", decay=decay), True, carried=False)
 
 
 class MomentumState(NamedTuple):

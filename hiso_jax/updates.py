@@ -121,6 +121,7 @@ def apply_record(
     lasts: Any = None,
     usable: Any = True,
     wanted: Any = None,
+    frozen: bool = False,
     narrow: Callable[[str, jax.Array, Any], jax.Array] = lambda name, x, start: x,
 ) -> tuple[trees.Leaves, Any]:
     """Take the local steps of a finite record [K, P] on all leaves, block by block.
@@ -134,6 +135,7 @@ def apply_record(
       lasts: as of `local_steps`.
       usable: bool; if False, nothing changes.
       wanted: bool; if False, nothing is even computed.
+      frozen: the state is not needed afterwards: it is returned as it was, and no copy is made.
       narrow: (leaf, float32 block, number of its first element) -> block in the leaf's dtype.
 
     Returns:
@@ -147,7 +149,11 @@ def apply_record(
     for name, leaf in leaves.items():
         shape = block_shape(leaf.shape)
 
-        def block(i: Any, carry: Any, name: str = name, shape: Any = shape) -> Any:
+        whole = [n[name].reshape(shape) if isinstance(n, dict) else n for n in before]
+
+        def block(
+            i: Any, carry: Any, name: str = name, shape: Any = shape, whole: Any = whole
+        ) -> Any:
             x, own = carry
             start = jnp.asarray(i, jnp.uint32) * jnp.uint32(math.prod(shape[1:]))
 
@@ -160,23 +166,24 @@ def apply_record(
                     [{name: cut(j)} if isinstance(n, dict) else n for j, n in each]
                 )
 
-            now = part(before, lambda j: at(own[j], i))
+            now = part(before, lambda j: at((whole if frozen else own)[j], i))
             then = now
             if entering is not None:
                 then = part(first, lambda j: at(first[j][name].reshape(shape), i))
             wide = {name: at(x, i).astype(jnp.float32)}
             end, new = local_steps(rule, draw, then, wide, now, record, rate, lasts)
-            new = [n[name] if isinstance(n, dict) else n for n in tree.flatten_up_to(new)]
             put = lambda x, n: lax.dynamic_update_index_in_dim(x, kept(n, at(x, i)), i, 0)  # noqa: E731
+            if frozen:
+                return put(x, narrow(name, end[name], start)), own
+            new = [n[name] if isinstance(n, dict) else n for n in tree.flatten_up_to(new)]
             own = [
                 put(own[j], n) if isinstance(before[j], dict) else kept(n, before[j])
                 for j, n in enumerate(new)
             ]
             return put(x, narrow(name, end[name], start)), own
 
-        own = [n[name].reshape(shape) if isinstance(n, dict) else n for n in before]
         count = shape[0] if wanted is None else jnp.where(wanted, shape[0], 0)
-        x, own = lax.fori_loop(0, count, block, (leaf.reshape(shape), own))
+        x, own = lax.fori_loop(0, count, block, (leaf.reshape(shape), [] if frozen else whole))
         moved[name] = x.reshape(leaf.shape)
         for j, n in enumerate(own):
             if isinstance(after[j], dict):

@@ -229,6 +229,18 @@ def test_estimator_and_rule_must_fit():
         alg.advance(start, jnp.ones((1, 1)))
 
 
+@pytest.mark.parametrize("name", [n for n, r in rules.RULES.items() if not r().carried])
+def test_a_step_that_clients_carry_no_state_for_does_not_depend_on_it(name: str):
+    rule, leaves = rules.RULES[name](), {"w": jnp.linspace(-1, 1, 9)}
+    delta: Any = ({"w": leaves["w"] ** 2}, leaves) if rule.second else {"w": leaves["w"] ** 2}
+    start = rule.init(leaves)
+    steps = [
+        rule.update(state, delta, jnp.ones(4), jnp.array(True))[0]["w"]
+        for state in (start, jax.tree.map(lambda x: 3 * x + 1, start))
+    ]
+    assert_same_bits(*steps)
+
+
 def test_hizoo_learns_the_curvature_of_a_quadratic():
     """Its fixed point has |mean(c u^2)| / 2 = 1: H in proportion to curvature, per element."""
     scale = jnp.array([1.0, 4.0, 16.0])
