@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from benchmarks import peers, scaling
+from benchmarks import noise, peers, scaling
 from benchmarks import round as one
+from hiso_jax import directions
 
 SMALL: dict[str, Any] = dict(shape="opt-1m", batch=2, length=8, num_perturbations=2, repeats=1)
 
@@ -37,6 +38,11 @@ def test_peer_computes_the_same_loss_and_moves(steps: int, law: Any):
     found = peers.measure(options)  # raises if the losses differ
     assert found["times_faster_than_sequential"] > 0
     assert ("shared" in found["seconds"]) == (steps == 1)
+
+
+def test_every_noise_has_a_price():
+    found = noise.measure(noise.Options(numbers=2**10, times=2, repeats=1))
+    assert tuple(found) == get_args(directions.Distribution) and min(found.values()) > 0
 
 
 def test_a_million_clients_take_little():

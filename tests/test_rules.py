@@ -256,6 +256,16 @@ def test_hizoo_learns_the_curvature_of_a_quadratic():
     assert h[0] < h[1] < h[2]
 
 
+def blocks_replay(blocks: replay.Replay, params: Any) -> None:
+    """Replay leaf by leaf, and find the ledger's digest."""
+    flat = {n: np.asarray(x).ravel() for n, x in hj.trees.named(params).items()}
+    for n, x in flat.items():
+        blocks.read(n, 0, x)
+    for n, x in flat.items():
+        blocks.advance(n, 0, x)
+    assert blocks.digest == blocks.wanted
+
+
 def test_a_pool_s_numbers_are_the_model():
     """Some directions repeat; the sums by direction agree with the replayed model."""
     alg = hj.fedkseed(odd_loss, 1e-2, seed_pool=7, local_steps=2, distribution="rademacher")
@@ -272,12 +282,7 @@ def test_a_pool_s_numbers_are_the_model():
     moved = pool.apply(params, start.key, weights, distribution="rademacher")
     for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-    flat = {n: np.asarray(x).ravel() for n, x in hj.trees.named(params).items()}
-    for n, x in flat.items():
-        blocks.read(n, 0, x)
-    for n, x in flat.items():
-        blocks.advance(n, 0, x)
-    assert blocks.digest == blocks.wanted
+    blocks_replay(blocks, params)
     assert len(set(np.asarray(_picks(start.key, 7)))) == 7
 
 
@@ -342,12 +347,7 @@ def test_own_directions_in_all_programs(steps: int, rule: str):
         assert records[0].shape == written.shape == (steps, 8 * (2 if made.second else 1))
         assert_same_bits(state, jax.jit(alg.replay)(start, jnp.stack(records)))
         blocks = replay.Replay(written)
-    flat = {n: np.asarray(x).ravel() for n, x in hj.trees.named(params).items()}
-    for n, x in flat.items():
-        blocks.read(n, 0, x)
-    for n, x in flat.items():
-        blocks.advance(n, 0, x)
-    assert blocks.digest == blocks.wanted
+    blocks_replay(blocks, params)
 
 
 def test_a_server_keeps_everybody_s_place():
