@@ -25,9 +25,9 @@ import numpy as np
 from rich.console import Console
 
 import hiso_jax as hj
-from experiments import compare, job, results
+from experiments import compare, finetune, job, results
 from experiments.problem import Problem
-from hiso_jax import trees
+from hiso_jax import files, trees
 
 PIECE = 128
 """Examples whose gradient is computed at a time."""
@@ -169,7 +169,7 @@ class Look:
             v = jax.tree.map(lambda x, n=norm: x / n, v)
             image = self.along(params, v, data[0])
             largest, v = float(self.dots(v, image).sum()), image
-        noise, alone = self.rounds(params, 8)
+        noise, alone = self.rounds(params, 16)
         fit, judge = trace[::2].mean(0), trace[1::2].mean(0)
         scales = products[0].clip(0) / fit.clip(fit.sum() / len(fit) / 10)
         signal = np.mean(products, 0)
@@ -203,7 +203,7 @@ def main(options: Blocks) -> None:
     """Train, look, print and write."""
     make, build = compare.TASKS[options.task]
     given: dict[str, Any] = {k: v for k in ("data", "columns") if (v := getattr(options, k))}
-    for name, values in compare.varied(compare.finetune.Options, options.vary).items():
+    for name, values in compare.varied(finetune.Options, options.vary).items():
         given[name] = values[0]
     settings = make(**given)
     problem = build(settings)
@@ -219,10 +219,12 @@ def main(options: Blocks) -> None:
     def note(state: hj.State) -> None:
         figures, blocks = look(state)
         rows.append(figures)
-        kept.append(
-            figures
-            | {"blocks": {n: [float(v[i]) for v in blocks.values()] for i, n in enumerate(names)}}
-        )
+        columns = zip(*blocks.values(), strict=True)
+        each = {n: [float(x) for x in own] for n, own in zip(names, columns, strict=True)}
+        kept.append(figures | {"blocks": each})
+        # After every look, since each takes minutes.
+        with files.whole(options.out) as part:
+            part.write_text(json.dumps(kept, indent=1) + "\n")
         console.print({k: round(v, 4) for k, v in figures.items()})
 
     if 0 in options.rounds:
@@ -232,8 +234,6 @@ def main(options: Blocks) -> None:
     for report in job.rounds(rounds, problem, alg, state) if last else ():
         if report.round in options.rounds:
             note(report.state)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(kept, indent=1) + "\n")
     results.show(list(TITLES.values()), [[f"{row[k]:.3g}" for k in TITLES] for row in rows])
 
 
