@@ -20,3 +20,8 @@ run "0.005 0.01 0.02 0.04 0.08" "hiso experiments.methods:hiso_all decomfl" "loc
 for more in alpha=0.1,inf clients_per_round=2,32 num_perturbations=1,5,20; do
   run "0.032 0.064 0.128 0.256 0.512" "rms" "$own $more"
 done
+# The control: one number in the place of H.
+for more in distribution=normal num_perturbations=1,5,20 clients_per_round=2,32 alpha=0.1,inf \
+  "local_steps=5 rounds=120 eval_every=10"; do
+  run "0.016 0.032 0.064 0.128 0.256" "rms" "$more"
+done
