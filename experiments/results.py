@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -198,6 +199,7 @@ def draw(rows: list[Row], name: str, path: Path, only: tuple[str, ...] = ()) -> 
     axes[0].set(ylabel=f"dev {metric} (%)")
     axes[0].legend(fontsize=7)
     axes[2].set_xscale("log")
+    axes[2].xaxis.set_minor_formatter(NullFormatter())
     axes[3].set_xscale("log", base=2)
     picture.suptitle(f"{name}: mean and standard deviation over {len(curve.tests)} seeds")
     picture.savefig(path, dpi=110)
