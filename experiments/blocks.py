@@ -14,7 +14,6 @@ best of a hundred noisy ratios looks better than it is.
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +25,10 @@ from rich.console import Console
 
 import hiso_jax as hj
 from experiments import compare, finetune, job, results
+from experiments.curvature import gain
 from experiments.problem import Problem
 from hiso_jax import files, trees
+from hiso_jax.models import subsets
 
 PIECE = 128
 """Examples whose gradient is computed at a time."""
@@ -61,7 +62,7 @@ def dots(a: Any, b: Any) -> jax.Array:
     """Inner products of two trees of leaves by name, block by block, [blocks]."""
 
     def one(name: str, x: jax.Array) -> jax.Array:
-        inside = tuple(range(1, x.ndim)) if re.search("/layers?/", name) else None
+        inside = tuple(range(1, x.ndim)) if subsets.stacked(name) else None
         return jnp.atleast_1d((x * b[name]).astype(jnp.float32).sum(inside))
 
     return jnp.concatenate([one(name, x) for name, x in a.items()])
@@ -71,30 +72,16 @@ def block_names(leaves: trees.Leaves) -> list[str]:
     """As `dots` puts them."""
     names = []
     for name, x in leaves.items():
-        layers = range(len(x)) if re.search("/layers?/", name) else ()
+        layers = range(len(x)) if subsets.stacked(name) else ()
         names += [f"{name}[{i}]" for i in layers] or [name]
     return names
-
-
-def gain(d: np.ndarray, signal: np.ndarray, noise: np.ndarray, trace: np.ndarray) -> float:
-    """What block scales `d` buy over equal ones; see the module's docstring.
-
-    Args:
-      d: [blocks], >= 0.
-      signal: squared gradient [blocks].
-      noise: mean squared gradient of what a scalar is measured on [blocks].
-      trace: of the Hessian's blocks [blocks].
-    """
-    decrease = lambda d: (d @ signal) ** 2 / ((d @ noise) * (d @ trace))  # noqa: E731
-    return float(decrease(d) / decrease(np.ones_like(d)))
 
 
 class Look:
     """Compiled once for a problem."""
 
     def __init__(self, problem: Problem, options: job.Options, examples: int, probes: int):
-        own = [problem.clients[name] for name in problem.clients.names]
-        self.joined = {k: np.concatenate([np.asarray(x[k]) for x in own]) for k in own[0]}
+        self.joined = problem.clients.columns
         count = len(next(iter(self.joined.values())))
         pieces = min(examples, count) // PIECE
         if pieces < 4:
@@ -201,12 +188,9 @@ TITLES = {
 
 def main(options: Blocks) -> None:
     """Train, look, print and write."""
-    make, build = compare.TASKS[options.task]
-    given: dict[str, Any] = {k: v for k in ("data", "columns") if (v := getattr(options, k))}
-    for name, values in compare.varied(finetune.Options, options.vary).items():
-        given[name] = values[0]
-    settings = make(**given)
-    problem = build(settings)
+    first = {n: v[0] for n, v in compare.varied(finetune.Options, options.vary).items()}
+    settings = dataclasses.replace(compare.defaults(options), **first)
+    problem = compare.TASKS[options.task][1](settings)
     alg = hj.federated_hiso(
         problem.loss_fn, options.learning_rate, num_perturbations=settings.num_perturbations,
         distribution=settings.distribution, lazy=problem.lazy, trainable=problem.trainable,

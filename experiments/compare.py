@@ -140,12 +140,16 @@ def _plain(value: float) -> float | None:
     return round(float(value), 6) if np.isfinite(value) else None
 
 
+def defaults(options: Any) -> job.Options:
+    """The options of the `task` named, with its `data` and `columns`, if they are given."""
+    given = {name: value for name in ("data", "columns") if (value := getattr(options, name))}
+    return TASKS[options.task][0](**given)
+
+
 def grid(options: Compare) -> Iterator[tuple[dict[str, Any], job.Options]]:
     """What names a run, and its options."""
-    make, _ = TASKS[options.task]
-    given = {"data": options.data, "columns": options.columns} if options.columns else {}
-    defaults = make(**given or ({"data": options.data} if options.data else {}))
-    axes = varied(type(defaults), options.vary)
+    start = defaults(options)
+    axes = varied(type(start), options.vary)
     for method in options.method:
         methods.check(method)
         for rate, seed, *values in itertools.product(
@@ -153,7 +157,7 @@ def grid(options: Compare) -> Iterator[tuple[dict[str, Any], job.Options]]:
         ):
             own = dict(zip(axes, values, strict=True))
             point = dataclasses.replace(
-                defaults, **dict(method=method, learning_rate=rate, seed=seed) | own
+                start, **dict(method=method, learning_rate=rate, seed=seed) | own
             )
             yield dict(task=options.task, **settings(point)), point
 

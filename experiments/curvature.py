@@ -53,24 +53,20 @@ class Curvature:
 
 def everything(problem: Problem) -> dict[str, jax.Array]:
     """All training examples in one batch."""
-    own = [problem.clients[name] for name in problem.clients.names]
-    joined = {k: jnp.asarray(np.concatenate([x[k] for x in own])) for k in own[0]}
+    joined = {k: jnp.asarray(v) for k, v in problem.clients.columns.items()}
     return joined | {"weight": jnp.ones(len(joined["label"]))}
 
 
-def gain(g: np.ndarray, batch: np.ndarray, curvature: np.ndarray, d: np.ndarray) -> float:
+def gain(d: np.ndarray, signal: np.ndarray, noise: np.ndarray, trace: np.ndarray) -> float:
     """What noise of variances `d` buys over equal ones; see the module's docstring.
 
     Args:
-      g: gradient [n].
-      batch: gradients [B, n] of rounds' batches.
-      curvature: diagonal of the Hessian's absolute value [n].
-      d: [n], > 0.
+      d: [n], >= 0, of n parameters, or of n blocks of them.
+      signal: squared gradient [n].
+      noise: mean squared gradient of what a scalar is measured on [n].
+      trace: of the Hessian's blocks, or its diagonal [n].
     """
-
-    def decrease(d: np.ndarray) -> float:
-        return (d * g**2).sum() ** 2 / ((batch**2 @ d).mean() * (d * curvature).sum())
-
+    decrease = lambda d: (d @ signal) ** 2 / ((d @ noise) * (d @ trace))  # noqa: E731
     return float(decrease(d) / decrease(np.ones_like(d)))
 
 
@@ -105,6 +101,7 @@ def look(problem: Problem, state: hj.State, seed: int) -> tuple[dict[str, Any], 
         (g[sizes == i] ** 2).sum() / diagonal[sizes == i].sum() for i in range(len(leaves))
     ])  # fmt: skip
     spread = float(np.std(np.log(h)))
+    seen = (g**2, (batch**2).mean(0), diagonal)
     figures = dict(
         round=int(state.round),
         loss=float(f(flat, data)),
@@ -116,9 +113,9 @@ def look(problem: Problem, state: hj.State, seed: int) -> tuple[dict[str, Any], 
         h_mean=float(h.mean()),
         h_spread=spread,
         correlation=float(np.corrcoef(np.log(h), np.log(diagonal))[0, 1]) if spread else 0.0,
-        gain_h=gain(g, batch, diagonal, 1 / h),
-        gain_curvature=gain(g, batch, diagonal, 1 / (diagonal + diagonal.mean())),
-        gain_blocks=gain(g, batch, diagonal, per_block[sizes]),
+        gain_h=gain(1 / h, *seen),
+        gain_curvature=gain(1 / (diagonal + diagonal.mean()), *seen),
+        gain_blocks=gain(per_block[sizes], *seen),
         gain_own=float(8 * (batch**2).sum(1).mean() / np.mean(alone)),
     )
     return figures, np.stack([h, diagonal])

@@ -99,6 +99,11 @@ class Clients:
         return len(self.names)
 
     @property
+    def columns(self) -> Arrays:
+        """The examples of all clients, end to end in the order of `names`."""
+        return dict(self._columns)
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Examples of each client."""
         return dict(zip(self.names, self._sizes.tolist(), strict=True))

@@ -11,7 +11,7 @@ import pytest
 
 import hiso_jax as hj
 from experiments import blocks, compare, digits, finetune, mnist, results, robustness
-from experiments.curvature import gain as curvature_gain
+from experiments.curvature import gain
 from experiments.problem import Problem
 from hiso_jax import simulation, trees
 from tests.helpers import finish, start
@@ -128,7 +128,7 @@ def test_blocks_of_a_quadratic():
     assert figures["gain_blocks"] == pytest.approx(best, rel=1e-4)
     per_element = np.repeat(scales, 2)  # the same by element, as `experiments.curvature` has it
     g, c = np.sqrt(np.repeat(signal, 2) / 2), np.repeat(trace, 2) / 2
-    assert curvature_gain(g, g[None], c, per_element) == pytest.approx(best, rel=1e-4)
+    assert gain(per_element, g**2, g**2, c) == pytest.approx(best, rel=1e-4)
 
 
 def test_bad_options_are_named():

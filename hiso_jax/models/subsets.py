@@ -33,17 +33,27 @@ def mask(params: trees.Params, subset: str) -> trees.Params:
     return tree
 
 
+def stacked(name: str) -> bool:
+    """Whether a leaf of that name has the layers of a model as its first axis.
+
+    Example:
+      >>> stacked("decoder/layers/fc1/kernel"), stacked("decoder/embed_tokens/embedding")
+      (True, False)
+    """
+    return bool(re.search("/layers?/", name))
+
+
 def last_zeros(params: trees.Params, count: int) -> trees.Leaves:
     """Zeros for the last `count` layers of every stacked leaf, by name: differences to train.
 
     Raises:
       ValueError: there are not so many layers.
     """
-    stacked = {n: x for n, x in trees.named(params).items() if re.search("/layers?/", n)}
-    layers = min((len(x) for x in stacked.values()), default=0)
+    found = {n: x for n, x in trees.named(params).items() if stacked(n)}
+    layers = min((len(x) for x in found.values()), default=0)
     if not 1 <= count <= layers:
         raise ValueError(f"count: expected 1 to {layers} layers, got {count}")
-    return {n: jnp.zeros((count, *x.shape[1:]), x.dtype) for n, x in stacked.items()}
+    return {n: jnp.zeros((count, *x.shape[1:]), x.dtype) for n, x in found.items()}
 
 
 def merge_last(params: trees.Params, changes: trees.Leaves) -> trees.Params:
