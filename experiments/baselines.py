@@ -16,7 +16,7 @@ from jax import lax
 
 import hiso_jax as hj
 from hiso_jax import checks, directions, estimators, simulation, snapshots, trees
-from hiso_jax.federated import LossFn
+from hiso_jax.protocol import LossFn
 
 ADAPTIVITY = 1e-3
 """Added to the root of the servers' second moment, as in arXiv 2003.00295."""

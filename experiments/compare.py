@@ -107,6 +107,7 @@ def one(task: str, options: job.Options) -> dict[str, Any]:
     alg = job.algorithm(options, problem, options.learning_rate or 0.0)
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(options.seed))
     score = jax.jit(problem.score)
+    share = methods.share(problem, options.upper_layers) if options.upper_directions else 1.0
 
     def evaluate(data: Any) -> tuple[float, float]:
         sums = simulation.evaluate(score, state.params, data, 256, problem.prepare)
@@ -130,7 +131,7 @@ def one(task: str, options: job.Options) -> dict[str, Any]:
         test_loss=_plain(test[0]),
         test=_plain(test[1]),
         diverged=diverged,
-        passes_per_round=methods.forward_passes(alg),
+        passes_per_round=round(methods.forward_passes(alg, share), 3),
         bytes_per_round=4 * methods.floats(alg, problem),
         seconds=round(time.perf_counter() - began, 1),
     )
@@ -166,6 +167,8 @@ def settings(options: job.Options) -> dict[str, Any]:
     """All options that a run's figures depend on."""
     left_out = ("out", "resume", "distributed", "compare", "mesh", "snapshot_every", "data")
     kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
+    if "task" in kept:  # which is the job, in a row
+        kept["text_task"] = kept.pop("task")
     return json.loads(json.dumps(kept, default=str))
 
 
@@ -178,7 +181,7 @@ def _own_processors(numbers: Any, share: int) -> None:
 
 def run(options: Compare) -> list[dict[str, Any]]:
     """Run what is missing in the grid; return the rows of the whole grid."""
-    rows = folders.read(options.out)
+    rows = results.read(options.out)
     named = lambda row: json.dumps({k: row[k] for k in wanted[0][0]}, sort_keys=True)  # noqa: E731
     try:
         wanted = list(grid(options))

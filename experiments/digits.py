@@ -16,23 +16,34 @@ from hiso_jax import files, trees
 from hiso_jax.simulation import Arrays, Clients
 
 
-class Cnn(nnx.Module):
+class Network(nnx.Module):
+    """Layers one after the other, a ReLU between them; `names` are theirs."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, x: jax.Array, begin: int = 0, end: int | None = None) -> jax.Array:
+        """Layers `begin` to `end`, by default all: images [B, H, W, 1] to logits [B, labels]."""
+        for name in self.names[begin:end]:
+            layer = getattr(self, name)
+            x = layer(x if isinstance(layer, nnx.Conv) else x.reshape(x.shape[0], -1))
+            x = x if name == self.names[-1] else nnx.relu(x)
+        return x
+
+
+class Cnn(Network):
     """Two convolutions and a dense layer for 8 x 8 images, 4,610 parameters."""
+
+    names = ("first", "second", "dense")
 
     def __init__(self, rngs: nnx.Rngs):
         self.first = nnx.Conv(1, 16, (3, 3), strides=2, rngs=rngs)
         self.second = nnx.Conv(16, 24, (3, 3), strides=2, rngs=rngs)
         self.dense = nnx.Linear(96, 10, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nnx.relu(self.first(x))
-        x = nnx.relu(self.second(x))
-        return self.dense(x.reshape(x.shape[0], -1))
-
 
 def images(
     name: str,
-    model: nnx.Module,
+    model: Network,
     parts: dict[str, Arrays],
     num_clients: int,
     alpha: float,
@@ -59,24 +70,41 @@ def images(
     graph, state = nnx.split(model)
 
     def logits_fn(params: Any, batch: Any) -> jax.Array:
-        return nnx.merge(graph, params)(batch["image"])
+        if "image" in batch:
+            return nnx.merge(graph, params)(batch["image"])
+        ((begin, x),) = ((int(k), x) for k, x in batch.items() if k.isdecimal())
+        return nnx.merge(graph, params)(x, begin)
+
+    def upper(layers: int) -> tuple[Any, dict[str, int]]:
+        if not 1 <= layers < len(model.names):
+            raise ValueError(f"--upper-layers: expected 1 to {len(model.names) - 1}, got {layers}")
+        end = len(model.names) - layers
+
+        def features(params: Any, batch: Any) -> Any:
+            rest = {k: v for k, v in batch.items() if k != "image"}
+            return rest | {str(end): nnx.merge(graph, params)(batch["image"], 0, end)}
+
+        above = tuple(f"{name}/" for name in model.names[end:])
+        return features, {n: 0 for n in trees.named(params) if n.startswith(above)}
 
     def save(folder: Path, params: Any) -> None:
         with files.whole(folder / "model.safetensors") as part:
             save_file({n: np.asarray(x) for n, x in trees.named(params).items()}, part)
 
     loss_fn, score = classification(logits_fn)
+    params = jax.tree.map(jnp.asarray, nnx.to_pure_dict(state))
     own = {f"client {i}": np.flatnonzero(owners == i) for i in range(num_clients)}
     take = lambda picks: {k: v[picks] for k, v in train.items()}  # noqa: E731
     return Problem(
         name=name,
-        params=jax.tree.map(jnp.asarray, nnx.to_pure_dict(state)),
+        params=params,
         loss_fn=loss_fn,
         score=score,
         clients=Clients({name: take(picks) for name, picks in own.items() if len(picks)}),
         dev=parts["dev"],
         test=parts["test"],
         save=save,
+        upper=upper,
     )
 
 

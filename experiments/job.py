@@ -57,6 +57,11 @@ class Options:
     """Scalars a local step (P); an update costs P + 1 forward passes."""
     own_directions: bool = False
     """Every client has directions of its own: more for the server to average, no more to do."""
+    upper_directions: int = 0
+    """Of the scalars of a local step, so many along directions that move the upper layers only,
+    whose passes start from the activations below them."""
+    upper_layers: int = 1
+    """How many layers those are."""
     smoothing: float = 1e-3
     """Finite-difference step (mu)."""
     estimator: Literal["forward", "central"] = "forward"

@@ -5,12 +5,15 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
 import hiso_jax as hj
 from experiments import baselines
 from experiments.baselines import Baseline
 from experiments.problem import Problem
+from experiments.work import multiplications
 from hiso_jax import estimators, rules
 
 SCALAR: dict[str, Callable[..., hj.Algorithm]] = {
@@ -90,9 +93,17 @@ def build(
     common |= dict(estimator=options.estimator, lazy=problem.lazy)
     if options.own_directions:
         common |= dict(own_directions=options.clients_per_round)
+    if options.upper_directions:
+        common |= dict(upper=_upper(options, problem))
     if method == "hiso":
         common |= dict(decay=options.decay)
     return (SCALAR.get(method) or _yours(method))(loss_fn, learning_rate, **common)
+
+
+def _upper(options: Any, problem: Problem) -> hj.Upper:
+    if problem.upper is None:
+        raise ValueError(f"--upper-directions: {problem.name} has no upper part of its own")
+    return hj.Upper(*problem.upper(options.upper_layers), directions=options.upper_directions)
 
 
 def hiso_all(loss_fn: Any, learning_rate: Any, **options: Any) -> hj.Algorithm:
@@ -100,14 +111,30 @@ def hiso_all(loss_fn: Any, learning_rate: Any, **options: Any) -> hj.Algorithm:
     return hj.federated_hiso(loss_fn, learning_rate, update_steps="all", **options)
 
 
-def forward_passes(algorithm: hj.Algorithm | Baseline) -> int:
-    """Forward passes of a client a round; a gradient counts as three."""
+def forward_passes(algorithm: hj.Algorithm | Baseline, share: float = 1.0) -> float:
+    """Forward passes of a client a round; a gradient counts as three.
+
+    One that starts at the upper layers counts as the `share` of one.
+    """
     recipe = algorithm.recipe
-    if "estimator" in recipe:
-        each = estimators.forward_passes(recipe["estimator"], recipe["num_perturbations"])
-    else:
-        each = recipe["forward_passes"]
+    if "estimator" not in recipe:
+        return recipe["local_steps"] * recipe["forward_passes"]
+    each = estimators.forward_passes(recipe["estimator"], recipe["num_perturbations"])
+    if upper := recipe.get("upper"):
+        each -= upper["directions"] * (1 - share)
     return recipe["local_steps"] * each
+
+
+def share(problem: Problem, layers: int) -> float:
+    """How much of a forward pass lies in the last `layers` and above, by multiplications."""
+    if problem.upper is None:
+        return 1.0
+    own = problem.clients[problem.clients.names[0]]
+    few = {k: v[:1] for k, v in own.items()} | {"weight": np.ones(1, np.float32)}
+    batch, params = problem.prepare(few), problem.params
+    kept = jax.eval_shape(problem.upper(layers)[0], params, batch)
+    upper, whole = (multiplications(problem.loss_fn, params, data) for data in (kept, batch))
+    return upper / whole
 
 
 def floats(algorithm: hj.Algorithm | Baseline, problem: Problem) -> int:

@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import jax
 import numpy as np
 from flax import nnx
 
 from experiments import job
-from experiments.digits import images
+from experiments.digits import Network, images
 from experiments.problem import Problem
 from hiso_jax.simulation import Arrays
 
@@ -19,21 +18,16 @@ DEV = 2_000
 """Of the 60,000 training images, those on which runs are compared."""
 
 
-class Cnn(nnx.Module):
+class Cnn(Network):
     """Two convolutions and two dense layers for 28 x 28 images, 29,083 parameters."""
+
+    names = ("first", "second", "hidden", "dense")
 
     def __init__(self, rngs: nnx.Rngs):
         self.first = nnx.Conv(1, 8, (3, 3), strides=2, rngs=rngs)
         self.second = nnx.Conv(8, 16, (3, 3), strides=2, rngs=rngs)
         self.hidden = nnx.Linear(784, 35, rngs=rngs)
         self.dense = nnx.Linear(35, 10, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return logits [B, 10] of images [B, 28, 28, 1]."""
-        x = nnx.relu(self.first(x))
-        x = nnx.relu(self.second(x))
-        x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
-        return self.dense(x)
 
 
 def read_idx(path: Path) -> np.ndarray:

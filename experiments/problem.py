@@ -26,6 +26,8 @@ class Problem(NamedTuple):
     prepare: Callable[[Arrays], Arrays] = lambda batch: batch  # before a batch is computed with
     trainable: Any = None  # as in `hiso_jax.trees.select`
     lazy: bool = False  # the loss takes lazy leaves, see `hiso_jax.lazy`
+    # Number of layers -> features and leaves of a `hiso_jax.Upper` of so many.
+    upper: Callable[[int], tuple[Any, dict[str, int]]] | None = None
     measure: Callable[[Any], dict[str, float]] = lambda params: {}  # more, of the test split
 
     def figure(self, sums: dict[str, Any]) -> tuple[float, float]:

@@ -13,11 +13,21 @@ from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-from experiments.folders import Row, read
+from experiments import folders
+from experiments.folders import Row
 from experiments.methods import OWN, title
 
 NEAR = 0.95
 """Of the baseline's best: where curves are steeper, and so comparisons less noisy."""
+
+
+LATER = {"upper_directions": 0, "upper_layers": 1}
+"""Options that rows written before there were any lack."""
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a comparison, each with all options."""
+    return [LATER | row for row in folders.read(path)]
 
 
 class Curve(NamedTuple):
@@ -47,12 +57,21 @@ class Curve(NamedTuple):
 
 def variant(rows: list[Row]) -> Callable[[Row], str]:
     """A function that names the options in which a row differs from most rows."""
-    shared = ("task", "method", "learning_rate", "seed", "own_directions")
+    shared = ("task", "method", "learning_rate", "seed", "own_directions", *LATER)
     # What follows the metric is what came out.
     names = [n for n in itertools.takewhile(lambda n: n != "metric", rows[0]) if n not in shared]
     usual = {n: Counter(str(r.get(n)) for r in rows).most_common(1)[0][0] for n in names}
-    other = lambda row: [f", {n}={row.get(n)}" for n in names if str(row.get(n)) != usual[n]]  # noqa: E731
-    return lambda row: "".join([OWN] * bool(row.get("own_directions")) + other(row))
+    other = lambda row, names: [f", {n}={row.get(n)}" for n in names if str(row.get(n)) != usual[n]]  # noqa: E731
+
+    def name(row: Row) -> str:
+        parts = [OWN] * bool(row.get("own_directions"))
+        if not (upper := row.get("upper_directions")):
+            return "".join(parts + other(row, names))
+        layers = "layer" if row["upper_layers"] == 1 else f"{row['upper_layers']} layers"
+        parts.append(f", {upper} of {row['num_perturbations']} in the last {layers}")
+        return "".join(parts + other(row, [n for n in names if n != "num_perturbations"]))
+
+    return name
 
 
 def curves(rows: list[Row]) -> list[Curve]:

@@ -21,6 +21,8 @@ from hiso_jax.tasks.prompts import Task
 
 SCALE = 10.0
 """Of the cosines: lowest zero-shot loss on the docstrings' training split among 5 to 20."""
+STREAM = "stream "
+"""Column of a batch that has gone through the lower layers; then how many there still are."""
 MEASURED = 256
 """Test examples that answers are generated for."""
 
@@ -37,9 +39,44 @@ class Material(NamedTuple):
     length: int  # tokens a text is cut to
 
 
-def sentence_embedding(apply: Any, params: Any, batch: Any) -> jax.Array:
+def hidden_states(model: models.Model, params: Any, batch: Any, *prefix: Any) -> jax.Array:
+    """Hidden states [B, T, D] of a batch, or of what an `upper_of` has made of it."""
+    stream, layers = next(
+        ((x, int(k.split()[1])) for k, x in batch.items() if k.startswith(STREAM)), (None, 0)
+    )
+    begin = model.config.num_hidden_layers - layers if layers else 0
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    return model.hidden(params, ids, mask, *prefix, stream=stream, begin=begin)
+
+
+def upper_of(model: models.Model, own: Any, prefix: str = "", above: Any = ()) -> Any:
+    """The `upper` of a `Problem`.
+
+    Args:
+      model: whose layers it is about.
+      own: the problem's parameters -> the model's.
+      prefix: of the names of the model's leaves in the problem's parameters.
+      above: leaves of the problem that are part of any upper part.
+    """
+
+    def upper(layers: int) -> tuple[Any, dict[str, int]]:
+        rows = subsets.upper_rows(model.params, layers)
+        end = model.config.num_hidden_layers - layers
+
+        def features(params: Any, batch: Any) -> Any:
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            return batch | {f"{STREAM}{layers}": model.lower(own(params), ids, mask, end)}
+
+        return features, dict.fromkeys(above, 0) | {
+            prefix + name: row for name, row in rows.items()
+        }
+
+    return upper
+
+
+def sentence_embedding(model: models.Model, params: Any, batch: Any) -> jax.Array:
     """Mean of the hidden states over the tokens of each text, [B, D]."""
-    hidden = apply(params, batch["input_ids"], batch["attention_mask"])
+    hidden = hidden_states(model, params, batch)
     mask = batch["attention_mask"][..., None].astype(hidden.dtype)
     return (hidden * mask).sum(1) / mask.sum(1).clip(1)
 
@@ -70,7 +107,7 @@ def encoder_problem(material: Material) -> Problem:
         labels = np.array([task.label_of(row) for row in rows], np.int32)
         return tokens([task.read(row) for row in rows]) | {"label": labels}
 
-    embed = lambda params, batch: sentence_embedding(model.apply, params, batch)  # noqa: E731
+    embed = lambda params, batch: sentence_embedding(model, params, batch)  # noqa: E731
     sentences = task.sentences or task.words or ()
     labels = unit(jax.jit(embed)(model.params, tokens(sentences)))
 
@@ -95,6 +132,7 @@ def encoder_problem(material: Material) -> Problem:
         save=save,
         metric=task.metric,
         lazy=True,
+        upper=upper_of(model, lambda params: params["encoder"], "encoder/", ("labels",)),
     )
 
 
@@ -109,7 +147,7 @@ def masked_problem(material: Material) -> Problem:
         raise ValueError(f"words: {task.words} begin with the same token; choose others")
 
     def logits_fn(params: Any, batch: Any) -> jax.Array:
-        x = model.hidden(params, batch["input_ids"], batch["attention_mask"])
+        x = hidden_states(model, params, batch)
         return model.head(params, x[jnp.arange(len(x)), batch["place"]], tokens)
 
     loss_fn, score = problem.classification(logits_fn)
@@ -126,6 +164,7 @@ def masked_problem(material: Material) -> Problem:
         metric=task.metric,
         prepare=text.trim,
         lazy=True,
+        upper=upper_of(model, lambda params: params),
     )
 
 
@@ -181,8 +220,7 @@ def decoder_problem(
         return start[0] + params["prefix"]["keys"], start[1] + params["prefix"]["values"]
 
     def hidden(params: Any, batch: Any) -> jax.Array:
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        return model.hidden(whole(params), ids, mask, prefix(params))
+        return hidden_states(model, whole(params), batch, prefix(params))
 
     def head(params: Any, x: jax.Array, rows: Any = None) -> jax.Array:
         # The head is never adapted.
@@ -247,5 +285,6 @@ def decoder_problem(
         prepare=text.trim,
         trainable=trainable,
         lazy=kind in subsets.MASKS,
+        upper=upper_of(model, whole) if kind == "all" else None,
         measure=measure if task.metric in metrics.METRICS else lambda params: {},
     )

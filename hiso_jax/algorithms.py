@@ -5,7 +5,8 @@ from typing import Any, Unpack
 import optax
 
 from hiso_jax import rules
-from hiso_jax.federated import Algorithm, LossFn, Options, scalar_algorithm
+from hiso_jax.federated import scalar_algorithm
+from hiso_jax.protocol import Algorithm, LossFn, Options
 
 
 def federated_hiso(

@@ -18,7 +18,12 @@ Estimator = Callable[[Loss, trees.Params, Direction, int, Any], tuple[jax.Array,
 
 
 def forward_difference(
-    loss: Loss, params: trees.Params, direction: Direction, num_perturbations: int, smoothing: Any
+    loss: Loss,
+    params: trees.Params,
+    direction: Direction,
+    num_perturbations: int,
+    smoothing: Any,
+    base: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Estimate directional derivatives with one base loss and P perturbed ones.
 
@@ -31,6 +36,7 @@ def forward_difference(
       direction: p -> direction z_p, one at a time, so that only one lives in memory.
       num_perturbations: P.
       smoothing: finite-difference step mu > 0.
+      base: the loss at x, if it is known.
 
     Returns:
       The loss at x [...], and the scalars [P, ...] in float32.
@@ -43,7 +49,7 @@ def forward_difference(
       >>> float(value), scalars.tolist()
       (9.0, [3.0, 3.0])
     """
-    base = loss(params)
+    base = loss(params) if base is None else base
 
     def scalar(p: jax.Array) -> jax.Array:
         moved = loss(directions.perturb(params, direction(p), smoothing))

@@ -8,8 +8,7 @@
 a resumed run and a shipped model are all `replay`, the fold of `advance` over records.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,75 +28,9 @@ from hiso_jax import (
     trees,
     updates,
 )
-
-LossFn = Callable[[trees.Params, Any], jax.Array]
-"""(params, batch) -> scalar loss, pure; need not be differentiable."""
-
-
-class State(NamedTuple):
-    """What every party holds; a function of the initial state and the records alone."""
-
-    params: trees.Params  # any pytree
-    key: jax.Array  # root PRNG key, never changes
-    round: jax.Array  # shape=(), dtype=int32: rounds advanced so far
-    rule: Any  # the rule's state, float32 leaves by name
-
-
-class Metrics(NamedTuple):
-    """What a simulation may look at after a round. Only `record` exists outside one."""
-
-    loss: jax.Array  # shape=(): mean of `losses` over the clients that count
-    losses: jax.Array  # [C, K] loss of each client at its own parameters; never sent
-    scalars: jax.Array  # [C, K, P] what each client sent
-    record: jax.Array  # [K, P] what everybody applied; NaN if nobody counted
-    learning_rate: jax.Array  # shape=(): what everybody applied it with
-    finite: jax.Array  # [C] bool: the client's scalars are all finite
-
-
-class Algorithm(NamedTuple):
-    """A federated algorithm as pure functions; C clients, K local steps, P perturbations.
-
-    Attributes:
-      init: ``(params, key) -> State``.
-      probe: ``(state, batches, place=0) -> scalars [C, K, P]``; batch leaves are [C, K, ...].
-        With `own_directions` the clients are those that were asked from number `place` on.
-      aggregate: ``(scalars [C, K, P], weights [C] or None) -> record [K, P]``.
-      advance: ``(state, record [K, P], learning_rate=None) -> State``. The rate of a schedule
-        is itself computed; a party whose schedule might round differently, or that has none,
-        is given the value.
-      round: ``(state, batches, weights=None) -> (State, Metrics)``: all of the above in
-        one program; the one to jit in a simulation.
-      replay: ``(state, records [R, K, P], learning_rates=None) -> State``: the fold of `advance`.
-      learning_rate: ``round -> float32``, what `advance` takes by default.
-      recipe: every hyper-parameter by name, as data: what a `hiso_jax.Ledger` writes down.
-      trainable: ``params -> Leaves``: the leaves that are trained, by name.
-    """
-
-    init: Callable[..., State]
-    probe: Callable[..., jax.Array]
-    aggregate: Callable[..., jax.Array]
-    advance: Callable[..., State]
-    round: Callable[..., tuple[State, Metrics]]
-    replay: Callable[..., State]
-    learning_rate: Callable[[jax.Array], jax.Array]
-    recipe: dict[str, Any]
-    trainable: Callable[[trees.Params], trees.Leaves]
-
-
-class Options(TypedDict, total=False):
-    """What every algorithm takes by keyword; explained at `scalar_algorithm`."""
-
-    estimator: str | estimators.Estimator
-    aggregator: aggregators.Aggregator | None
-    local_steps: int
-    num_perturbations: int
-    smoothing: float
-    distribution: str
-    trainable: trees.Trainable
-    nonfinite: str
-    seed_pool: int | None
-    own_directions: int | None
-    lazy: bool
+from hiso_jax import upper as uppers
+from hiso_jax.protocol import Algorithm, LossFn, Metrics, State
+from hiso_jax.upper import Upper
 
 
 def scalar_algorithm(
@@ -115,6 +48,7 @@ def scalar_algorithm(
     nonfinite: str = "raise",
     seed_pool: int | None = None,
     own_directions: int | None = None,
+    upper: Upper | None = None,
     lazy: bool = False,
 ) -> Algorithm:
     """Build a scalar-only federated algorithm from a rule (HiSo's Algorithm 1).
@@ -152,6 +86,8 @@ def scalar_algorithm(
         evaluate the same. A client does and sends no more, the record is [K, C P], and the
         step an average over C P directions instead of P. What has no common quantity to
         compare cannot be aggregated but by the weighted mean.
+      upper: some of the P directions move the upper part of the model only and start from the
+        activations below it; see `hiso_jax.Upper`. Forward differences only.
       lazy: the loss takes large leaves as `hiso_jax.lazy.Lazy`, as one that computes with
         ``model.apply``, ``hidden`` and ``head`` of `hiso_jax.models` does: only one layer's
         perturbed copy lives at a time, instead of one of all parameters. Records and states
@@ -193,13 +129,22 @@ def scalar_algorithm(
             raise ValueError("aggregator: clients with own_directions have nothing in common to "
                              "aggregate; leave one of the two out")  # fmt: skip
         combine_clients = aggregators.side_by_side(places, outputs)
+    if upper is not None:
+        uppers.check(upper, perturbations)
+        if estimator != "forward" or seed_pool is not None:
+            raise ValueError('upper: goes with estimator="forward" and without seed_pool, got '
+                             f"{estimator!r} and {seed_pool!r}")  # fmt: skip
     sent, shape = (steps, outputs * perturbations), (steps, outputs * places * perturbations)
 
     def noise_of(state: State, packs: packing.Packs) -> updates.Noise:
-        names = list(trees.select(state.params, trainable))
+        leaves = trees.select(state.params, trainable)
         drawn = (steps, places * perturbations)
-        keys = directions.round_keys(state.key, state.round, drawn, names, seed_pool)
-        return packing.noise(keys, packs, noise_law)
+        keys = directions.round_keys(state.key, state.round, drawn, list(leaves), seed_pool)
+        noise = packing.noise(keys, packs, noise_law)
+        if upper is None:
+            return noise
+        shapes = {n: x.shape for n, x in leaves.items()}
+        return uppers.noise(noise, uppers.recipe(upper), perturbations, shapes, packs)
 
     def rate_at(round: jax.Array) -> jax.Array:
         if not callable(learning_rate):
@@ -222,6 +167,8 @@ def scalar_algorithm(
         key = directions.as_key(key)
         # Weakly typed leaves (Python numbers) would change type, and recompile, after a round.
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
+        if upper is not None:
+            uppers.check_leaves(upper, trees.select(params, trainable))
         return State(
             params=params,
             key=key,
@@ -239,9 +186,28 @@ def scalar_algorithm(
         starts = perturbations * (place + jnp.arange(count)) * (own_directions is not None)
         return meshes.over_clients(evaluate_some, state, (starts, batches))
 
+    def measure(
+        params: trees.Params, batch: Any, direction: estimators.Direction, over: Any = lambda f: f
+    ) -> tuple[jax.Array, jax.Array]:
+        """Losses and scalars [P, ...] of a batch, or `over` the batches of several clients."""
+        # Closed over, since lazy leaves cannot be arguments of vmap.
+        loss = lambda batch: lambda x: over(lambda own: loss_fn(x, own))(batch)  # noqa: E731
+        if upper is None:
+            return estimate(loss(batch), params, direction, perturbations, smoothing)
+        features, wholes = upper.features, perturbations - upper.directions
+        kept = over(lambda own: features(params, own))(batch)
+        above = lambda p: direction(wholes + p)  # noqa: E731
+        value, scalars = estimate(loss(kept), params, above, upper.directions, smoothing)
+        if not wholes:
+            return value, scalars
+        first = estimators.forward_difference(
+            loss(batch), params, direction, wholes, smoothing, base=value
+        )
+        return value, jnp.concatenate([first[1], scalars])
+
     def evaluate_some(state: State, clients: Any) -> tuple[jax.Array, jax.Array]:
         leaves, packs, rule_state = packed(state)
-        noise, args = noise_of(state, packs), (perturbations, smoothing)
+        noise = noise_of(state, packs)
 
         def noise_from(start: Any) -> updates.Noise:
             return lambda name, k, p, *where: noise(name, k, start + p, *where)
@@ -254,13 +220,7 @@ def scalar_algorithm(
         if steps == 1 and own_directions is None:
             _, batches = clients
             data = jax.tree.map(lambda x: x[:, 0], batches)
-            losses, scalars = estimate(
-                # Closed over, since lazy leaves cannot be arguments of vmap.
-                lambda params: jax.vmap(lambda batch: loss_fn(params, batch))(data),
-                state.params,
-                direction_of(0),
-                *args,
-            )
+            losses, scalars = measure(state.params, data, direction_of(0), jax.vmap)
             return losses[:, None], scalars.T[:, None]
 
         rate = rate_at(state.round)
@@ -273,9 +233,7 @@ def scalar_algorithm(
                 leaves, inner = carry
                 k, batch = inputs
                 params = narrow(state.params, packing.unpack(leaves, packs))
-                loss, scalars = estimate(
-                    lambda x: loss_fn(x, batch), params, direction_of(k, start), *args
-                )
+                loss, scalars = measure(params, batch, direction_of(k, start))
                 moved = updates.apply_record(
                     rule,
                     lambda name, _, *place: own(name, k, *place),
@@ -411,7 +369,8 @@ def scalar_algorithm(
         nonfinite=nonfinite,
     )
     # Only where they are used, so that the headers of other runs are what they were.
-    given = {"seed_pool": seed_pool, "own_directions": own_directions}
+    given: dict[str, Any] = {"seed_pool": seed_pool, "own_directions": own_directions}
+    given["upper"] = None if upper is None else uppers.recipe(upper)
     recipe |= {name: value for name, value in given.items() if value is not None}
     chosen = lambda params: trees.select(params, trainable)  # noqa: E731
     return Algorithm(init, probe, aggregate, advance, round, replay, rate_at, recipe, chosen)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiso_jax import estimators, fingerprint, trees
-from hiso_jax.federated import Algorithm, State
+from hiso_jax.protocol import Algorithm, State
 
 
 class Mismatch(ValueError):

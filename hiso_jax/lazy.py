@@ -105,17 +105,26 @@ def rows(table: Any, indices: jax.Array) -> jax.Array:
     return table.compute(table.starts(indices), table.shape[1:], parts)
 
 
-def scan(layer: Callable[..., tuple[Any, Any]], carry: Any, layers: Any, others: Any = None) -> Any:
-    """``lax.scan`` over stacked layers, whose leaves [L, ...] may be lazy.
+def scan(
+    layer: Callable[..., tuple[Any, Any]],
+    carry: Any,
+    layers: Any,
+    others: Any = None,
+    begin: int = 0,
+    end: int | None = None,
+) -> Any:
+    """``lax.scan`` over stacked layers, or some of them; their leaves [L, ...] may be lazy.
 
     Args:
       layer: ``(carry, (own, other)) -> (carry, output)``, `own` being one layer's arrays.
       carry: to begin with.
       layers: pytree of leaves [L, ...].
       others: pytree of further leaves [L, ...].
+      begin, end: first layer, and the one to stop before; by default all L.
     """
     leaves, tree = jax.tree.flatten(layers)
     stored = [x.parts if isinstance(x, Lazy) else x for x in leaves]
+    stored, others = jax.tree.map(lambda x: x[begin:end], (stored, others))
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
         number, own, other = inputs
@@ -125,5 +134,5 @@ def scan(layer: Callable[..., tuple[Any, Any]], carry: Any, layers: Any, others:
         ]
         return layer(carry, (tree.unflatten(arrays), other))
 
-    numbers = jnp.arange(leaves[0].shape[0], dtype=jnp.uint32)
+    numbers = jnp.arange(leaves[0].shape[0], dtype=jnp.uint32)[begin:end]
     return jax.lax.scan(step, carry, (numbers, stored, others))

@@ -19,7 +19,7 @@ import numpy as np
 
 from hiso_jax import checks, compact, files, fingerprint
 from hiso_jax import header as headers
-from hiso_jax.federated import Algorithm, State
+from hiso_jax.protocol import Algorithm, State
 
 FORMAT = 1
 _APPLICATION = 0x4869536F  # "HiSo", in the file's own header

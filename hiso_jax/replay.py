@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hiso_jax import directions, exact, fingerprint, rules, trees, updates
+from hiso_jax import directions, exact, fingerprint, rules, trees, updates, upper
 from hiso_jax import header as headers
 from hiso_jax.ledger import Ledger, LedgerMismatch
 
@@ -80,8 +80,15 @@ class Replay:
         data = jnp.array(key["data"], jnp.uint32)
         self._path, self._records = ledger.path, (records.scalars, rates)
         self._rule = rules.from_recipe(recipe["rule"])
+        self._upper = recipe.get("upper")
+        wholes = int(recipe["num_perturbations"]) - (self._upper or {"directions": 0})["directions"]
         self._program = jax.jit(
-            functools.partial(_replay, self._rule, recipe["distribution"]),
+            functools.partial(
+                _replay,
+                self._rule,
+                recipe["distribution"],
+                (int(recipe["num_perturbations"]), wholes),
+            ),
             compiler_options=exact.compiler_options(),
         )
         self._keys = functools.lru_cache(4)(
@@ -160,7 +167,12 @@ class Replay:
         salts = np.stack([fingerprint.salts(n, x) for n, x in trees.named(state).items()])
         keys = self._keys(np.uint32(trees.leaf_hash(leaf.name)))
         place = (np.uint32(start), np.uint32(skip), np.uint32(size))
-        moved, digest, shared = self._program(x, *place, salts, keys, *self._records)
+        bound = leaf.size
+        if self._upper is not None:
+            bound = upper.first(self._upper["leaves"], leaf.name, leaf.shape)
+        moved, digest, shared = self._program(
+            x, *place, np.uint32(bound), salts, keys, *self._records
+        )
         with self._lock:
             self._moved += np.asarray(digest)
             self._shared = np.asarray(shared)
@@ -187,23 +199,32 @@ def _keys(
 def _replay(
     rule: rules.Rule,
     distribution: directions.Distribution,
+    split: tuple[int, int],
     x: jax.Array,
     start: jax.Array,
     skip: jax.Array,
     size: jax.Array,
+    bound: jax.Array,
     salts: jax.Array,
     keys: tuple[jax.Array, jax.Array],
     records: jax.Array,
     rates: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """All rounds on one block; returns it, its digest, and that of state without elements."""
+    perturbations, wholes = split
 
     def round(carry: Any, inputs: Any) -> tuple[Any, None]:
         x, state = carry
         (noise_keys, rounding_key), record, rate = inputs
 
         def noise(k: Any) -> Any:
-            return lambda p: {"x": directions.draw(noise_keys[k, p], x.shape, distribution, start)}
+            def draw(p: Any) -> Any:
+                drawn = directions.draw(noise_keys[k, p], x.shape, distribution, start)
+                if perturbations == wholes:
+                    return {"x": drawn}
+                return {"x": upper.only(drawn, p % perturbations < wholes, start, x.shape, bound)}
+
+            return draw
 
         usable = jnp.isfinite(record).all()
         record = exact.seal(jnp.where(usable, record, 0))

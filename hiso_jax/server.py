@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiso_jax import checks, exact, fingerprint
-from hiso_jax.federated import Algorithm, State
 from hiso_jax.ledger import Ledger, LedgerMismatch, Records
+from hiso_jax.protocol import Algorithm, State
 
 
 def catch_up(

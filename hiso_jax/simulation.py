@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from hiso_jax import checks, meshes
 from hiso_jax.exact import compiler_options
-from hiso_jax.federated import Algorithm, Metrics, State
+from hiso_jax.protocol import Algorithm, Metrics, State
 
 Arrays = dict[str, np.ndarray]
 """Named columns of one client: each [N, ...], the same N."""

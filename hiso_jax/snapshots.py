@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from hiso_jax import files, fingerprint, trees
-from hiso_jax.federated import Algorithm, State
 from hiso_jax.ledger import Ledger
+from hiso_jax.protocol import Algorithm, State
 
 
 def _path(folder: str | os.PathLike[str], round: int) -> Path:

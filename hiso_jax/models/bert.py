@@ -97,10 +97,12 @@ class _Encoder(nnx.Module):
 
         self.layer = stack(rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, begin: int = 0, end: int | None = None
+    ) -> jax.Array:
         graph, stacked = nnx.split(self.layer)
         step = lambda x, inputs: (nnx.merge(graph, inputs[0])(x, mask), None)  # noqa: E731
-        return lazy.scan(step, x, stacked)[0]
+        return lazy.scan(step, x, stacked, begin=begin, end=end)[0]
 
 
 class _Transform(nnx.Module):
@@ -157,12 +159,21 @@ class Bert(nnx.Module):
         Returns:
           float32 [B, T, D]; positions that are padding hold no meaning.
         """
-        valid = attention_mask > 0
-        return self.encoder(self.embeddings(input_ids, valid), valid[:, None, None, :])
+        return self.hidden(input_ids, attention_mask)
 
-    def hidden(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        """The same, by the name it has in decoders."""
-        return self(input_ids, attention_mask)
+    def hidden(
+        self, input_ids: jax.Array, attention_mask: jax.Array, stream: Any = None, begin: int = 0
+    ) -> jax.Array:
+        """The same; with a `stream` from layer `begin` on, whose input `lower` gave."""
+        valid = attention_mask > 0
+        x = self.embeddings(input_ids, valid) if stream is None else stream
+        return self.encoder(x, valid[:, None, None, :], begin)
+
+    def lower(self, input_ids: jax.Array, attention_mask: jax.Array, end: int) -> jax.Array:
+        """Input [B, T, D] of layer `end`: all that lies below it."""
+        valid = attention_mask > 0
+        x = self.embeddings(input_ids, valid)
+        return self.encoder(x, valid[:, None, None, :], end=end)
 
     def head(self, hidden: jax.Array, rows: Any = None) -> jax.Array:
         """Logits float32 [..., V] of hidden states [..., D], or those of the tokens `rows`.

@@ -1,12 +1,11 @@
 """Decoders in flax.nnx, attributes named as Hugging Face names its tensors.
 
-One attention and one loop over layers for all: OPT (pre- and post-norm, projections), and
-the Llama family (Llama, Qwen2, Qwen3, Gemma 3 text, SmolLM3), whose members differ by config.
+One loop over layers (`hiso_jax.models.layers`) for all: OPT (pre- and post-norm, projections),
+and the Llama family (Llama, Qwen2, Qwen3, Gemma 3 text, SmolLM3), whose members differ by config.
 Layers are stacked ([L, ...] leaves) and scanned, so a deep model compiles as fast as a
 shallow one; what differs between layers (rotary frequencies, window) is scanned with them.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +14,7 @@ from flax import nnx
 
 from hiso_jax import lazy
 from hiso_jax.models import attention
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-}
+from hiso_jax.models.layers import LlamaLayer, OptLayer, RMSNorm, Step, layer_norm
 
 
 class Cache(NamedTuple):
@@ -32,160 +24,6 @@ class Cache(NamedTuple):
     values: jax.Array  # as keys
     positions: jax.Array  # int32 [B, S]: of the token in each slot
     valid: jax.Array  # bool [B, S]
-
-
-class _Step(NamedTuple):
-    """What a layer needs besides its input."""
-
-    rope: Any  # None, or cos and sin [B, T, 1, head width]
-    mask: jax.Array  # bool [B, 1, T, S]
-    slot: Any  # where in the cache the new keys go
-
-
-class RMSNorm(nnx.Module):
-    """Root mean square norm; `offset` 1 is Gemma's, whose weights are around 0."""
-
-    def __init__(self, width: int, epsilon: float, offset: int = 0):
-        self.weight = nnx.Param(jnp.full(width, 1.0 - offset))
-        self.epsilon, self.offset = epsilon, offset
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalize the last axis, in float32."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.epsilon)
-        weight = self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        if self.offset:
-            return (wide * (self.offset + weight.astype(jnp.float32))).astype(x.dtype)
-        return weight * wide.astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Causal attention with grouped queries, rotary positions and a cache, all optional."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        kv_heads: int,
-        head_width: int,
-        scale: float,
-        biases: tuple[bool, bool],
-        out: str,
-        rngs: nnx.Rngs,
-        norm: Callable[[int], nnx.Module] | None = None,
-    ):
-        def linear(i: int, o: int, bias: bool) -> nnx.Linear:
-            return nnx.Linear(i, o, use_bias=bias, rngs=rngs)
-
-        self.q_proj = linear(width, heads * head_width, biases[0])
-        self.k_proj = linear(width, kv_heads * head_width, biases[0])
-        self.v_proj = linear(width, kv_heads * head_width, biases[0])
-        setattr(self, out, linear(heads * head_width, width, biases[1]))
-        if norm is not None:
-            self.q_norm, self.k_norm = norm(head_width), norm(head_width)
-        self.out, self.head_width, self.scale = out, head_width, scale
-        self.normed = norm is not None
-
-    def __call__(self, x: jax.Array, step: _Step, cache: Any) -> tuple[jax.Array, Any]:
-        """Return [B, T, D] and the keys and values to keep."""
-        split = (*x.shape[:2], -1, self.head_width)
-        q, k, v = (part(x).reshape(split) for part in (self.q_proj, self.k_proj, self.v_proj))
-        if self.normed:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if step.rope is not None:
-            q, k = attention.rotate(q, *step.rope), attention.rotate(k, *step.rope)
-        if cache is not None:
-            put = jax.lax.dynamic_update_slice_in_dim
-            k, v = put(cache[0], k, step.slot, 1), put(cache[1], v, step.slot, 1)
-        y = attention.attend(q, k, v, step.mask, self.scale)
-        y = getattr(self, self.out)(y.reshape(*x.shape[:2], -1))
-        return y, None if cache is None else (k, v)
-
-
-class OptLayer(nnx.Module):
-    """OPT's layer: norms before (or, 350m, after), ReLU."""
-
-    def __init__(self, config: Any, rngs: nnx.Rngs):
-        width, bias = config.hidden_size, config.enable_bias
-        head = width // config.num_attention_heads
-        self.self_attn = Attention(
-            width, config.num_attention_heads, config.num_attention_heads, head, head**-0.5,
-            (bias, bias), "out_proj", rngs,
-        )  # fmt: skip
-        self.self_attn_layer_norm = _layer_norm(config, rngs)
-        self.fc1 = nnx.Linear(width, config.ffn_dim, use_bias=bias, rngs=rngs)
-        self.fc2 = nnx.Linear(config.ffn_dim, width, use_bias=bias, rngs=rngs)
-        self.final_layer_norm = _layer_norm(config, rngs)
-        self.before = config.do_layer_norm_before
-        self.activation = ACTIVATIONS[config.activation_function]
-
-    def __call__(self, x: jax.Array, step: _Step, cache: Any) -> tuple[jax.Array, Any]:
-        """Return [B, T, D] and the cache of this layer."""
-        norm = self.self_attn_layer_norm
-        y, cache = self.self_attn(norm(x) if self.before else x, step, cache)
-        x = x + y if self.before else norm(x + y)
-        norm = self.final_layer_norm
-        y = self.fc2(self.activation(self.fc1(norm(x) if self.before else x)))
-        return x + y if self.before else norm(x + y), cache
-
-
-def _layer_norm(config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    affine = config.layer_norm_elementwise_affine
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=1e-5, use_bias=affine, use_scale=affine, rngs=rngs
-    )
-
-
-class _Gated(nnx.Module):
-    def __init__(self, config: Any, rngs: nnx.Rngs):
-        width, inner = config.hidden_size, config.intermediate_size
-        bias = getattr(config, "mlp_bias", False)
-        self.gate_proj = nnx.Linear(width, inner, use_bias=bias, rngs=rngs)
-        self.up_proj = nnx.Linear(width, inner, use_bias=bias, rngs=rngs)
-        self.down_proj = nnx.Linear(inner, width, use_bias=bias, rngs=rngs)
-        name = getattr(config, "hidden_act", None) or config.hidden_activation
-        self.activation = ACTIVATIONS[name]
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-
-
-class LlamaLayer(nnx.Module):
-    """Llama's layer and its relatives': Qwen2 biases, Qwen3 and Gemma norms of q and k."""
-
-    def __init__(self, config: Any, rngs: nnx.Rngs):
-        kind, width = config.model_type, config.hidden_size
-        self.gemma = kind == "gemma3_text"
-        norm = lambda size: RMSNorm(size, config.rms_norm_eps, int(self.gemma))  # noqa: E731
-        head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-        bias = getattr(config, "attention_bias", False)
-        self.self_attn = Attention(
-            width,
-            config.num_attention_heads,
-            config.num_key_value_heads or config.num_attention_heads,
-            head,
-            config.query_pre_attn_scalar**-0.5 if self.gemma else head**-0.5,
-            (True, False) if kind == "qwen2" else (bias, bias),
-            "o_proj",
-            rngs,
-            norm if kind in ("qwen3", "gemma3_text") else None,
-        )
-        self.mlp = _Gated(config, rngs)
-        self.input_layernorm = norm(width)
-        self.post_attention_layernorm = norm(width)
-        if self.gemma:
-            self.pre_feedforward_layernorm = norm(width)
-            self.post_feedforward_layernorm = norm(width)
-
-    def __call__(self, x: jax.Array, step: _Step, cache: Any) -> tuple[jax.Array, Any]:
-        """Return [B, T, D] and the cache of this layer."""
-        y, cache = self.self_attn(self.input_layernorm(x), step, cache)
-        if self.gemma:
-            x = x + self.post_attention_layernorm(y)
-            y = self.mlp(self.pre_feedforward_layernorm(x))
-            return x + self.post_feedforward_layernorm(y), cache
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
 class _Body(nnx.Module):
@@ -203,7 +41,7 @@ class _Body(nnx.Module):
                 self.project_in = nnx.Linear(width, config.hidden_size, use_bias=False, rngs=rngs)
                 self.project_out = nnx.Linear(config.hidden_size, width, use_bias=False, rngs=rngs)
             if config.do_layer_norm_before and not config._remove_final_layer_norm:
-                self.final_layer_norm = _layer_norm(config, rngs)
+                self.final_layer_norm = layer_norm(config, rngs)
         else:
             offset = int(config.model_type == "gemma3_text")
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, offset)
@@ -217,10 +55,8 @@ class _Body(nnx.Module):
         self.scale = config.hidden_size**0.5 if config.model_type == "gemma3_text" else None
         self.config = config
 
-    def __call__(
-        self, input_ids: jax.Array, positions: jax.Array, valid: jax.Array, cache: Any, slot: Any
-    ) -> tuple[jax.Array, Any]:
-        """Return hidden states [B, T, D] and the cache with these tokens in it."""
+    def embed(self, input_ids: jax.Array, positions: jax.Array, valid: jax.Array) -> jax.Array:
+        """Input [B, T, D] of the first layer."""
         x = lazy.rows(self.embed_tokens.embedding.get_value(), input_ids)
         if self.scale is not None:
             x = x * jnp.asarray(self.scale, x.dtype)
@@ -230,6 +66,22 @@ class _Body(nnx.Module):
             # Padding is at position -1, as in the checkpoints' own code.
             places = jnp.where(valid, positions, -1) + 2
             x = x + lazy.rows(self.embed_positions.embedding.get_value(), places)
+        return x
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        cache: Any = None,
+        slot: Any = None,
+        begin: int = 0,
+        end: int | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Return hidden states [B, T, D] and the cache with these tokens in it.
+
+        From the input of layer `begin`; or the input of layer `end`, if it is given.
+        """
         keys, kept = (positions, valid), None
         if cache is not None:
             put = jax.lax.dynamic_update_slice_in_dim
@@ -247,9 +99,11 @@ class _Body(nnx.Module):
             state, (own, window, cache) = inputs
             rope = shared if own is None else attention.turns(own, positions, x.dtype)
             seen = mask if window is None else mask & (distance < window)
-            return nnx.merge(graph, state)(x, _Step(rope, seen, slot), cache)
+            return nnx.merge(graph, state)(x, Step(rope, seen, slot), cache)
 
-        x, kept = lazy.scan(layer, x, stacked, (frequencies, windows, kept))
+        x, kept = lazy.scan(layer, x, stacked, (frequencies, windows, kept), begin, end)
+        if end is not None:
+            return x, None
         if not self.opt:
             x = self.norm(x)
         elif hasattr(self, "final_layer_norm"):
@@ -294,24 +148,41 @@ class Decoder(nnx.Module):
         return self.head(self.hidden(input_ids, attention_mask))
 
     def hidden(
-        self, input_ids: jax.Array, attention_mask: jax.Array, prefix: Any = None
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        prefix: Any = None,
+        stream: Any = None,
+        begin: int = 0,
     ) -> jax.Array:
         """Hidden states [B, T, D] that `head` makes logits of; arguments as in a call.
 
-        `prefix` is keys and values [L, n, kv heads, head width] that come before every row.
+        `prefix` is keys and values [L, n, kv heads, head width] that come before every row. With
+        a `stream`, which `lower` gave, from layer `begin` on; not with a prefix.
         """
         positions, valid = _places(attention_mask)
-        if prefix is None:
-            return self.body(input_ids, positions, valid, None, None)[0]
-        batch, length = input_ids.shape
-        cache, places = self._cache(batch, length, prefix)
-        return self.body(input_ids, positions + places, valid, cache, places)[0]
+        if stream is not None:
+            return self.body(stream, positions, valid, begin=begin)[0]
+        cache, places = None, 0
+        if prefix is not None:
+            batch, length = input_ids.shape
+            cache, places = self._cache(batch, length, prefix)
+        positions = positions + places
+        x = self.body.embed(input_ids, positions, valid)
+        return self.body(x, positions, valid, cache, places)[0]
+
+    def lower(self, input_ids: jax.Array, attention_mask: jax.Array, end: int) -> jax.Array:
+        """Input [B, T, D] of layer `end`: all that lies below it."""
+        positions, valid = _places(attention_mask)
+        x = self.body.embed(input_ids, positions, valid)
+        return self.body(x, positions, valid, end=end)[0]
 
     def prefix(self, input_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of a text int32 [n], to be the `prefix` of others."""
         cache, _ = self._cache(1, len(input_ids), None)
         positions, valid = _places(jnp.ones((1, len(input_ids)), jnp.int32))
-        cache = self.body(input_ids[None], positions, valid, cache, 0)[1]
+        x = self.body.embed(input_ids[None], positions, valid)
+        cache = self.body(x, positions, valid, cache, 0)[1]
         return cache.keys[:, 0], cache.values[:, 0]
 
     def _cache(self, batch: int, room: int, prefix: Any) -> tuple[Cache, int]:
@@ -373,7 +244,7 @@ class Decoder(nnx.Module):
         (positions, valid), body = _places(attention_mask), self.body
         empty, places = self._cache(batch, length + max_new_tokens, prefix)
         positions = positions + places
-        x, cache = body(input_ids, positions, valid, empty, places)
+        x, cache = body(body.embed(input_ids, positions, valid), positions, valid, empty, places)
         last = jnp.where(valid, positions, -1).argmax(1)
         first = self.head(x[jnp.arange(batch), last]).argmax(-1).astype(jnp.int32)
         stop, tokens = jnp.array(stop, jnp.int32), jnp.full((batch, max_new_tokens), pad, jnp.int32)
@@ -389,7 +260,8 @@ class Decoder(nnx.Module):
             ended = ended | (token[:, None] == stop[None]).any(1)
             place = positions.max(1, keepdims=True) + 1 + i
             slot = places + length + i
-            x, cache = body(token[:, None], place, jnp.ones_like(place, bool), cache, slot)
+            there = jnp.ones_like(place, bool)
+            x, cache = body(body.embed(token[:, None], place, there), place, there, cache, slot)
             return i + 1, self.head(x[:, 0]).argmax(-1).astype(jnp.int32), cache, tokens, ended
 
         start = (jnp.int32(0), first, cache, tokens, jnp.zeros(batch, bool))

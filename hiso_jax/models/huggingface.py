@@ -44,6 +44,8 @@ class Model(NamedTuple):
       apply: ``(params, input_ids [B, T], attention_mask [B, T])`` -> logits [B, T, V], or, for
         encoders, hidden states [B, T, D].
       hidden: as `apply`, -> hidden states [B, T, D].
+        ``stream`` and ``begin`` go on from what `lower` gave.
+      lower: ``(params, input_ids, attention_mask, end) -> [B, T, D]``, the input of layer `end`.
       head: ``(params, hidden [..., D], rows=None) -> logits [..., V or rows]``; of encoders only
         those that come with a masked-language-model head.
       generate: ``(params, input_ids, attention_mask, max_new_tokens, stop=(), pad=0,
@@ -59,6 +61,7 @@ class Model(NamedTuple):
     params: trees.Params
     apply: Callable[..., jax.Array]
     hidden: Callable[..., jax.Array]
+    lower: Callable[..., jax.Array]
     head: Callable[..., jax.Array]
     generate: Callable[..., jax.Array]
     prefix: Callable[..., tuple[jax.Array, jax.Array]]
@@ -129,19 +132,15 @@ def _model(
 
         return call
 
-    names = ("", "hidden", "head", "generate", "prefix")
-    apply, hidden, head, generate, prefix = (method(name) for name in names)
+    names = ("hidden", "lower", "head", "generate", "prefix")
     return Model(
-        config,
-        params,
-        apply,
-        hidden,
-        head,
-        generate,
-        prefix,
-        source,
-        untouched or {},
-        renamed or {},
+        config=config,
+        params=params,
+        apply=method(""),
+        **{name: method(name) for name in names},
+        source=source,
+        untouched=untouched or {},
+        renamed=renamed or {},
     )
 
 

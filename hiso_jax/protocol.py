@@ -1,0 +1,79 @@
+"""What a federated algorithm is: functions, the state they fold, and what may be looked at."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+
+from hiso_jax import aggregators, estimators, trees
+from hiso_jax.upper import Upper
+
+LossFn = Callable[[trees.Params, Any], jax.Array]
+"""(params, batch) -> scalar loss, pure; need not be differentiable."""
+
+
+class State(NamedTuple):
+    """What every party holds; a function of the initial state and the records alone."""
+
+    params: trees.Params  # any pytree
+    key: jax.Array  # root PRNG key, never changes
+    round: jax.Array  # shape=(), dtype=int32: rounds advanced so far
+    rule: Any  # the rule's state, float32 leaves by name
+
+
+class Metrics(NamedTuple):
+    """What a simulation may look at after a round. Only `record` exists outside one."""
+
+    loss: jax.Array  # shape=(): mean of `losses` over the clients that count
+    losses: jax.Array  # [C, K] loss of each client at its own parameters; never sent
+    scalars: jax.Array  # [C, K, P] what each client sent
+    record: jax.Array  # [K, P] what everybody applied; NaN if nobody counted
+    learning_rate: jax.Array  # shape=(): what everybody applied it with
+    finite: jax.Array  # [C] bool: the client's scalars are all finite
+
+
+class Algorithm(NamedTuple):
+    """A federated algorithm as pure functions; C clients, K local steps, P perturbations.
+
+    Attributes:
+      init: ``(params, key) -> State``.
+      probe: ``(state, batches, place=0) -> scalars [C, K, P]``; batch leaves are [C, K, ...].
+        With `own_directions` the clients are those that were asked from number `place` on.
+      aggregate: ``(scalars [C, K, P], weights [C] or None) -> record [K, P]``.
+      advance: ``(state, record [K, P], learning_rate=None) -> State``. The rate of a schedule
+        is itself computed; a party whose schedule might round differently, or that has none,
+        is given the value.
+      round: ``(state, batches, weights=None) -> (State, Metrics)``: all of the above in
+        one program; the one to jit in a simulation.
+      replay: ``(state, records [R, K, P], learning_rates=None) -> State``: the fold of `advance`.
+      learning_rate: ``round -> float32``, what `advance` takes by default.
+      recipe: every hyper-parameter by name, as data: what a `hiso_jax.Ledger` writes down.
+      trainable: ``params -> Leaves``: the leaves that are trained, by name.
+    """
+
+    init: Callable[..., State]
+    probe: Callable[..., jax.Array]
+    aggregate: Callable[..., jax.Array]
+    advance: Callable[..., State]
+    round: Callable[..., tuple[State, Metrics]]
+    replay: Callable[..., State]
+    learning_rate: Callable[[jax.Array], jax.Array]
+    recipe: dict[str, Any]
+    trainable: Callable[[trees.Params], trees.Leaves]
+
+
+class Options(TypedDict, total=False):
+    """What every algorithm takes by keyword; explained at `scalar_algorithm`."""
+
+    estimator: str | estimators.Estimator
+    aggregator: aggregators.Aggregator | None
+    local_steps: int
+    num_perturbations: int
+    smoothing: float
+    distribution: str
+    trainable: trees.Trainable
+    nonfinite: str
+    seed_pool: int | None
+    own_directions: int | None
+    upper: Upper | None
+    lazy: bool

@@ -1,0 +1,248 @@
+"""Directions that move the upper part only: the scalars of whole passes, and the same bits."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import hiso_jax as hj
+from experiments import digits, methods, mnist
+from experiments.work import multiplications
+from hiso_jax import lazy, models, replay, rules, trees
+from hiso_jax.models import subsets
+from tests.helpers import assert_same_bits, finish, odd_loss, start
+from tests.test_lazy import BERT, LLAMA, OPT
+from tests.test_rules import blocks_replay
+
+
+def lower(params: Any, batch: Any) -> Any:
+    return {"kept": jnp.tanh(batch["x"] @ params["w"]), "y": batch["y"]}
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    kept = batch if "kept" in batch else lower(params, batch)
+    return ((kept["kept"] @ params["v"] - kept["y"]) ** 2).mean()
+
+
+PARAMS = {"w": jnp.linspace(-1, 1, 12).reshape(3, 4), "v": jnp.linspace(0, 1, 4)}
+RNG = np.random.default_rng(0)
+BATCHES = {
+    "x": RNG.normal(size=(2, 1, 8, 3)).astype(np.float32),
+    "y": RNG.normal(size=(2, 1, 8)).astype(np.float32),
+}
+UPPER = hj.Upper(lower, {"v": 0}, directions=3)
+
+
+@pytest.mark.parametrize("own", [None, 2])
+@pytest.mark.parametrize("directions", [3, 5])
+def test_scalars_are_those_of_whole_passes(own: int | None, directions: int):
+    common: dict[str, Any] = dict(num_perturbations=5, smoothing=1e-2, own_directions=own)
+    kept = UPPER._replace(directions=directions)
+    same = kept._replace(features=lambda params, batch: batch)  # goes on from the very start
+    found = []
+    for upper in (kept, same):
+        alg = hj.decomfl(loss, 0.1, upper=upper, **common)
+        found.append(np.asarray(alg.probe(alg.init(PARAMS, jax.random.key(0)), BATCHES)))
+    assert np.abs(found[0]).min() > 1e-3
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-4)
+    # The directions that move all are those of everybody else.
+    plain = hj.decomfl(loss, 0.1, **common)
+    every = np.asarray(plain.probe(plain.init(PARAMS, jax.random.key(0)), BATCHES))
+    wholes = 5 - directions
+    np.testing.assert_allclose(found[0][..., :wholes], every[..., :wholes], rtol=1e-4, atol=1e-4)
+    assert not np.isclose(found[0][..., wholes:], every[..., wholes:]).any()
+
+
+def test_only_the_upper_part_moves():
+    alg = hj.decomfl(loss, 0.1, num_perturbations=5, upper=UPPER)
+    before = alg.init(PARAMS, jax.random.key(0))
+    after = alg.advance(before, jnp.array([[0.0, 0, 1, 1, 1]]))
+    assert_same_bits(after.params["w"], before.params["w"])
+    assert (after.params["v"] != before.params["v"]).all()
+    after = alg.advance(before, jnp.array([[0.0, 1, 0, 0, 0]]))
+    assert (after.params["w"] != before.params["w"]).all()
+    assert (after.params["v"] != before.params["v"]).all()
+
+
+def test_everything_in_the_upper_part_is_the_plain_algorithm():
+    params = {"a": jnp.ones((3, 5)), "b": jnp.ones((301, 97)), "c": jnp.ones((512, 256))}
+    rows = {n: 0 for n in params}
+    upper = hj.Upper(lambda params, batch: batch, rows, directions=2)
+    ends = []
+    for options in ({}, {"upper": upper}):
+        alg = hj.federated_hiso(odd_loss, 1e-2, num_perturbations=2, **options)
+        state = alg.init(params, jax.random.key(1))
+        ends.append(jax.jit(alg.replay)(state, jnp.ones((3, 1, 2))))
+    assert_same_bits(*ends)
+
+
+@pytest.mark.parametrize(
+    "steps, rule, directions, own", [(1, "hiso", 2, None), (2, "rms", 3, None), (1, "rms", 2, 3)]
+)
+def test_upper_directions_in_all_programs(steps: int, rule: str, directions: int, own: int | None):
+    """Whole leaves and rows of them, packed ones, several blocks: fused, alone, scanned, in parts."""
+    shapes = {
+        "stack": (4, 300, 240),
+        "packed": (301, 97),
+        "small": (3, 5),
+        "scalar": (),
+        "rest": (7,),
+    }
+    params = {n: jnp.asarray(RNG.normal(size=s), jnp.float32) for n, s in shapes.items()}
+    rows = {"stack": 3, "packed": 17, "small": 2, "scalar": 0}
+    upper = hj.Upper(lambda params, batch: batch, rows, directions=directions)
+    alg = hj.scalar_algorithm(
+        odd_loss, 1e-2, rule=rules.RULES[rule](), local_steps=steps, num_perturbations=3,
+        distribution="rademacher", upper=upper, own_directions=own,
+    )  # fmt: skip
+    begin = state = alg.init(params, jax.random.key(1))
+    round, advance, records = jax.jit(alg.round), jax.jit(alg.advance), []
+    alone = begin
+    with hj.Ledger.create(":memory:", alg, begin) as written:
+        for i in range(4):
+            size = (own or 2, steps, 4)
+            batches = jnp.asarray(np.random.default_rng(i).normal(size=size), jnp.float32)
+            state, metrics = round(state, batches)
+            alone = advance(alone, metrics.record)
+            records.append(metrics.record)
+            written.append(metrics.record, hj.digest(state), 1e-2)
+        assert_same_bits(state, alone)
+        assert_same_bits(state, jax.jit(alg.replay)(begin, jnp.stack(records)))
+        blocks = replay.Replay(written)
+    blocks_replay(blocks, params)
+    moved = jax.tree.map(lambda a, b: np.asarray(a != b), state.params, params)
+    assert moved["stack"][3].mean() > 0.99 and moved["packed"][17:].mean() > 0.99
+    assert moved["stack"][:3].any() == moved["packed"][:17].any() == (directions < 3)
+    assert moved["rest"].any() == (directions < 3)
+
+
+@pytest.mark.parametrize("config", [OPT, LLAMA, BERT], ids=lambda c: c.model_type)
+@pytest.mark.parametrize("late", [False, True])
+def test_the_last_layers_of_a_model(config: Any, late: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lazy, "LARGE", 2**11)
+    model = models.from_config(config, jax.random.key(0))
+    ids = np.random.default_rng(0).integers(3, 640, (3, 1, 2, 8), dtype=np.int32)
+    mask = np.ones_like(ids)
+    mask[:, :, 0, :3] = 0
+
+    def features(params: Any, batch: Any) -> Any:
+        return batch | {"stream": model.lower(params, batch["ids"], batch["mask"], 2)}
+
+    def loss_fn(params: Any, batch: Any) -> jax.Array:
+        stream, begin = batch.get("stream"), 2 if "stream" in batch else 0
+        x = model.hidden(params, batch["ids"], batch["mask"], stream=stream, begin=begin)[:, -1]
+        if config.model_type == "bert":
+            return jnp.tanh(x).mean()
+        return jax.nn.logsumexp(model.head(params, x, jnp.array([5, 6])), -1).mean()
+
+    batches = {"ids": ids, "mask": mask}
+    one = {"ids": ids[0, 0], "mask": mask[0, 0]}
+    np.testing.assert_allclose(
+        loss_fn(model.params, features(model.params, one)), loss_fn(model.params, one), rtol=1e-6
+    )
+    rows = subsets.upper_rows(model.params, 1)
+    assert {row for n, row in rows.items() if subsets.stacked(n)} == {2}
+    found = []
+    for kept in (features, lambda params, batch: batch):
+        upper = hj.Upper(kept, rows, directions=3)
+        alg = hj.decomfl(
+            loss_fn, 0.1, num_perturbations=4, distribution="rademacher", lazy=late, upper=upper
+        )
+        found.append(jax.jit(alg.probe)(alg.init(model.params, jax.random.key(1)), batches))
+    assert np.abs(np.asarray(found[0])).max() > 0.01
+    # A rounding of the loss, 2^-24, over mu.
+    np.testing.assert_allclose(found[0], found[1], atol=2e-3)
+
+
+def test_what_lies_above_the_layers():
+    for config, above in ((OPT, "final_layer_norm"), (LLAMA, "model/norm"), (LLAMA, "lm_head")):
+        rows = subsets.upper_rows(models.from_config(config, jax.random.key(0)).params, 2)
+        assert any(above in n for n, row in rows.items() if row == 0)
+        assert not any("embed" in n for n in rows)
+    with pytest.raises(ValueError, match="1 to 2 of 3 layers, got 3"):
+        subsets.upper_rows(models.from_config(OPT, jax.random.key(0)).params, 3)
+
+
+@pytest.mark.parametrize("make, layers", [(digits.Cnn, 1), (mnist.Cnn, 1), (mnist.Cnn, 2)])
+def test_the_last_layers_of_a_network(make: Any, layers: int):
+    side = 8 if make is digits.Cnn else 28
+    columns = {"image": RNG.normal(size=(30, side, side, 1)).astype(np.float32),
+               "label": np.arange(30, dtype=np.int32) % 10}  # fmt: skip
+    parts = {"train": columns, "dev": columns, "test": columns}
+    problem = digits.images("some", make(nnx.Rngs(0)), parts, 3, 1.0, 0)
+    assert problem.upper is not None
+    features, leaves = problem.upper(layers)
+    assert len(leaves) == 2 * layers
+    batch = columns | {"weight": np.ones(30, np.float32)}
+    kept = features(problem.params, batch)
+    assert "image" not in kept
+    whole = problem.loss_fn(problem.params, batch)
+    np.testing.assert_allclose(problem.loss_fn(problem.params, kept), whole, rtol=1e-6)
+    moved = trees.merge(problem.params, {n: x + 1 for n, x in trees.named(problem.params).items()
+                                         if n in leaves})  # fmt: skip
+    np.testing.assert_allclose(
+        problem.loss_fn(moved, kept), problem.loss_fn(moved, batch), rtol=1e-6
+    )
+    for wrong in (0, len(make.names)):
+        with pytest.raises(ValueError, match="--upper-layers"):
+            problem.upper(wrong)
+    # What it costs: all but the convolutions.
+    dense = 960 if side == 8 else (350, 784 * 35 + 350)[layers - 1]
+    total = 16 * (16 * 9 + 4 * 9 * 24) + 960 if side == 8 else 8 * 9 * 196 + 16 * 72 * 49 + 27790
+    np.testing.assert_allclose(methods.share(problem, layers), dense / total, rtol=1e-6)
+    upper = hj.Upper(features, leaves, directions=4)
+    alg = hj.decomfl(problem.loss_fn, 0.1, num_perturbations=6, upper=upper)
+    assert methods.forward_passes(alg, 0.25) == 1 + 2 + 4 * 0.25
+
+
+def test_multiplications_of_attention():
+    model = models.from_config(OPT, jax.random.key(0))
+    ids = jnp.ones((2, 8), jnp.int32)
+    count = multiplications(lambda p: model.hidden(p, ids, ids), model.params)
+    layer = 2 * 8 * (4 * 64 * 64 + 2 * 64 * 128) + 2 * 2 * 8 * 8 * 64
+    assert count == 3 * layer
+
+
+@pytest.mark.parametrize(
+    "upper, options, message",
+    [
+        (UPPER._replace(directions=6), {}, "at most num_perturbations=5, got 6"),
+        (UPPER._replace(directions=0), {}, "upper: directions: expected an int >= 1"),
+        (UPPER._replace(leaves={}), {}, "name leaves and rows"),
+        (UPPER._replace(leaves={"v": -1}), {}, "name leaves and rows"),
+        (UPPER, {"estimator": "central"}, 'goes with estimator="forward"'),
+        (UPPER, {"seed_pool": 9}, "without seed_pool"),
+    ],
+)
+def test_bad_upper_parts(upper: hj.Upper, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        hj.decomfl(loss, 0.1, upper=upper, **options)
+
+
+def test_an_upper_part_that_is_not_there():
+    with pytest.raises(TypeError, match="features must be a function"):
+        hj.decomfl(loss, 0.1, upper=UPPER._replace(features=None))  # type: ignore
+    for leaves, message in (({"u": 0}, "'u' is none of the trainable"), ({"v": 4}, "has 4 rows")):
+        alg = hj.decomfl(loss, 0.1, upper=UPPER._replace(leaves=leaves))
+        with pytest.raises(ValueError, match=message):
+            alg.init(PARAMS, jax.random.key(0))
+
+
+def test_a_job_with_upper_directions_goes_on(tmp_path: Any):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["--upper-directions", "4", "--num-perturbations", "5", "--rounds", "8",
+               "--snapshot-every", "3", "--method", "rms", "--learning-rate", "0.1"]  # fmt: skip
+    finish(start("digits", *options, "--out", str(whole)))
+    first = start("digits", *options, "--out", str(cut))
+    while not (cut / "ledger.sqlite").exists() and first.poll() is None:
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    finish(start("digits", "--resume", str(cut)))
+    assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
+    out = finish(start("digits", "--upper-directions", "11", "--out", str(tmp_path / "no")), code=1)
+    assert "at most num_perturbations=10, got 11" in out
