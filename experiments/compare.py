@@ -174,9 +174,9 @@ def settings(options: job.Options) -> dict[str, Any]:
 
 def _own_processors(numbers: Any, share: int) -> None:
     """Keep a worker to its share of the processors, so that runs do not wait for each other."""
-    number = numbers.get()
-    mine = sorted(os.sched_getaffinity(0))[number * share : (number + 1) * share]
-    os.sched_setaffinity(0, mine)
+    all = sorted(os.sched_getaffinity(0))
+    first = numbers.get() * share % len(all)  # there may be more workers than processors
+    os.sched_setaffinity(0, all[first : first + share])
 
 
 def run(options: Compare) -> list[dict[str, Any]]:

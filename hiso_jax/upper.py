@@ -97,8 +97,9 @@ def only(
       shape: of a run.
       boundary: number of the first element of the upper part.
     """
-    index = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-    place = jnp.asarray(start, jnp.uint32).reshape(*jnp.shape(start), *[1] * len(shape)) + index
+    start = jnp.asarray(start, jnp.uint32)
+    index = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(*[1] * start.ndim, *shape)
+    place = start.reshape(*start.shape, *[1] * len(shape)) + index
     return jnp.where(whole | (place >= jnp.asarray(boundary, jnp.uint32)), drawn, 0)
 
 

@@ -173,3 +173,19 @@ def test_idx_files_that_are_none_are_named(tmp_path: Path):
         mnist.read_idx(path)
     with pytest.raises(SystemExit, match="--data: .* lacks train-images"):
         mnist.read(tmp_path)
+
+
+@pytest.mark.parametrize("task", compare.TASKS)
+def test_every_task_has_a_grid_of_rows_that_differ(task: str):
+    options = compare.Compare(task=task, seeds=2, vary=("upper_directions=0,3",))  # type: ignore
+    rows = [json.dumps(name) for name, _ in compare.grid(options)]
+    assert len(set(rows)) == len(rows) == 2 * 5 * 2 * 2
+    assert all(json.loads(row)["task"] == task for row in rows)
+
+
+def test_upper_directions_are_a_curve_of_their_own():
+    plain = row("decomfl", 1.0, 0, [0.1, 0.5]) | {"num_perturbations": 5}
+    upper = plain | {"num_perturbations": 10, "upper_directions": 8, "upper_layers": 2}
+    named = results.variant([results.LATER | r for r in (plain, plain, upper)])
+    assert named(results.LATER | plain) == ""
+    assert named(upper) == ", 8 of 10 in the last 2 layers"

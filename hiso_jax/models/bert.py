@@ -164,10 +164,12 @@ class Bert(nnx.Module):
     def hidden(
         self, input_ids: jax.Array, attention_mask: jax.Array, stream: Any = None, begin: int = 0
     ) -> jax.Array:
-        """The same; with a `stream` from layer `begin` on, whose input `lower` gave."""
+        """The same; with a `stream`, which `lower` gave, from layer `begin` on."""
         valid = attention_mask > 0
-        x = self.embeddings(input_ids, valid) if stream is None else stream
-        return self.encoder(x, valid[:, None, None, :], begin)
+        mask = valid[:, None, None, :]
+        if stream is not None:
+            return self.encoder(stream, mask, begin)
+        return self.encoder(self.embeddings(input_ids, valid), mask)
 
     def lower(self, input_ids: jax.Array, attention_mask: jax.Array, end: int) -> jax.Array:
         """Input [B, T, D] of layer `end`: all that lies below it."""
