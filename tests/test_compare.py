@@ -189,3 +189,13 @@ def test_upper_directions_are_a_curve_of_their_own():
     named = results.variant([results.LATER | r for r in (plain, plain, upper)])
     assert named(results.LATER | plain) == ""
     assert named(upper) == ", 8 of 10 in the last 2 layers"
+
+
+def test_rates_with_more_seeds_are_compared():
+    rows = [row("decomfl", 1.0, seed, [0.1, 0.5]) for seed in range(2)]
+    lucky = [row("decomfl", 2.0, 0, [0.1, 0.9]), row("decomfl", 0.5, 0, [0.1, 0.2])]
+    rows += [row("hiso", 1.0, seed, [0.1, 0.6]) for seed in range(2)]
+    header, (first, second) = results.summary(rows + lucky, "loss")
+    assert header[6:8] == ["rounds to 0.526", "to 0.500"]
+    assert first[:3] == ["HiSo", "1", "0.400"] and second[:3] == ["DeComFL", "1", "0.500"]
+    assert first[6:] == second[6:] == ["10", "10", "60", "50"]
