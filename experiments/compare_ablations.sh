@@ -25,3 +25,6 @@ for more in distribution=normal num_perturbations=1,5,20 clients_per_round=2,32 
   "local_steps=5 rounds=120 eval_every=10"; do
   run "0.016 0.032 0.064 0.128 0.256" "rms" "$more"
 done
+# Clients in all.
+run "0.01 0.02 0.04" "hiso decomfl" "clients=10,160"
+run "0.032 0.064 0.128" "rms" "clients=10,160"

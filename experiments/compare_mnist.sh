@@ -14,6 +14,9 @@ run "0.016 0.032 0.064 0.128 0.256" "rms" false 300
 # One pass a direction instead of two.
 run "0.032 0.064 0.128" "rms" true 150,300 estimator=forward
 run "0.005 0.01 0.02" "decomfl" false 300 estimator=forward
+# Twenty directions of the dense layers only, beside four of everything.
+run "0.032 0.064 0.128 0.256 0.512" "rms" true 300 \
+  "estimator=forward num_perturbations=24 upper_directions=20 upper_layers=2"
 # Shares of labels less and more alike.
 run "0.064 0.128 0.256" "rms" true 300 alpha=inf,0.1
 run "0.005 0.01 0.02" "decomfl hiso" false 300 alpha=inf,0.1

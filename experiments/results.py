@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -211,14 +211,17 @@ def pivot(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     return ["", *map(title, methods)], lines
 
 
-def draw(rows: list[Row], name: str, path: Path, only: tuple[str, ...] = ()) -> None:
-    """Draw the metric against rounds, forward passes and floats sent, and against the rate."""
+def draw(
+    rows: list[Row], name: str, path: Path, only: tuple[str, ...] = (), by: str = "metric"
+) -> None:
+    """Draw metric or loss against rounds, forward passes and floats sent, and against the rate."""
     every = [c for c in curves(rows) if not only or c.method in only]
     best, metric = tuned(every), rows[0]["metric"]
-    picture = Figure(figsize=(15, 3.8), layout="constrained")
+    values = lambda curve: curve.losses if by == "loss" else 100 * curve.figures  # noqa: E731
+    picture = Figure(figsize=(15, 3.8 + 0.2 * -(-len(best) // 3)), layout="constrained")
     axes = picture.subplots(1, 4)
     for method, curve in best.items():
-        mean, spread = 100 * curve.figures.mean(0), 100 * curve.figures.std(0)
+        mean, spread = values(curve).mean(0), values(curve).std(0)
         units = (1, curve.passes, curve.bytes / 4)
         for axis, unit in zip(axes, units, strict=False):
             first = int(axis is axes[2])  # which is logarithmic
@@ -227,14 +230,15 @@ def draw(rows: list[Row], name: str, path: Path, only: tuple[str, ...] = ()) -> 
             axis.fill_between(x, y - off, y + off, color=line.get_color(), alpha=0.15)
         own = sorted((c for c in every if c.method == method), key=lambda c: c.learning_rate)
         rates = [c.learning_rate / curve.learning_rate for c in own]
-        axes[3].plot(rates, [100 * c.figures[:, -1].mean() for c in own], marker=".")
+        axes[3].plot(rates, [values(c)[:, -1].mean() for c in own], marker=".")
     labels = ("rounds", "forward passes of a client", "floats a client sends up",
               "learning rate / the best one")  # fmt: skip
     for axis, label in zip(axes, labels, strict=True):
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel=f"dev {metric} (%)")
-    axes[0].legend(fontsize=7)
+    axes[0].set(ylabel="dev loss" if by == "loss" else f"dev {metric} (%)")
+    axes[1].xaxis.set_major_locator(MaxNLocator(5))
+    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     axes[2].set_xscale("log")
     axes[2].xaxis.set_minor_formatter(NullFormatter())
     axes[3].set_xscale("log", base=2)
@@ -259,7 +263,7 @@ class Results:
     where: tuple[str, ...] = ()
     """Which rows: task=mnist, alpha=1.0, method=hiso,decomfl; all must be of one task."""
     by: Literal["metric", "loss"] = "metric"
-    """What of the tuned DeComFL's best is to be reached."""
+    """What of the tuned DeComFL's best is to be reached, and what is drawn."""
     pivot: bool = False
     """Options downwards, methods across."""
     only: tuple[str, ...] = ()
@@ -275,7 +279,7 @@ def main(options: Results) -> None:
         raise SystemExit(f"--where: there is no such row in {', '.join(map(str, options.rows))}")
     show(*(pivot(rows) if options.pivot else summary(rows, options.by)))
     if options.picture:
-        draw(rows, str(rows[0]["task"]), options.picture, options.only)
+        draw(rows, str(rows[0]["task"]), options.picture, options.only, options.by)
 
 
 if __name__ == "__main__":
