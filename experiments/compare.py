@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,8 @@ def varied(kind: type, texts: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
         name = name.replace("-", "_")
         if not equals or name not in hints:
             sys.exit(f"--vary: expected name=value,value with an option of the job, got {text!r}")
-        read = {int: int, float: float, bool: _truth}.get(hints[name], str)
+        kinds = {int: int, float: float, bool: _truth}
+        read = next((kinds[k] for k in (hints[name], *get_args(hints[name])) if k in kinds), str)
         try:
             axes[name] = tuple(read(value) for value in values.split(","))
         except (ValueError, KeyError):

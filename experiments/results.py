@@ -136,7 +136,10 @@ def summary(
     best = tuned(every)
     metric = rows[0]["metric"]
     header = ["method", "learning rate", "dev loss", f"dev {metric}", f"test {metric}", "diverged"]
+    shown = lambda x: f"{x:.1f}" if metric == "perplexity" else f"{x:.1%}"  # noqa: E731
     goals: list[float] = []
+    if metric == "perplexity":
+        by = "loss"  # of which it is the exponential, and less is better
     if baseline in best and by == "loss":
         goals = [best[baseline].losses.mean(0).min()]
         goals.insert(0, goals[0] / NEAR)
@@ -154,8 +157,8 @@ def summary(
             title(method),
             at,
             f"{curve.loss:.3f}",
-            f"{last.mean():.1%} ± {last.std():.1%}",
-            f"{curve.tests.mean():.1%} ± {curve.tests.std():.1%}",
+            f"{shown(last.mean())} ± {shown(last.std())}",
+            f"{shown(curve.tests.mean())} ± {shown(curve.tests.std())}",
             str(sum(c.diverged for c in every if c.method == method)),
         ]
         own = [c for c in compared(every) if c.method == method]

@@ -142,6 +142,8 @@ def test_bad_options_are_named():
             compare.varied(digits.Options, (text,))
     assert compare.varied(mnist.Options, ("alpha=0.1,inf",))["alpha"] == (0.1, float("inf"))
     assert compare.varied(digits.Options, ("own-directions=true",)) == {"own_directions": (True,)}
+    optional = ("length=48", "model=folder")  # None by default
+    assert compare.varied(finetune.Options, optional) == {"length": (48,), "model": ("folder",)}
     with pytest.raises(SystemExit, match="--method: expected one of"):
         compare.run(compare.Compare(method=("nothing",), out=Path("/tmp/never.jsonl")))
 
