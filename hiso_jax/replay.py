@@ -167,7 +167,7 @@ class Replay:
         salts = np.stack([fingerprint.salts(n, x) for n, x in trees.named(state).items()])
         keys = self._keys(np.uint32(trees.leaf_hash(leaf.name)))
         place = (np.uint32(start), np.uint32(skip), np.uint32(size))
-        bound = leaf.size
+        bound = 0
         if self._upper is not None:
             bound = upper.first(self._upper["leaves"], leaf.name, leaf.shape)
         moved, digest, shared = self._program(
