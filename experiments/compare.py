@@ -175,9 +175,9 @@ def settings(options: job.Options) -> dict[str, Any]:
 
 def _own_processors(numbers: Any, share: int) -> None:
     """Keep a worker to its share of the processors, so that runs do not wait for each other."""
-    all = sorted(os.sched_getaffinity(0))
-    first = numbers.get() * share % len(all)  # there may be more workers than processors
-    os.sched_setaffinity(0, all[first : first + share])
+    every = sorted(os.sched_getaffinity(0))
+    first = numbers.get() * share % len(every)  # there may be more workers than processors
+    os.sched_setaffinity(0, every[first : first + share])
 
 
 def run(options: Compare) -> list[dict[str, Any]]:

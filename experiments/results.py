@@ -112,8 +112,7 @@ def tuned(every: list[Curve]) -> dict[str, Curve]:
     """Each method at the learning rate with the lowest dev loss at the end."""
     best: dict[str, Curve] = {}
     for curve in compared(every):
-        best.setdefault(curve.method, curve)
-        best[curve.method] = min(best[curve.method], curve, key=lambda c: c.loss)
+        best[curve.method] = min(best.get(curve.method, curve), curve, key=lambda c: c.loss)
     return best
 
 
@@ -149,7 +148,7 @@ def summary(
         goals.insert(0, goals[0] * NEAR)
         header += [f"rounds to {goals[0]:.1%}", f"to {goals[1]:.1%}"]
     header += ["forward passes", "floats up"] * bool(goals)
-    lines = []
+    lines, tried = [], compared(every)
     for method, curve in sorted(best.items(), key=lambda item: item[1].loss):
         at = f"{curve.learning_rate:g}" + (" (edge)" if edge(curve, every) else "")
         last = curve.figures[:, -1]
@@ -161,7 +160,7 @@ def summary(
             f"{shown(curve.tests.mean())} ± {shown(curve.tests.std())}",
             str(sum(c.diverged for c in every if c.method == method)),
         ]
-        own = [c for c in compared(every) if c.method == method]
+        own = [c for c in tried if c.method == method]
         for goal in goals:
             reached = [(r, c) for c in own if (r := c.reaches(goal, by)) is not None]
             rounds, quickest = min(reached, key=lambda pair: pair[0]) if reached else (None, curve)

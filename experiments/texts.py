@@ -22,7 +22,7 @@ from hiso_jax.tasks.prompts import Task
 SCALE = 10.0
 """Of the cosines: lowest zero-shot loss on the docstrings' training split among 5 to 20."""
 STREAM = "stream "
-"""Column of a batch that has gone through the lower layers; then how many there still are."""
+"""Column of a batch that has gone through the lower layers; then the number of the next."""
 MEASURED = 256
 """Test examples that answers are generated for."""
 
@@ -41,10 +41,8 @@ class Material(NamedTuple):
 
 def hidden_states(model: models.Model, params: Any, batch: Any, *prefix: Any) -> jax.Array:
     """Hidden states [B, T, D] of a batch, or of what an `upper_of` has made of it."""
-    stream, layers = next(
-        ((x, int(k.split()[1])) for k, x in batch.items() if k.startswith(STREAM)), (None, 0)
-    )
-    begin = model.config.num_hidden_layers - layers if layers else 0
+    streams = ((x, int(k.split()[1])) for k, x in batch.items() if k.startswith(STREAM))
+    stream, begin = next(streams, (None, 0))
     ids, mask = batch["input_ids"], batch["attention_mask"]
     return model.hidden(params, ids, mask, *prefix, stream=stream, begin=begin)
 
@@ -65,7 +63,7 @@ def upper_of(model: models.Model, own: Any, prefix: str = "", above: Any = ()) -
 
         def features(params: Any, batch: Any) -> Any:
             ids, mask = batch["input_ids"], batch["attention_mask"]
-            return batch | {f"{STREAM}{layers}": model.lower(own(params), ids, mask, end)}
+            return batch | {f"{STREAM}{end}": model.lower(own(params), ids, mask, end)}
 
         return features, dict.fromkeys(above, 0) | {
             prefix + name: row for name, row in rows.items()

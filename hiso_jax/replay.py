@@ -81,14 +81,10 @@ class Replay:
         self._path, self._records = ledger.path, (records.scalars, rates)
         self._rule = rules.from_recipe(recipe["rule"])
         self._upper = recipe.get("upper")
-        wholes = int(recipe["num_perturbations"]) - (self._upper or {"directions": 0})["directions"]
+        perturbations = int(recipe["num_perturbations"])
+        wholes = perturbations - (self._upper["directions"] if self._upper else 0)
         self._program = jax.jit(
-            functools.partial(
-                _replay,
-                self._rule,
-                recipe["distribution"],
-                (int(recipe["num_perturbations"]), wholes),
-            ),
+            functools.partial(_replay, self._rule, recipe["distribution"], (perturbations, wholes)),
             compiler_options=exact.compiler_options(),
         )
         self._keys = functools.lru_cache(4)(

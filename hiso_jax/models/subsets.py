@@ -43,17 +43,18 @@ def stacked(name: str) -> bool:
     return bool(re.search("/layers?/", name))
 
 
-def upper_rows(
-    params: trees.Params, count: int, above: str = r"final_layer_norm|^model/norm|lm_head|^cls"
-) -> dict[str, int]:
+ABOVE = r"final_layer_norm|^model/norm|lm_head|^cls"
+"""Pattern of the names of leaves that lie above a model's layers."""
+
+
+def upper_rows(params: trees.Params, count: int) -> dict[str, int]:
     """The last `count` layers and all above them: name -> first row, as of `hiso_jax.Upper`.
 
     A table of embeddings that is also the head counts as what it is first: the lowest layer.
 
     Args:
-      params: of a `hiso_jax.models.Model`, or a tree that has them in it.
+      params: of a `hiso_jax.models.Model`.
       count: of layers, fewer than there are.
-      above: pattern of the names that lie above the layers.
 
     Raises:
       ValueError: there are not more layers.
@@ -63,7 +64,7 @@ def upper_rows(
     layers = min(stacks.values(), default=0)
     if not 1 <= count < layers:
         raise ValueError(f"count: expected 1 to {layers - 1} of {layers} layers, got {count}")
-    rows = {n: 0 for n in found if re.search(above, n) and n not in stacks}
+    rows = {n: 0 for n in found if re.search(ABOVE, n) and n not in stacks}
     return rows | {n: size - count for n, size in stacks.items()}
 
 
