@@ -10,11 +10,16 @@ share directions, a client's if each has its own, C P in all. So *own directions
 the one s over the other; and *block scales* what the best D with a number per block gains over
 D = 1. Those are chosen on half of the examples and probes and judged on the other, since the
 best of a hundred noisy ratios looks better than it is.
+
+A direction that moves a part of the model only makes the same progress with that part's sums in
+the place of all; the second table has it for every layer alone and with all that is above it,
+beside what a pass from there on costs (`hiso_jax.Upper`).
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +29,7 @@ import numpy as np
 from rich.console import Console
 
 import hiso_jax as hj
-from experiments import compare, finetune, job, results
+from experiments import compare, finetune, job, methods, results
 from experiments.curvature import gain
 from experiments.problem import Problem
 from hiso_jax import files, trees
@@ -75,6 +80,50 @@ def block_names(leaves: trees.Leaves) -> list[str]:
         layers = range(len(x)) if subsets.stacked(name) else ()
         names += [f"{name}[{i}]" for i in layers] or [name]
     return names
+
+
+BELOW, ABOVE = "below the layers", "above the layers"
+
+
+def layers(names: list[str], upper: Collection[str]) -> list[str]:
+    """The part of the model that each of the `block_names` belongs to.
+
+    Args:
+      names: of blocks.
+      upper: leaves that belong to an upper part of any number of layers.
+    """
+    inside = [(name, name.rpartition("[")[2].removesuffix("]")) for name in names]
+    return [f"layer {i}" if n.endswith("]") else ABOVE if n in upper else BELOW for n, i in inside]
+
+
+def by_layer(
+    parts: list[str], blocks: Mapping[str, np.ndarray], cost: Callable[[int], float]
+) -> tuple[list[str], list[list[str]]]:
+    """The second table: shares of each part, and the progress of directions that move only it.
+
+    Args:
+      parts: of the blocks, from `layers`.
+      blocks: figures by block.
+      cost: number of layers, from the last -> share of a pass.
+    """
+    kinds = ("signal", "noise", "trace")
+    order = [BELOW, *sorted({p for p in parts if p.startswith("layer")}, key=lambda p: int(p[6:]))]
+    order += [ABOVE] if ABOVE in parts else []
+    sums = np.array([[blocks[k][np.array(parts) == p].sum() for k in kinds] for p in order])
+    decrease = lambda own: own[0] ** 2 / (own[1] * own[2])  # noqa: E731
+    count, lines = sum(p.startswith("layer") for p in order), []
+    for i, part in enumerate(order):
+        upwards = sums[i:].sum(0)
+        shares = [f"{x:.1%}" for x in sums[i] / sums.sum(0)]
+        gains = [f"{decrease(own) / decrease(sums.sum(0)):.2f}" for own in (sums[i], upwards)]
+        above = count + 1 - i
+        passes = "1" if not i else f"{cost(above):.2f}" if 0 < above < count else ""
+        lines.append([part, *shares, *gains, passes])
+    return [*PARTS], lines
+
+
+PARTS = ("part", "g squared", "of a batch", "trace", "progress by it alone",
+         "by it and all above", "share of a pass")  # fmt: skip
 
 
 class Look:
@@ -198,11 +247,15 @@ def main(options: Blocks) -> None:
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(0))
     look = Look(problem, settings, options.examples, options.probes)
     names = block_names(look.pick(state.params))
+    upper = problem.upper(1)[1] if problem.upper else {}
+    parts, tables = layers(names, upper), []
+    cost = functools.cache(functools.partial(methods.share, problem))
     rows, kept, console = [], [], Console()
 
     def note(state: hj.State) -> None:
         figures, blocks = look(state)
         rows.append(figures)
+        tables.append(by_layer(parts, blocks, cost))
         columns = zip(*blocks.values(), strict=True)
         each = {n: [float(x) for x in own] for n, own in zip(names, columns, strict=True)}
         kept.append(figures | {"blocks": each})
@@ -219,6 +272,9 @@ def main(options: Blocks) -> None:
         if report.round in options.rounds:
             note(report.state)
     results.show(list(TITLES.values()), [[f"{row[k]:.3g}" for k in TITLES] for row in rows])
+    for row, table in zip(rows, tables, strict=True):
+        console.print(f"Round {row['round']}, by layer:")
+        results.show(*table)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,15 @@ def test_blocks_of_a_quadratic():
     assert figures["zeta"] == figures["trace"] == pytest.approx(340)
     assert figures["largest"] == pytest.approx(9, rel=1e-4)
     assert figures["gain_own"] == pytest.approx(4)  # no noise: C times as many directions
+    parts = blocks.layers(["body/layers/w[0]", "body/layers/w[1]", "head", "e"], {"head": 0})
+    assert parts == ["layer 0", "layer 1", blocks.ABOVE, blocks.BELOW]
+    sums = {
+        k: np.append(x, 10.0) for k, x in (("signal", signal), ("noise", signal), ("trace", trace))
+    }
+    _, lines = blocks.by_layer(parts, sums, lambda count: count / 10)
+    assert [line[-1] for line in lines] == ["1", "", "0.10", ""] and lines[0][5] == "1.00"
+    assert lines[-1][4] == lines[-1][5] == f"{3240 / 90 / (signal.sum() + 10) * 350:.2f}"
+    assert lines[1][3] == f"{50 / 350:.1%}"
     scales = signal / trace
     best = (scales @ signal) / (scales @ trace) / (signal.sum() / trace.sum())
     assert figures["gain_blocks"] == pytest.approx(best, rel=1e-4)

@@ -2,6 +2,7 @@
 
 from typing import Any, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,6 +213,6 @@ def test_any_tree(
     end, metrics = jax.jit(alg.round)(state, batches)
     assert metrics.scalars.shape == (clients, steps, perturbations)
     assert metrics.scalars.dtype == metrics.record.dtype == jnp.float32
-    shape_of = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-    assert shape_of(end) == shape_of(state) and int(end.params["step"]) == 3
+    chex.assert_trees_all_equal_shapes_and_dtypes(end, state)
+    assert int(end.params["step"]) == 3
     assert_same_bits(end, jax.jit(alg.advance)(state, metrics.record))

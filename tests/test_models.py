@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,7 +112,7 @@ def test_round_trip_is_exact(tmp_path: Path):
     moved = jax.tree.map(lambda x: x + 1, model.params)
     models.save_pretrained(model, tmp_path / "out", moved)
     again = models.from_pretrained(tmp_path / "out").params
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), again, moved)))
+    chex.assert_trees_all_equal(again, moved)
 
 
 def test_layers_are_stacked(tmp_path: Path):
@@ -153,10 +154,6 @@ def opt_folder(folder: Path, **options: Any) -> Path:
     return folder
 
 
-def same(first: Any, second: Any) -> bool:
-    return all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, second)))
-
-
 def test_checkpoints_in_several_files_and_by_other_names(tmp_path: Path):
     whole = models.from_pretrained(opt_folder(tmp_path / "whole")).params
     tensors = load_file(tmp_path / "whole/model.safetensors")
@@ -174,18 +171,24 @@ def test_checkpoints_in_several_files_and_by_other_names(tmp_path: Path):
     sharded = put("sharded", parts)
     index = {"weight_map": {n: file for file, own in parts.items() for n in own}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert same(models.from_pretrained(sharded).params, whole)
+    chex.assert_trees_all_equal(models.from_pretrained(sharded).params, whole)
     (sharded / "model-1.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected .*model-1.safetensors"):
         models.from_pretrained(sharded)
 
     bare = {n.removeprefix("model."): x for n, x in tensors.items()}  # saved without a head
-    assert same(models.from_pretrained(put("bare", {"model.safetensors": bare})).params, whole)
+    chex.assert_trees_all_equal(
+        models.from_pretrained(put("bare", {"model.safetensors": bare})).params, whole
+    )
     table = "model.decoder.embed_tokens.weight"
     tied = tensors | {"lm_head.weight": tensors[table]}
-    assert same(models.from_pretrained(put("tied", {"model.safetensors": tied})).params, whole)
+    chex.assert_trees_all_equal(
+        models.from_pretrained(put("tied", {"model.safetensors": tied})).params, whole
+    )
     only = {("lm_head.weight" if n == table else n): x for n, x in tensors.items()}
-    assert same(models.from_pretrained(put("only", {"model.safetensors": only})).params, whole)
+    chex.assert_trees_all_equal(
+        models.from_pretrained(put("only", {"model.safetensors": only})).params, whole
+    )
     other = tensors | {"lm_head.weight": tensors[table] + 1}
     with pytest.raises(ValueError, match="the config ties 'lm_head.weight'.*they differ"):
         models.from_pretrained(put("other", {"model.safetensors": other}))
@@ -211,7 +214,9 @@ def test_small_files_go_with_the_weights(tmp_path: Path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json"}  # fmt: skip
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
-    assert same(models.from_pretrained(tmp_path / "out", jnp.bfloat16).params, model.params)
+    chex.assert_trees_all_equal(
+        models.from_pretrained(tmp_path / "out", jnp.bfloat16).params, model.params
+    )
 
 
 def test_pytorch_files_are_read_without_pytorch(tmp_path: Path):
@@ -224,14 +229,14 @@ def test_pytorch_files_are_read_without_pytorch(tmp_path: Path):
         torch.save(given, tmp_path / "pytorch_model.bin")
         wanted = whole if kind == torch.float32 else jax.tree.map(
             lambda x: x.astype(jnp.float16).astype(jnp.float32), whole)  # fmt: skip
-        assert same(models.from_pretrained(tmp_path).params, wanted)
+        chex.assert_trees_all_equal(models.from_pretrained(tmp_path).params, wanted)
     names = sorted(given)
     for i in (0, 1):
         torch.save({n: given[n] for n in names[i::2]}, tmp_path / f"pytorch_model-{i}.bin")
     index = {"weight_map": {n: f"pytorch_model-{i % 2}.bin" for i, n in enumerate(names)}}
     (tmp_path / "pytorch_model.bin").unlink()
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert same(models.from_pretrained(tmp_path).params, wanted)
+    chex.assert_trees_all_equal(models.from_pretrained(tmp_path).params, wanted)
 
 
 class Evil:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from transformers import OPTConfig
 
 import hiso_jax as hj
 from experiments import digits, methods, mnist
@@ -121,7 +122,17 @@ def test_upper_directions_in_all_programs(steps: int, rule: str, directions: int
     assert moved["rest"].any() == (directions < 3)
 
 
-@pytest.mark.parametrize("config", [OPT, LLAMA, BERT], ids=lambda c: c.model_type)
+SMALL = dict(
+    vocab_size=640, hidden_size=64, num_hidden_layers=3, ffn_dim=128, num_attention_heads=4
+)
+OPT_350M = OPTConfig(
+    **SMALL, max_position_embeddings=32, word_embed_proj_dim=32, do_layer_norm_before=False
+)
+
+
+@pytest.mark.parametrize(
+    "config", [OPT, OPT_350M, LLAMA, BERT], ids=["opt", "opt-350m", "llama", "bert"]
+)
 @pytest.mark.parametrize("late", [False, True])
 def test_the_last_layers_of_a_model(config: Any, late: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lazy, "LARGE", 2**11)
@@ -160,7 +171,9 @@ def test_the_last_layers_of_a_model(config: Any, late: bool, monkeypatch: pytest
 
 
 def test_what_lies_above_the_layers():
-    for config, above in ((OPT, "final_layer_norm"), (LLAMA, "model/norm"), (LLAMA, "lm_head")):
+    for config, above in (
+        (OPT, "final_layer_norm"), (OPT_350M, "project_out"), (LLAMA, "model/norm"), (LLAMA, "lm_head")
+    ):  # fmt: skip
         rows = subsets.upper_rows(models.from_config(config, jax.random.key(0)).params, 2)
         assert any(above in n for n, row in rows.items() if row == 0)
         assert not any("embed" in n for n in rows)
