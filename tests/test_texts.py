@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hiso_jax as hj
-from experiments import finetune, problem
+from experiments import finetune, methods, problem
 from hiso_jax import models, simulation, trees
 from hiso_jax.tasks import data, splits, text
 from hiso_jax.tasks.prompts import TASKS, Task
@@ -249,6 +249,31 @@ def test_subsets_move_nothing_else(train: str, folder: Path, tmp_path: Path):
     before, after = (simulation.evaluate(score, p, built.dev, 8, built.prepare)
                      for p in (built.params, state.params))  # fmt: skip
     assert before["loss"] != after["loss"]
+
+
+def test_a_pass_that_starts_at_the_last_layer(folder: Path, tmp_path: Path):
+    """With activations of the parameters as they were, the loss of parameters moved above them."""
+    built = finetune.build(finetune.Options(
+        model=str(folder), data=write(tmp_path / "reviews.csv", ROWS), text="review", label="mood",
+        num_clients=3, length=24,
+    ))  # fmt: skip
+    assert built.upper is not None
+    features, rows = built.upper(1)
+    raw = built.clients.batches(built.clients.names[:1], 0, 8)
+    batch = built.prepare({k: v[0, 0] for k, v in raw.items()})
+    leaves, rng = trees.named(built.params), np.random.default_rng(0)
+    push = {
+        n: leaves[n].at[row:].add(rng.normal(0, 0.3, leaves[n][row:].shape))
+        for n, row in rows.items()
+    }
+    moved = trees.merge(built.params, push)
+    kept, (before, whole) = (
+        features(built.params, batch),
+        (built.loss_fn(params, batch) for params in (built.params, moved)),
+    )
+    np.testing.assert_allclose(built.loss_fn(moved, kept), whole, rtol=1e-5)
+    assert abs(float(whole - before)) > 1e-3
+    assert 0.4 < methods.share(built, 1) < 0.6  # one layer of two
 
 
 @pytest.mark.parametrize("options", [
