@@ -110,12 +110,17 @@ def by_layer(
     order = [BELOW, *sorted({p for p in parts if p.startswith("layer")}, key=lambda p: int(p[6:]))]
     order += [ABOVE] if ABOVE in parts else []
     sums = np.array([[blocks[k][np.array(parts) == p].sum() for k in kinds] for p in order])
-    decrease = lambda own: own[0] ** 2 / (own[1] * own[2])  # noqa: E731
+
+    def progress(own: np.ndarray) -> str:
+        signal, noise, trace = own / sums.sum(0)
+        # There is no best step along a loss that, to this precision, bends down.
+        return f"{signal**2 / (noise * trace):.2f}" if own[2] > 0 and sums[:, 2].sum() > 0 else ""
+
     count, lines = sum(p.startswith("layer") for p in order), []
     for i, part in enumerate(order):
         upwards = sums[i:].sum(0)
         shares = [f"{x:.1%}" for x in sums[i] / sums.sum(0)]
-        gains = [f"{decrease(own) / decrease(sums.sum(0)):.2f}" for own in (sums[i], upwards)]
+        gains = [progress(own) for own in (sums[i], upwards)]
         above = count + 1 - i
         passes = "1" if not i else f"{cost(above):.2f}" if 0 < above < count else ""
         lines.append([part, *shares, *gains, passes])
