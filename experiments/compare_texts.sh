@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The comparisons on texts of docs/results.md: experiments/compare_texts.sh SST2_FOLDER. Docstring
-# topics and SST-2 with MiniLM, docstring topics with the small OPT of experiments.pretrain: five
-# learning rates with one seed, then two more seeds at the best of them.
+# topics and SST-2 with MiniLM, docstring topics with the small OPT of experiments.pretrain: learning
+# rates with one seed, then more seeds at the best of them.
 set -euo pipefail
 data=$(realpath "$1")
 cd "$(dirname "$0")/.."
@@ -23,10 +23,21 @@ run docstrings 1 "0.0002 0.0004 0.0008 0.0016 0.0032" hiso
 run docstrings 1 "0.00064 0.00128 0.00256 0.00512 0.01024" rms
 run docstrings 1 "0.00025 0.0005 0.001 0.002 0.004" decomfl "$one"
 run docstrings 1 "0.00025 0.0005 0.001 0.002 0.004" decomfl "$two"
-run sst2 1 "0.0001 0.0002 0.0004 0.0008 0.0016" decomfl
-run sst2 1 "0.0002 0.0004 0.0008 0.0016 0.0032" hiso
-run sst2 1 "0.00025 0.0005 0.001 0.002 0.004" decomfl "$one"
+run docstrings 3 "0.0004" decomfl
+run docstrings 3 "0.0008" hiso
+run docstrings 3 "0.002" decomfl "$one"
+run docstrings 3 "0.001" decomfl "$two"
 run opt 1 "0.0002 0.0004 0.0008 0.0016 0.0032" decomfl
 run opt 1 "0.0004 0.0008 0.0016 0.0032 0.0064" hiso
 run opt 1 "0.002 0.004 0.008 0.016 0.032" rms
-run opt 1 "0.0005 0.001 0.002 0.004 0.008" decomfl "$one"
+run opt 1 "0.0005 0.001 0.002 0.004 0.008 0.016 0.032 0.064" decomfl "$one"
+run opt 3 "0.0008" decomfl
+run opt 3 "0.0016" hiso
+run opt 3 "0.008" rms
+run opt 3 "0.008 0.016" decomfl "$one"
+# Fewer, for each of these takes three times as long.
+run sst2 1 "0.0002 0.0004 0.0008 0.0016" decomfl
+run sst2 1 "0.0008 0.0016" hiso
+run sst2 1 "0.001 0.002 0.004 0.008" decomfl "$one"
+run sst2 2 "0.0008" decomfl
+run sst2 2 "0.004" decomfl "$one"

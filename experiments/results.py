@@ -244,7 +244,8 @@ def draw(
     axes[2].set_xscale("log")
     axes[2].xaxis.set_minor_formatter(NullFormatter())
     axes[3].set_xscale("log", base=2)
-    picture.suptitle(f"{name}: mean and standard deviation over {len(curve.tests)} seeds")
+    seeds = " or ".join(str(n) for n in sorted({len(c.tests) for c in best.values()}))
+    picture.suptitle(f"{name}: mean and standard deviation over {seeds} seed{'s' * (seeds != '1')}")
     picture.savefig(path, dpi=110)
 
 
