@@ -25,6 +25,7 @@ run docstrings 1 "0.00025 0.0005 0.001 0.002 0.004" decomfl "$one"
 run docstrings 1 "0.00025 0.0005 0.001 0.002 0.004" decomfl "$two"
 run docstrings 3 "0.0004" decomfl
 run docstrings 3 "0.0008" hiso
+run docstrings 3 "0.00256" rms
 run docstrings 3 "0.002" decomfl "$one"
 run docstrings 3 "0.001" decomfl "$two"
 run opt 1 "0.0002 0.0004 0.0008 0.0016 0.0032" decomfl
