@@ -83,17 +83,22 @@ def block_names(leaves: trees.Leaves) -> list[str]:
 
 
 BELOW, ABOVE = "below the layers", "above the layers"
+PARTS = ["part", "g squared", "of a batch", "trace", "progress by it alone",
+         "by it and all above", "share of a pass"]  # fmt: skip
 
 
-def layers(names: list[str], upper: Collection[str]) -> list[str]:
-    """The part of the model that each of the `block_names` belongs to.
+def parts_of(leaves: trees.Leaves, upper: Collection[str]) -> list[str]:
+    """The part of the model that each block belongs to, as `dots` puts them.
 
     Args:
-      names: of blocks.
-      upper: leaves that belong to an upper part of any number of layers.
+      leaves: by name.
+      upper: names of those that belong to an upper part of any number of layers.
     """
-    inside = [(name, name.rpartition("[")[2].removesuffix("]")) for name in names]
-    return [f"layer {i}" if n.endswith("]") else ABOVE if n in upper else BELOW for n, i in inside]
+    parts = []
+    for name, x in leaves.items():
+        layers = [f"layer {i}" for i in range(len(x))] if subsets.stacked(name) else []
+        parts += layers or [ABOVE if name in upper else BELOW]
+    return parts
 
 
 def by_layer(
@@ -102,33 +107,30 @@ def by_layer(
     """The second table: shares of each part, and the progress of directions that move only it.
 
     Args:
-      parts: of the blocks, from `layers`.
+      parts: of the blocks, from `parts_of`.
       blocks: figures by block.
       cost: number of layers, from the last -> share of a pass.
     """
-    kinds = ("signal", "noise", "trace")
-    order = [BELOW, *sorted({p for p in parts if p.startswith("layer")}, key=lambda p: int(p[6:]))]
-    order += [ABOVE] if ABOVE in parts else []
-    sums = np.array([[blocks[k][np.array(parts) == p].sum() for k in kinds] for p in order])
+    layers = [part for part in dict.fromkeys(parts) if part not in (BELOW, ABOVE)]
+    order = [BELOW, *layers, *[ABOVE] * (ABOVE in parts)]
+    inside = [np.array(parts) == part for part in order]
+    signal, noise, trace = (
+        np.array([blocks[kind][own].sum() for own in inside])
+        for kind in ("signal", "noise", "trace")
+    )
 
-    def progress(own: np.ndarray) -> str:
-        signal, noise, trace = own / sums.sum(0)
+    def progress(moved: np.ndarray) -> str:
         # There is no best step along a loss that, to this precision, bends down.
-        return f"{signal**2 / (noise * trace):.2f}" if own[2] > 0 and sums[:, 2].sum() > 0 else ""
+        bends_up = trace[moved].sum() > 0 and trace.sum() > 0
+        return f"{gain(moved.astype(float), signal, noise, trace):.2f}" if bends_up else ""
 
-    count, lines = sum(p.startswith("layer") for p in order), []
+    lines, number = [], np.arange(len(order))
     for i, part in enumerate(order):
-        upwards = sums[i:].sum(0)
-        shares = [f"{x:.1%}" for x in sums[i] / sums.sum(0)]
-        gains = [progress(own) for own in (sums[i], upwards)]
-        above = count + 1 - i
-        passes = "1" if not i else f"{cost(above):.2f}" if 0 < above < count else ""
-        lines.append([part, *shares, *gains, passes])
-    return [*PARTS], lines
-
-
-PARTS = ("part", "g squared", "of a batch", "trace", "progress by it alone",
-         "by it and all above", "share of a pass")  # fmt: skip
+        shares = [f"{x[i] / x.sum():.1%}" for x in (signal, noise, trace)]
+        above = len(layers) + 1 - i
+        passes = "1" if not i else f"{cost(above):.2f}" if 0 < above < len(layers) else ""
+        lines.append([part, *shares, progress(number == i), progress(number >= i), passes])
+    return PARTS, lines
 
 
 class Look:
@@ -251,9 +253,9 @@ def main(options: Blocks) -> None:
     )  # fmt: skip
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(0))
     look = Look(problem, settings, options.examples, options.probes)
-    names = block_names(look.pick(state.params))
-    upper = problem.upper(1)[1] if problem.upper else {}
-    parts, tables = layers(names, upper), []
+    leaves = look.pick(state.params)
+    names, tables = block_names(leaves), []
+    parts = parts_of(leaves, problem.upper(1)[1] if problem.upper else ())
     cost = functools.cache(functools.partial(methods.share, problem))
     rows, kept, console = [], [], Console()
 

@@ -15,13 +15,10 @@ run "0.016 0.032 0.064 0.128 0.256" "rms" false 300
 run "0.032 0.064 0.128" "rms" true 150,300 estimator=forward
 run "0.005 0.01 0.02" "decomfl" false 300 estimator=forward
 # Twenty directions of the dense layers only, beside four of everything.
-run "0.032 0.064 0.128 0.256 0.512" "rms" true 300 \
-  "estimator=forward num_perturbations=24 upper_directions=20 upper_layers=2"
-# Shares of labels less and more alike, and four local steps a round: three rates.
 upper="estimator=forward num_perturbations=24 upper_directions=20 upper_layers=2"
-for other in "alpha=inf" "alpha=0.1" "local_steps=4 eval_every=5"; do
-  rounds=300
-  [[ $other == local* ]] && rounds=75
-  run "0.064 0.128 0.256" "rms" true $rounds "$upper $other"
-  run "0.005 0.01 0.02" "decomfl hiso" false $rounds "estimator=forward $other"
+run "0.032 0.064 0.128 0.256 0.512" "rms" true 300 "$upper"
+# Shares of labels less and more alike, and four local steps a round: three rates.
+for other in "alpha=inf" "alpha=0.1" "local_steps=4 rounds=75 eval_every=5"; do
+  run "0.064 0.128 0.256" "rms" true 300 "$upper $other"
+  run "0.005 0.01 0.02" "decomfl hiso" false 300 "estimator=forward $other"
 done

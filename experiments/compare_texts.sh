@@ -6,39 +6,38 @@ set -euo pipefail
 data=$(realpath "$1")
 cd "$(dirname "$0")/.."
 test -d runs/pretrain || .venv/bin/python -m experiments.pretrain
-run() { # task, seeds, rates, method, more options
-  local out=docs/results/$1.jsonl task=finetune given=() own=()
+run() { # file, seeds, rates, method, more options
+  local task=(finetune) own=(rounds=100 eval_every=10)
   case $1 in
-    sst2) task=sst2 given=(--data "$data" --columns sentence label) own=(batch_size=4) ;;
-    opt) own=(model=runs/pretrain) ;;
+    sst2) task=(sst2 --data "$data" --columns sentence label) own+=(batch_size=4) ;;
+    opt) own+=(model=runs/pretrain) ;;
   esac
-  .venv/bin/python -m experiments.compare --task $task "${given[@]}" --out "$out" \
+  .venv/bin/python -m experiments.compare --task "${task[@]}" --out "docs/results/$1.jsonl" \
     --processes "${PROCESSES:-2}" --seeds $2 --learning-rate $3 --method $4 \
-    --vary rounds=100 eval_every=10 "${own[@]}" ${5:-}
+    --vary "${own[@]}" ${5:-}
 }
-one="num_perturbations=10 upper_directions=10 upper_layers=1"
-two="num_perturbations=10 upper_directions=10 upper_layers=2"
+upper="num_perturbations=10 upper_directions=10 upper_layers"
 run docstrings 1 "0.0001 0.0002 0.0004 0.0008 0.0016" decomfl
 run docstrings 1 "0.0002 0.0004 0.0008 0.0016 0.0032" hiso
 run docstrings 1 "0.00064 0.00128 0.00256 0.00512 0.01024" rms
-run docstrings 1 "0.00025 0.0005 0.001 0.002 0.004" decomfl "$one"
-run docstrings 1 "0.00025 0.0005 0.001 0.002 0.004" decomfl "$two"
+run docstrings 1 "0.00025 0.0005 0.001 0.002 0.004" decomfl "$upper=1"
+run docstrings 1 "0.00025 0.0005 0.001 0.002 0.004" decomfl "$upper=2"
 run docstrings 3 "0.0004" decomfl
 run docstrings 3 "0.0008" hiso
 run docstrings 3 "0.00256" rms
-run docstrings 3 "0.002" decomfl "$one"
-run docstrings 3 "0.001" decomfl "$two"
+run docstrings 3 "0.002" decomfl "$upper=1"
+run docstrings 3 "0.001" decomfl "$upper=2"
 run opt 1 "0.0002 0.0004 0.0008 0.0016 0.0032" decomfl
 run opt 1 "0.0004 0.0008 0.0016 0.0032 0.0064" hiso
 run opt 1 "0.002 0.004 0.008 0.016 0.032" rms
-run opt 1 "0.0005 0.001 0.002 0.004 0.008 0.016 0.032 0.064" decomfl "$one"
+run opt 1 "0.0005 0.001 0.002 0.004 0.008 0.016 0.032 0.064" decomfl "$upper=1"
 run opt 3 "0.0008" decomfl
 run opt 3 "0.0016" hiso
 run opt 3 "0.008" rms
-run opt 3 "0.008 0.016" decomfl "$one"
+run opt 3 "0.008 0.016" decomfl "$upper=1"
 # Fewer, for each of these takes three times as long.
 run sst2 1 "0.0002 0.0004 0.0008 0.0016" decomfl
 run sst2 1 "0.0008 0.0016" hiso
-run sst2 1 "0.001 0.002 0.004 0.008" decomfl "$one"
+run sst2 1 "0.001 0.002 0.004 0.008" decomfl "$upper=1"
 run sst2 2 "0.0008" decomfl
-run sst2 2 "0.004" decomfl "$one"
+run sst2 2 "0.004" decomfl "$upper=1"

@@ -123,7 +123,8 @@ def test_blocks_of_a_quadratic():
     assert figures["zeta"] == figures["trace"] == pytest.approx(340)
     assert figures["largest"] == pytest.approx(9, rel=1e-4)
     assert figures["gain_own"] == pytest.approx(4)  # no noise: C times as many directions
-    parts = blocks.layers(["body/layers/w[0]", "body/layers/w[1]", "head", "e"], {"head": 0})
+    leaves = trees.named(params | {"tail": jnp.ones(1)})
+    parts = blocks.parts_of(leaves, {"head": 0})
     assert parts == ["layer 0", "layer 1", blocks.ABOVE, blocks.BELOW]
     sums = {
         k: np.append(x, 10.0) for k, x in (("signal", signal), ("noise", signal), ("trace", trace))

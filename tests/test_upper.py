@@ -82,7 +82,9 @@ def test_everything_in_the_upper_part_is_the_plain_algorithm():
     assert_same_bits(*ends)
 
 
-@pytest.mark.parametrize("steps, rule, directions, own", [(1, "hiso", 2, None), (2, "rms", 3, 2)])
+@pytest.mark.parametrize(
+    "steps, rule, directions, own", [(1, "hiso", 2, None), (2, "rms", 3, None), (1, "rms", 2, 3)]
+)
 def test_upper_directions_in_all_programs(steps: int, rule: str, directions: int, own: int | None):
     """Whole leaves and rows of them, packed ones, several blocks: fused, alone, scanned, in parts."""
     shapes = {
@@ -130,8 +132,8 @@ OPT_350M = OPTConfig(
 
 @pytest.mark.parametrize(
     "config, late",
-    [(OPT, False), (OPT_350M, True), (LLAMA, True), (BERT, False)],
-    ids=["opt", "opt-350m", "llama", "bert"],
+    [(OPT, False), (OPT_350M, True), (LLAMA, True), (BERT, False), (BERT, True)],
+    ids=["opt", "opt-350m-late", "llama-late", "bert", "bert-late"],
 )
 def test_the_last_layers_of_a_model(config: Any, late: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lazy, "LARGE", 2**11)
