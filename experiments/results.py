@@ -122,6 +122,11 @@ def edge(best: Curve, every: list[Curve]) -> bool:
     return best.learning_rate in (min(rates), max(rates)) and len(rates) > 1
 
 
+def _goal(rows: list[Row], by: str) -> str:
+    """A perplexity is the exponential of the loss, and less of it is better: take the loss."""
+    return "loss" if rows[0]["metric"] == "perplexity" else by
+
+
 def summary(
     rows: list[Row], by: str = "metric", baseline: str = "decomfl"
 ) -> tuple[list[str], list[list[str]]]:
@@ -136,9 +141,7 @@ def summary(
     metric = rows[0]["metric"]
     header = ["method", "learning rate", "dev loss", f"dev {metric}", f"test {metric}", "diverged"]
     shown = lambda x: f"{x:.1f}" if metric == "perplexity" else f"{x:.1%}"  # noqa: E731
-    goals: list[float] = []
-    if metric == "perplexity":
-        by = "loss"  # of which it is the exponential, and less is better
+    by, goals = _goal(rows, by), []
     if baseline in best and by == "loss":
         goals = [best[baseline].losses.mean(0).min()]
         goals.insert(0, goals[0] / NEAR)
@@ -195,15 +198,15 @@ def show(header: list[str], lines: list[list[str]]) -> None:
 def pivot(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of another table: options downwards, methods across, each at its best.
 
-    A cell is dev loss, dev metric in percent, and the learning rate.
+    A cell is dev loss, dev metric (in percent, but a perplexity), and the learning rate.
     """
-    best = tuned(curves(rows))
+    best, scale = tuned(curves(rows)), 1 if rows[0]["metric"] == "perplexity" else 100
     methods = list(dict.fromkeys(name.partition(", ")[0] for name in best))
 
     def cell(curve: Curve | None) -> str:
         if curve is None:
             return ""
-        last = 100 * curve.figures[:, -1]
+        last = scale * curve.figures[:, -1]
         return f"{curve.loss:.3f}, {last.mean():.1f} ± {last.std():.1f} at {curve.learning_rate:g}"
 
     lines = []
@@ -218,7 +221,7 @@ def draw(
 ) -> None:
     """Draw metric or loss against rounds, forward passes and floats sent, and against the rate."""
     every = [c for c in curves(rows) if not only or c.method in only]
-    best, metric = tuned(every), rows[0]["metric"]
+    best, metric, by = tuned(every), rows[0]["metric"], _goal(rows, by)
     values = lambda curve: curve.losses if by == "loss" else 100 * curve.figures  # noqa: E731
     picture = Figure(figsize=(15, 3.8 + 0.2 * -(-len(best) // 3)), layout="constrained")
     axes = picture.subplots(1, 4)

@@ -211,3 +211,16 @@ def test_rates_with_more_seeds_are_compared():
     assert header[6:8] == ["rounds to 0.526", "to 0.500"]
     assert first[:3] == ["HiSo", "1", "0.400"] and second[:3] == ["DeComFL", "1", "0.500"]
     assert first[6:] == second[6:] == ["10", "10", "60", "50"]
+
+
+def test_a_perplexity_is_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = [row("decomfl", 1.0, seed, [0.1, 0.5]) | {"metric": "perplexity"} for seed in range(2)]
+    for one in rows:
+        one["curve"] = [[at, loss, float(np.exp(loss))] for at, loss, _ in one["curve"]]
+    assert results.summary(rows)[1][0][3] == "1.6 ± 0.0"
+    assert results.pivot(rows)[1] == [["as most", "0.500, 1.6 ± 0.0 at 1"]]
+    drawn: list[Any] = []
+    monkeypatch.setattr(results.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    results.draw(rows, "plays", tmp_path / "none.png")
+    axis = drawn[0].axes[0]
+    assert axis.get_ylabel() == "dev loss" and list(axis.lines[0].get_ydata()) == [0.9, 0.5]
