@@ -269,7 +269,9 @@ class Results:
     where: tuple[str, ...] = ()
     """Which rows: task=mnist, alpha=1.0, method=hiso,decomfl; all must be of one task."""
     by: Literal["metric", "loss"] = "metric"
-    """What of the tuned DeComFL's best is to be reached, and what is drawn."""
+    """What of the tuned baseline's best is to be reached, and what is drawn."""
+    baseline: str = "decomfl"
+    """The method whose best the others have to reach, and when it does so itself."""
     pivot: bool = False
     """Options downwards, methods across."""
     only: tuple[str, ...] = ()
@@ -283,7 +285,10 @@ def main(options: Results) -> None:
     rows = where([row for path in options.rows for row in read(path)], options.where)
     if not rows:
         raise SystemExit(f"--where: there is no such row in {', '.join(map(str, options.rows))}")
-    show(*(pivot(rows) if options.pivot else summary(rows, options.by)))
+    if options.baseline not in (known := {c.method for c in curves(rows)}):
+        names = ", ".join(sorted(known))
+        raise SystemExit(f"--baseline: expected one of {names}, got {options.baseline!r}")
+    show(*(pivot(rows) if options.pivot else summary(rows, options.by, options.baseline)))
     if options.picture:
         draw(rows, str(rows[0]["task"]), options.picture, options.only, options.by)
 

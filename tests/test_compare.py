@@ -55,7 +55,7 @@ def row(method: str, rate: float, seed: int, figures: list[float], diverged: boo
                 bytes_per_round=20, seconds=1.0)  # fmt: skip
 
 
-def test_the_table_says_what_the_rows_say():
+def test_the_table_says_what_the_rows_say(tmp_path: Path):
     rows = [
         row("decomfl", 1.0, 0, [0.1, 0.5, 0.7, 0.8]),
         row("decomfl", 1.0, 1, [0.1, 0.5, 0.7, 0.9]),
@@ -74,6 +74,15 @@ def test_the_table_says_what_the_rows_say():
     assert results.summary(worse)[1][-1][6:] == ["never", "never", "", ""]
     diverged = next(c for c in results.curves(rows) if c.method == "decomfl" and c.diverged)
     assert np.isinf(diverged.loss)
+    # The other way round: HiSo's own best of 90 %, and what it and others pay for that.
+    header, lines = results.summary(rows, baseline="hiso")
+    assert header[6:8] == ["rounds to 85.5%", "to 90.0%"]
+    assert lines[0][6:] == ["10", "10", "60", "50"]
+    assert lines[1][6:] == ["never", "never", "", ""]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(SystemExit, match="--baseline: expected one of decomfl, hiso, got 'rms'"):
+        results.main(results.Results(rows=(path,), baseline="rms"))
 
 
 def test_own_directions_are_a_curve_of_their_own():
