@@ -226,12 +226,11 @@ def round_keys(
     shape: tuple[int, int],
     names: Sequence[str],
     pool: int | None = None,
-) -> dict[str, jax.Array]:
-    """Keys of all noise of a round: name of a leaf -> keys [K, P]."""
+) -> jax.Array:
+    """Keys of all noise of a round [K, P, leaves], given the leaves' names."""
     step, perturbation = jnp.unravel_index(jnp.arange(math.prod(shape)), shape)
     each = jax.vmap(lambda k, p: direction_key(key, round, k, p, pool))(step, perturbation)
-    keys = jax.vmap(lambda own: _leaf_keys(own, list(names)), out_axes=1)(each)
-    return {n: own.reshape(shape) for n, own in zip(names, keys, strict=True)}
+    return jax.vmap(lambda own: _leaf_keys(own, list(names)))(each).reshape(*shape, -1)
 
 
 def perturb(

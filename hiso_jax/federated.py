@@ -140,7 +140,7 @@ def scalar_algorithm(
         leaves = trees.select(state.params, trainable)
         drawn = (steps, places * perturbations)
         keys = directions.round_keys(state.key, state.round, drawn, list(leaves), seed_pool)
-        noise = packing.noise(keys, packs, noise_law)
+        noise = packing.noise(keys, list(leaves), packs, noise_law)
         if upper is None:
             return noise
         shapes = {n: x.shape for n, x in leaves.items()}

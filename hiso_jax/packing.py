@@ -80,8 +80,19 @@ def unpack_state(state: Any, packed: Leaves, packs: Packs) -> Any:
     return tree.unflatten([unpack(n, packs) if isinstance(n, dict) else n for n in nodes])
 
 
+def _laid(parts: Sequence[jax.Array]) -> jax.Array:
+    """Parts end to end along the last axis.
+
+    What is computed for more than eight at once is, on a CPU, code of its own for every part.
+    """
+    while len(parts) > 8:
+        groups = [parts[i : i + 8] for i in range(0, len(parts), 8)]
+        parts = [lax.optimization_barrier(jnp.concatenate(own, -1)) for own in groups]
+    return jnp.concatenate(parts, -1)
+
+
 def draw(
-    keys: Sequence[jax.Array],
+    keys: jax.Array,
     shapes: Sequence[tuple[int, ...]],
     distribution: directions.Distribution,
 ) -> jax.Array:
@@ -89,19 +100,16 @@ def draw(
 
     Example:
       >>> import jax
-      >>> one, two = jax.random.split(jax.random.key(0))
-      >>> both = draw([one, two], [(3,), (40,)], "rademacher")
-      >>> bool((both[3:] == directions.draw(two, (40,), "rademacher")).all())
+      >>> keys = jax.random.split(jax.random.key(0))
+      >>> both = draw(keys, [(3,), (40,)], "rademacher")
+      >>> bool((both[3:] == directions.draw(keys[1], (40,), "rademacher")).all())
       True
     """
     sizes = [math.prod(shape) for shape in shapes]
     counts = directions.words_of(sizes, distribution)
-    data = [jax.random.key_data(key) for key in keys]
-    lanes = [
-        jnp.concatenate([jnp.full(n, d[i]) for n, d in zip(counts, data, strict=True)])
-        for i in (0, 1)
-    ]
-    low = jnp.concatenate([lax.iota(jnp.uint32, n) for n in counts])
+    data = jax.random.key_data(keys)
+    lanes = [_laid([jnp.full(n, data[i, lane]) for i, n in enumerate(counts)]) for lane in (0, 1)]
+    low = _laid([lax.iota(jnp.uint32, n) for n in counts])
     # Else the choice of the leaf would be made anew for every number.
     lanes, low = lax.optimization_barrier((lanes, low))
     pairs = directions.threefry((lanes[0], lanes[1]), (jnp.zeros_like(low), low))
@@ -113,14 +121,19 @@ def draw(
 
 
 def noise(
-    keys: Mapping[str, jax.Array], packs: Packs, distribution: directions.Distribution
+    keys: jax.Array,
+    names: Sequence[str],
+    packs: Packs,
+    distribution: directions.Distribution,
 ) -> Callable[..., jax.Array]:
-    """The `hiso_jax.updates.Noise` of leaves and packs, given the leaves' keys [K, P]."""
+    """The `hiso_jax.updates.Noise` of leaves and packs, of the keys [K, P, leaves] of `names`."""
+    number = {name: i for i, name in enumerate(names)}
 
     def one(name: str, k: Any, p: Any, shape: tuple[int, ...], start: Any) -> jax.Array:
         if name not in packs:
-            return directions.draw(keys[name][k, p], shape, distribution, start)
+            return directions.draw(keys[k, p, number[name]], shape, distribution, start)
         own = packs[name]
-        return draw([keys[n][k, p] for n in own], list(own.values()), distribution)
+        members = jnp.array([number[n] for n in own])
+        return draw(keys[k, p][members], list(own.values()), distribution)
 
     return one
