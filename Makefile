@@ -43,7 +43,7 @@ parity: $(VENV)/.test  ## install torch, against which the models are checked
 	$(INSTALL) torch==2.13.0
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .hypothesis .ruff_cache
+	rm -rf $(VENV) .hypothesis .pytest_cache .ruff_cache
 
 $(VENV)/.experiments: pyproject.toml
 	@echo "Setting up $(VENV) (about a minute) ..."

@@ -1,11 +1,24 @@
-"""Settings for all tests: eight host devices, and no silent broadcasting."""
+"""Settings for all tests: eight host devices, no silent broadcasting, and programs kept."""
 
+import hashlib
 import os
+import platform
+import re
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Most of the time goes into compiling. What a test, a job or a notebook has compiled, the next
+# run of the suite need not compile again; machine code is kept apart by what it was made for.
+cpu = Path("/proc/cpuinfo")
+able = re.search(r"^(?:flags|Features)\s*:.*", cpu.read_text(), re.M) if cpu.exists() else None
+kind = hashlib.sha256((able[0] if able else platform.processor()).encode()).hexdigest()[:8]
+programs = Path(__file__).parents[1] / ".pytest_cache" / f"xla-{kind}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-import jax
+import jax  # noqa: E402  # after what it reads
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

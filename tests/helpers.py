@@ -50,14 +50,8 @@ def assert_same_bits(first: Any, second: Any) -> None:
 
 
 ROOT = Path(__file__).parents[1]
-# A job sees the machine as it is, without the host devices of the tests; what one has compiled
-# the next need not compile again.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-    "COLUMNS": "300",
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
+# A job sees the machine as it is, without the host devices of the tests.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"COLUMNS": "300"}
 
 
 def start(

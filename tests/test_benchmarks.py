@@ -32,7 +32,9 @@ def test_floor_counts_operations():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-@pytest.mark.parametrize("steps,law", [(1, "normal"), (2, "rademacher")])
+@pytest.mark.parametrize(
+    "steps,law", [(1, "normal"), pytest.param(2, "rademacher", marks=pytest.mark.slow)]
+)
 def test_peer_computes_the_same_loss_and_moves(steps: int, law: Any):
     options = peers.Options(**SMALL, local_steps=steps, distribution=law)
     found = peers.measure(options)  # raises if the losses differ

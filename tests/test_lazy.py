@@ -38,7 +38,12 @@ def loss_of(model: models.Model) -> Any:
 
 @pytest.mark.parametrize(
     "config,steps,law",
-    [(OPT, 1, "normal"), (OPT, 2, "rademacher"), (LLAMA, 1, "rademacher"), (BERT, 1, "normal")],
+    [
+        (OPT, 2, "rademacher"),
+        (BERT, 1, "normal"),
+        pytest.param(OPT, 1, "normal", marks=pytest.mark.slow),
+        pytest.param(LLAMA, 1, "rademacher", marks=pytest.mark.slow),
+    ],
 )
 def test_scalars_are_those_of_whole_copies(config: Any, steps: int, law: str):
     model = models.from_config(config, jax.random.key(0))
@@ -103,7 +108,11 @@ def test_a_loss_that_knows_nothing_of_lazy_leaves():
 
 
 @pytest.mark.parametrize(
-    "law,steps,dtype", [("normal", 1, "float32"), ("rademacher", 3, "bfloat16")]
+    "law,steps,dtype",
+    [
+        ("rademacher", 3, "bfloat16"),
+        pytest.param("normal", 1, "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_blocks_and_packs_change_no_bit(
     law: str, steps: int, dtype: str, monkeypatch: pytest.MonkeyPatch

@@ -157,7 +157,9 @@ def test_rows_of_the_head_are_those_of_the_logits(tmp_path: Path):
     np.testing.assert_allclose(some, whole[:, -1][:, jnp.array([7, 3])], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["OPT", "Gemma 3", "Qwen3"])
+@pytest.mark.parametrize(
+    "name", ["OPT", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Gemma 3", "Qwen3"))]
+)
 def test_a_prefix_is_the_text_it_came_from(name: str, tmp_path: Path):
     reference((CASES[name][0], CASES[name][1] | {"sliding_window": 64}), tmp_path)
     ours, inputs = models.from_pretrained(tmp_path), batch("left")

@@ -132,8 +132,13 @@ OPT_350M = OPTConfig(
 
 @pytest.mark.parametrize(
     "config, late",
-    [(OPT, False), (OPT_350M, True), (LLAMA, True), (BERT, False), (BERT, True)],
-    ids=["opt", "opt-350m-late", "llama-late", "bert", "bert-late"],
+    [
+        pytest.param(OPT, False, id="opt"),
+        pytest.param(LLAMA, True, id="llama-late"),
+        pytest.param(BERT, True, id="bert-late"),
+        pytest.param(OPT_350M, True, id="opt-350m-late", marks=pytest.mark.slow),
+        pytest.param(BERT, False, id="bert", marks=pytest.mark.slow),
+    ],
 )
 def test_the_last_layers_of_a_model(config: Any, late: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lazy, "LARGE", 2**11)
