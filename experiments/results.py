@@ -270,8 +270,8 @@ class Results:
     """Which rows: task=mnist, alpha=1.0, method=hiso,decomfl; all must be of one task."""
     by: Literal["metric", "loss"] = "metric"
     """What of the tuned baseline's best is to be reached, and what is drawn."""
-    baseline: str = "decomfl"
-    """The method whose best the others have to reach, and when it does so itself."""
+    baseline: str | None = None
+    """The method whose best is to be reached; by default decomfl, if it is among the rows."""
     pivot: bool = False
     """Options downwards, methods across."""
     only: tuple[str, ...] = ()
@@ -285,10 +285,11 @@ def main(options: Results) -> None:
     rows = where([row for path in options.rows for row in read(path)], options.where)
     if not rows:
         raise SystemExit(f"--where: there is no such row in {', '.join(map(str, options.rows))}")
-    if options.baseline not in (known := {c.method for c in curves(rows)}):
+    baseline = options.baseline or "decomfl"
+    if options.baseline and baseline not in (known := {c.method for c in curves(rows)}):
         names = ", ".join(sorted(known))
-        raise SystemExit(f"--baseline: expected one of {names}, got {options.baseline!r}")
-    show(*(pivot(rows) if options.pivot else summary(rows, options.by, options.baseline)))
+        raise SystemExit(f"--baseline: expected one of {names}, got {baseline!r}")
+    show(*(pivot(rows) if options.pivot else summary(rows, options.by, baseline)))
     if options.picture:
         draw(rows, str(rows[0]["task"]), options.picture, options.only, options.by)
 
