@@ -17,8 +17,10 @@ run "0.005 0.01 0.02" "decomfl" false 300 estimator=forward
 # Twenty directions of the dense layers only, beside four of everything.
 upper="estimator=forward num_perturbations=24 upper_directions=20 upper_layers=2"
 run "0.032 0.064 0.128 0.256 0.512" "rms" true 300 "$upper"
-# Shares of labels less and more alike, and four local steps a round: three rates.
-for other in "alpha=inf" "alpha=0.1" "local_steps=4 rounds=75 eval_every=5"; do
+# Shares of labels less and more alike, and four local steps a round: three rates, four at the edge.
+four="local_steps=4 rounds=75 eval_every=5"
+for other in "alpha=inf" "alpha=0.1" "$four"; do
   run "0.064 0.128 0.256" "rms" true 300 "$upper $other"
   run "0.005 0.01 0.02" "decomfl hiso" false 300 "estimator=forward $other"
 done
+run "0.04" "decomfl hiso" false 300 "estimator=forward $four"

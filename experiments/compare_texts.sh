@@ -31,9 +31,21 @@ run opt 1 "0.0002 0.0004 0.0008 0.0016 0.0032" decomfl
 run opt 1 "0.0004 0.0008 0.0016 0.0032 0.0064" hiso
 run opt 1 "0.002 0.004 0.008 0.016 0.032" rms
 run opt 1 "0.0005 0.001 0.002 0.004 0.008 0.016 0.032 0.064" decomfl "$upper=1"
-run opt 3 "0.0008" decomfl
+run opt 1 "0.0002 0.0004 0.0008 0.0016 0.0032" "fedkseed hizoo"
+run opt 1 "0.002 0.004 0.008 0.016 0.032" fzoo
+run opt 1 "0.001 0.002 0.004 0.008 0.016" meazo
+run opt 1 "0.0005 0.001 0.002 0.004 0.008" adam
+run opt 1 "0.00002 0.00004 0.00008 0.00016 0.00032" momentum
+run opt 1 "0.0025 0.005 0.01 0.02 0.04" fedavg
+run opt 1 "0.00025 0.0005 0.001 0.002 0.004 0.008 0.016" fedadam
+run opt 3 "0.0004 0.0008" "decomfl fedkseed hizoo"
 run opt 3 "0.0016" hiso
-run opt 3 "0.008" rms
+run opt 3 "0.008" "rms fzoo"
+run opt 3 "0.004" meazo
+run opt 3 "0.002" adam
+run opt 3 "0.00008" momentum
+run opt 3 "0.02" fedavg
+run opt 3 "0.0005" fedadam
 run opt 3 "0.008 0.016" decomfl "$upper=1"
 # Fewer, for each of these takes three times as long.
 run sst2 1 "0.0002 0.0004 0.0008 0.0016" decomfl

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps, cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from rich.console import Console
@@ -225,6 +226,9 @@ def draw(
     values = lambda curve: curve.losses if by == "loss" else 100 * curve.figures  # noqa: E731
     picture = Figure(figsize=(15, 3.8 + 0.2 * -(-len(best) // 3)), layout="constrained")
     axes = picture.subplots(1, 4)
+    looks = cycler(linestyle=["-", "--", ":"]) * cycler(color=colormaps["tab10"].colors)
+    for axis in axes:
+        axis.set_prop_cycle(looks)
     for method, curve in best.items():
         mean, spread = values(curve).mean(0), values(curve).std(0)
         units = (1, curve.passes, curve.bytes / 4)
