@@ -50,8 +50,12 @@ def assert_same_bits(first: Any, second: Any) -> None:
 
 
 ROOT = Path(__file__).parents[1]
-# A job sees the machine as it is, without the host devices of the tests.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"COLUMNS": "300"}
+# A job sees the machine as it is, without the host devices of the tests; jobs compile the same
+# small programs over and over, so even those are kept.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    "COLUMNS": "300",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 
 
 def start(
