@@ -138,9 +138,9 @@ def scalar_algorithm(
 
     def noise_of(state: State, packs: packing.Packs) -> updates.Noise:
         leaves = trees.select(state.params, trainable)
-        drawn = (steps, places * perturbations)
-        keys = directions.round_keys(state.key, state.round, drawn, list(leaves), seed_pool)
-        noise = packing.noise(keys, list(leaves), packs, noise_law)
+        names, drawn = list(leaves), (steps, places * perturbations)
+        keys = directions.round_keys(state.key, state.round, drawn, names, seed_pool)
+        noise = packing.noise(keys, names, packs, noise_law)
         if upper is None:
             return noise
         shapes = {n: x.shape for n, x in leaves.items()}

@@ -81,14 +81,15 @@ def unpack_state(state: Any, packed: Leaves, packs: Packs) -> Any:
 
 
 def _laid(parts: Sequence[jax.Array]) -> jax.Array:
-    """Parts end to end along the last axis.
+    """Flat parts end to end.
 
     What is computed for more than eight at once is, on a CPU, code of its own for every part.
     """
     while len(parts) > 8:
         groups = [parts[i : i + 8] for i in range(0, len(parts), 8)]
-        parts = [lax.optimization_barrier(jnp.concatenate(own, -1)) for own in groups]
-    return jnp.concatenate(parts, -1)
+        # Else the compiler makes one of all of them again.
+        parts = [lax.optimization_barrier(jnp.concatenate(own)) for own in groups]
+    return jnp.concatenate(parts)
 
 
 def draw(
