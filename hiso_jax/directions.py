@@ -62,7 +62,7 @@ def direction_key(
     if pool is not None:
         return pool_key(key, pool_pick(key, round, step, perturbation, pool))
     for counter in (round, step, perturbation):
-        key = jax.random.fold_in(key, counter)
+        key = fold_in(key, counter)
     return key
 
 
@@ -73,7 +73,7 @@ def pool_pick(key: jax.Array, round: Any, step: Any, perturbation: Any, pool: in
 
 def pool_key(key: jax.Array, number: Any) -> jax.Array:
     """Key of direction `number` of the pool."""
-    return jax.random.fold_in(jax.random.fold_in(key, _POOL), number)
+    return fold_in(fold_in(key, _POOL), number)
 
 
 def threefry(
@@ -99,6 +99,24 @@ def threefry(
         x = x + schedule[(block + 1) % 3]
         y = y + schedule[(block + 2) % 3] + jnp.uint32(block + 1)
     return x, y
+
+
+def fold_in(key: jax.Array, counter: Any) -> jax.Array:
+    """``jax.random.fold_in``, bit for bit, in one piece of code instead of four loops.
+
+    Args:
+      key: a key.
+      counter: uint32, or an array of them: as many keys, of its shape.
+
+    Example:
+      >>> import jax
+      >>> key = jax.random.key(0)
+      >>> bool(fold_in(key, 7) == jax.random.fold_in(key, 7))
+      True
+    """
+    data, counter = jax.random.key_data(key), jnp.asarray(counter, jnp.uint32)
+    pair = threefry((data[0], data[1]), (jnp.zeros_like(counter), counter))
+    return jax.random.wrap_key_data(jnp.stack(pair, -1), impl="threefry2x32")
 
 
 def words(key: jax.Array, size: int, start: Any = 0) -> jax.Array:
@@ -192,7 +210,7 @@ def from_words(pairs: tuple[jax.Array, jax.Array], distribution: Distribution) -
 
 def _leaf_keys(key: jax.Array, names: list[str]) -> jax.Array:
     hashes = jnp.asarray([trees.leaf_hash(name) for name in names], jnp.uint32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
+    return fold_in(key, hashes)
 
 
 def noise(
@@ -252,7 +270,7 @@ def perturb(
 
 def rounding_key(key: jax.Array, round: Any) -> jax.Array:
     """Key of the stream that rounds narrow floats at the end of a round."""
-    return jax.random.fold_in(jax.random.fold_in(key, round), _ROUNDING)
+    return fold_in(fold_in(key, round), _ROUNDING)
 
 
 def rounding_keys(key: jax.Array, round: Any, names: Sequence[str]) -> dict[str, jax.Array]:

@@ -188,7 +188,7 @@ def _keys(
     place = jnp.unravel_index(jnp.arange(math.prod(shape)), shape)
     noise = jax.vmap(lambda r, k, p: directions.direction_key(root, r, k, p, pool))(*place)
     rounding = jax.vmap(lambda r: directions.rounding_key(root, r))(jnp.arange(shape[0]))
-    fold = jax.vmap(jax.random.fold_in, (0, None))
+    fold = jax.vmap(directions.fold_in, (0, None))
     return fold(noise, leaf).reshape(shape), fold(rounding, leaf)
 
 

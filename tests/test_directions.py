@@ -24,6 +24,15 @@ def test_cipher_is_jax_threefry():
     assert_same_bits(ours, tuple(threefry2x32_p.bind(k0, k1, c0, c1)))
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+def test_folding_in_is_jax_fold_in(seed: int, counter: int):
+    key = jax.random.key(np.uint32(seed))
+    several = directions.fold_in(key, np.array([counter, 0], np.uint32))
+    assert_same_bits(several[0], jax.random.fold_in(key, np.uint32(counter)))
+    assert_same_bits(several[1], jax.random.fold_in(key, 0))
+
+
 @pytest.mark.parametrize("law", LAWS)
 def test_noise_does_not_depend_on_context(law: Distribution):
     every = trees.select(odd_tree())

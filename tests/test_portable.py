@@ -82,8 +82,8 @@ CORRECT = {  # integers, choices and copies; and the float operations that IEEE 
     "shift_right_arithmetic", "select_n", "convert_element_type", "bitcast_convert_type", "iota",
     "is_finite", "reduce_and", "reduce_or", "broadcast_in_dim", "reshape", "squeeze", "slice",
     "dynamic_slice", "dynamic_update_slice", "gather", "concatenate", "pad", "expand_dims",
-    "transpose", "copy", "optimization_barrier", "random_wrap", "random_unwrap", "random_fold_in",
-    "random_bits", "threefry2x32", "nextafter", "platform_index", "reduce_sum", "stop_gradient",
+    "transpose", "copy", "stack", "optimization_barrier", "random_wrap", "random_unwrap",
+    "nextafter", "platform_index", "reduce_sum", "stop_gradient",
     "split", "unstack", "population_count",
 }  # fmt: skip
 CONTROL = {"jit", "pjit", "scan", "while", "cond", "custom_jvp_call", "custom_vjp_call",
