@@ -44,22 +44,27 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def percent(metric: str) -> int:
+    """What people multiply a metric by: 100, but a perplexity is no share of anything."""
+    return 1 if metric == "perplexity" else 100
+
+
 def figure(metric: str, value: float) -> str:
     """A metric as people write it."""
-    return f"{value:.2f}" if metric == "perplexity" else f"{value:.1%}"
+    return f"{value:.2f}" if percent(metric) == 1 else f"{value:.1%}"
 
 
 def draw(curves: dict[str, list[dict[str, Any]]], metric: str, title: str, path: Path) -> None:
     """Draw metric and loss on the dev split against rounds, one curve a method."""
     picture = Figure(figsize=(9, 3.4), layout="constrained")  # no pyplot: no display, no state
-    axes, percent = picture.subplots(1, 2), 1 if metric == "perplexity" else 100
+    axes, scale = picture.subplots(1, 2), percent(metric)
     for name, rows in curves.items():
         points = [r for r in rows if "dev_loss" in r]
         rounds = [r["round"] for r in points]
-        axes[0].plot(rounds, [percent * r[f"dev_{metric}"] for r in points], marker=".", label=name)
+        axes[0].plot(rounds, [scale * r[f"dev_{metric}"] for r in points], marker=".", label=name)
         axes[1].plot(rounds, [r["dev_loss"] for r in points], marker=".", label=name)
     for axis, label in zip(
-        axes, (f"dev {metric}" + ", %" * (percent > 1), "dev loss"), strict=True
+        axes, (f"dev {metric}" + ", %" * (scale > 1), "dev loss"), strict=True
     ):
         axis.set(xlabel="round", ylabel=label)
         axis.grid(alpha=0.3)

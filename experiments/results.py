@@ -1,6 +1,7 @@
 """What a comparison says: tables and figures of the rows that `experiments.compare` wrote."""
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-from experiments import folders
+from experiments import folders, report
 from experiments.folders import Row
 from experiments.methods import OWN, title
 
@@ -141,7 +142,7 @@ def summary(
     best = tuned(every)
     metric = rows[0]["metric"]
     header = ["method", "learning rate", "dev loss", f"dev {metric}", f"test {metric}", "diverged"]
-    shown = lambda x: f"{x:.1f}" if metric == "perplexity" else f"{x:.1%}"  # noqa: E731
+    shown = functools.partial(report.figure, metric)
     by, goals = _goal(rows, by), []
     if baseline in best and by == "loss":
         goals = [best[baseline].losses.mean(0).min()]
@@ -201,7 +202,7 @@ def pivot(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
     A cell is dev loss, dev metric (in percent, but a perplexity), and the learning rate.
     """
-    best, scale = tuned(curves(rows)), 1 if rows[0]["metric"] == "perplexity" else 100
+    best, scale = tuned(curves(rows)), report.percent(rows[0]["metric"])
     methods = list(dict.fromkeys(name.partition(", ")[0] for name in best))
 
     def cell(curve: Curve | None) -> str:

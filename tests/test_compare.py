@@ -226,7 +226,7 @@ def test_a_perplexity_is_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = [row("decomfl", 1.0, seed, [0.1, 0.5]) | {"metric": "perplexity"} for seed in range(2)]
     for one in rows:
         one["curve"] = [[at, loss, float(np.exp(loss))] for at, loss, _ in one["curve"]]
-    assert results.summary(rows)[1][0][3] == "1.6 ± 0.0"
+    assert results.summary(rows)[1][0][3] == "1.65 ± 0.00"
     assert results.pivot(rows)[1] == [["as most", "0.500, 1.6 ± 0.0 at 1"]]
     drawn: list[Any] = []
     monkeypatch.setattr(results.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
