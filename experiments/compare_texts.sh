@@ -49,7 +49,7 @@ run opt 3 "0.0005" fedadam
 run opt 3 "0.008 0.016" decomfl "$upper=1"
 # Fewer, for each of these takes three times as long.
 run sst2 1 "0.0002 0.0004 0.0008 0.0016" decomfl
-run sst2 1 "0.0008 0.0016" hiso
+run sst2 1 "0.0004 0.0008 0.0016 0.0032" hiso
 run sst2 1 "0.001 0.002 0.004 0.008" decomfl "$upper=1"
-run sst2 2 "0.0008" decomfl
-run sst2 2 "0.004" decomfl "$upper=1"
+run sst2 3 "0.0008" "decomfl hiso"
+run sst2 3 "0.004" decomfl "$upper=1"
