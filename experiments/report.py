@@ -63,9 +63,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], metric: str, title: str, path:
         rounds = [r["round"] for r in points]
         axes[0].plot(rounds, [scale * r[f"dev_{metric}"] for r in points], marker=".", label=name)
         axes[1].plot(rounds, [r["dev_loss"] for r in points], marker=".", label=name)
-    for axis, label in zip(
-        axes, (f"dev {metric}" + ", %" * (scale > 1), "dev loss"), strict=True
-    ):
+    for axis, label in zip(axes, (f"dev {metric}" + ", %" * (scale > 1), "dev loss"), strict=True):
         axis.set(xlabel="round", ylabel=label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

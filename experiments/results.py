@@ -129,6 +129,12 @@ def _goal(rows: list[Row], by: str) -> str:
     return "loss" if rows[0]["metric"] == "perplexity" else by
 
 
+def _spread(values: np.ndarray, shown: Callable[[float], str]) -> str:
+    """Mean and standard deviation over seeds, of which one has none."""
+    off = f" ± {shown(values.std())}" if len(values) > 1 else ""
+    return shown(values.mean()) + off
+
+
 def summary(
     rows: list[Row], by: str = "metric", baseline: str = "decomfl"
 ) -> tuple[list[str], list[list[str]]]:
@@ -161,8 +167,8 @@ def summary(
             title(method),
             at,
             f"{curve.loss:.3f}",
-            f"{shown(last.mean())} ± {shown(last.std())}",
-            f"{shown(curve.tests.mean())} ± {shown(curve.tests.std())}",
+            _spread(last, shown),
+            _spread(curve.tests, shown),
             str(sum(c.diverged for c in every if c.method == method)),
         ]
         own = [c for c in tried if c.method == method]
@@ -209,7 +215,7 @@ def pivot(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         if curve is None:
             return ""
         last = scale * curve.figures[:, -1]
-        return f"{curve.loss:.3f}, {last.mean():.1f} ± {last.std():.1f} at {curve.learning_rate:g}"
+        return f"{curve.loss:.3f}, {_spread(last, '{:.1f}'.format)} at {curve.learning_rate:g}"
 
     lines = []
     for how in dict.fromkeys(name.partition(", ")[2] for name in best):
