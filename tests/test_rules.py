@@ -327,7 +327,9 @@ def test_a_client_s_own_directions_are_its_part_of_the_record():
     assert_same_bits(*ends)
 
 
-@pytest.mark.parametrize("steps, rule", [(1, "hizoo"), (2, "rms")])
+@pytest.mark.parametrize(
+    "steps, rule", [pytest.param(1, "hizoo", marks=pytest.mark.slow), (2, "rms")]
+)
 def test_own_directions_in_all_programs(steps: int, rule: str):
     made = rules.RULES[rule]()
     alg = hj.scalar_algorithm(

@@ -58,6 +58,7 @@ def test_tinystories_equals_torch():
     assert len(tokenizer.decode(ours_story[0]).split()) > 40
 
 
+@pytest.mark.slow
 def test_language_model_with_speakers_as_clients(tmp_path: Path):
     """HiSo and first order on the same clients; zeroth order helps, and helps less."""
     rows = plays.speeches((shared("tinyshakespeare") / "input.txt").read_text())

@@ -83,7 +83,12 @@ def test_everything_in_the_upper_part_is_the_plain_algorithm():
 
 
 @pytest.mark.parametrize(
-    "steps, rule, directions, own", [(1, "hiso", 2, None), (2, "rms", 3, None), (1, "rms", 2, 3)]
+    "steps, rule, directions, own",
+    [
+        pytest.param(1, "hiso", 2, None, marks=pytest.mark.slow),
+        (2, "rms", 3, None),
+        (1, "rms", 2, 3),
+    ],
 )
 def test_upper_directions_in_all_programs(steps: int, rule: str, directions: int, own: int | None):
     """Whole leaves and rows of them, packed ones, several blocks: fused, alone, scanned, in parts."""
@@ -134,7 +139,7 @@ OPT_350M = OPTConfig(
     "config, late",
     [
         pytest.param(OPT, False, id="opt"),
-        pytest.param(LLAMA, True, id="llama-late"),
+        pytest.param(LLAMA, True, id="llama-late", marks=pytest.mark.slow),
         pytest.param(BERT, True, id="bert-late"),
         pytest.param(OPT_350M, True, id="opt-350m-late", marks=pytest.mark.slow),
         pytest.param(BERT, False, id="bert", marks=pytest.mark.slow),
@@ -252,6 +257,7 @@ def test_an_upper_part_that_is_not_there():
             alg.init(PARAMS, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_job_with_upper_directions_goes_on(tmp_path: Any):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["--upper-directions", "4", "--num-perturbations", "5", "--rounds", "8",
