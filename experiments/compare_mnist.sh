@@ -4,7 +4,7 @@ set -euo pipefail
 data=$(realpath "$1")
 cd "$(dirname "$0")/.."
 run() { # rates, methods, own directions, rounds, more options
-  .venv/bin/python -m experiments.compare --task mnist --data "$data" --seeds 3 \
+  .venv/bin/python -m experiments.compare --task mnist --data "$data" --seeds "${SEEDS:-3}" \
     --processes "${PROCESSES:-2}" --out docs/results/mnist.jsonl --learning-rate $1 --method $2 \
     --vary rounds=$4 eval_every=25 own_directions=$3 distribution=rademacher ${5:-}
 }
@@ -24,3 +24,15 @@ for other in "alpha=inf" "alpha=0.1" "$four"; do
   run "0.005 0.01 0.02" "decomfl hiso" false 300 "estimator=forward $other"
 done
 run "0.04" "decomfl hiso" false 300 "estimator=forward $four"
+# The rest of the field: one seed, then two more of some at their best.
+field() { SEEDS=$1 run "$2" "$3" false 300 estimator=forward; }
+field 1 "0.016 0.032 0.064" fzoo
+field 1 "0.004 0.008 0.016" meazo
+field 1 "0.005 0.01 0.02" "fedkseed hizoo"
+field 1 "0.002 0.004 0.008 0.016" adam
+field 1 "0.0005 0.001 0.002 0.004" momentum
+field 1 "0.064 0.128 0.256 0.512 1.024" fedavg
+field 1 "0.001 0.002 0.004 0.008 0.016" fedadam
+field 3 "0.032" fzoo
+field 3 "0.008" meazo
+field 3 "0.01" fedkseed
