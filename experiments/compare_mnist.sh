@@ -3,29 +3,29 @@
 set -euo pipefail
 data=$(realpath "$1")
 cd "$(dirname "$0")/.."
-run() { # rates, methods, own directions, rounds, more options
-  .venv/bin/python -m experiments.compare --task mnist --data "$data" --seeds "${SEEDS:-3}" \
-    --processes "${PROCESSES:-2}" --out docs/results/mnist.jsonl --learning-rate $1 --method $2 \
-    --vary rounds=$4 eval_every=25 own_directions=$3 distribution=rademacher ${5:-}
+run() { # seeds, rates, methods, own directions, rounds, more options
+  .venv/bin/python -m experiments.compare --task mnist --data "$data" --seeds $1 \
+    --processes "${PROCESSES:-2}" --out docs/results/mnist.jsonl --learning-rate $2 --method $3 \
+    --vary rounds=$5 eval_every=25 own_directions=$4 distribution=rademacher ${6:-}
 }
-run "0.032 0.064 0.128 0.256 0.512" "rms" true 150,300
-run "0.00125 0.0025 0.005 0.01 0.02" "decomfl hiso" false 300
-run "0.016 0.032 0.064 0.128 0.256" "rms" false 300
+run 3 "0.032 0.064 0.128 0.256 0.512" "rms" true 150,300
+run 3 "0.00125 0.0025 0.005 0.01 0.02" "decomfl hiso" false 300
+run 3 "0.016 0.032 0.064 0.128 0.256" "rms" false 300
 # One pass a direction instead of two.
-run "0.032 0.064 0.128" "rms" true 150,300 estimator=forward
-run "0.005 0.01 0.02" "decomfl" false 300 estimator=forward
+run 3 "0.032 0.064 0.128" "rms" true 150,300 estimator=forward
+run 3 "0.005 0.01 0.02" "decomfl" false 300 estimator=forward
 # Twenty directions of the dense layers only, beside four of everything.
 upper="estimator=forward num_perturbations=24 upper_directions=20 upper_layers=2"
-run "0.032 0.064 0.128 0.256 0.512" "rms" true 300 "$upper"
+run 3 "0.032 0.064 0.128 0.256 0.512" "rms" true 300 "$upper"
 # Shares of labels less and more alike, and four local steps a round: three rates, four at the edge.
 four="local_steps=4 rounds=75 eval_every=5"
 for other in "alpha=inf" "alpha=0.1" "$four"; do
-  run "0.064 0.128 0.256" "rms" true 300 "$upper $other"
-  run "0.005 0.01 0.02" "decomfl hiso" false 300 "estimator=forward $other"
+  run 3 "0.064 0.128 0.256" "rms" true 300 "$upper $other"
+  run 3 "0.005 0.01 0.02" "decomfl hiso" false 300 "estimator=forward $other"
 done
-run "0.04" "decomfl hiso" false 300 "estimator=forward $four"
+run 3 "0.04" "decomfl hiso" false 300 "estimator=forward $four"
 # The rest of the field: one seed, then two more of some at their best.
-field() { SEEDS=$1 run "$2" "$3" false 300 estimator=forward; }
+field() { run $1 "$2" "$3" false 300 estimator=forward; }
 field 1 "0.016 0.032 0.064" fzoo
 field 1 "0.004 0.008 0.016" meazo
 field 1 "0.005 0.01 0.02" "fedkseed hizoo"

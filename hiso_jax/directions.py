@@ -105,8 +105,11 @@ def fold_in(key: jax.Array, counter: Any) -> jax.Array:
     """``jax.random.fold_in``, bit for bit, in one piece of code instead of four loops.
 
     Args:
-      key: a key.
-      counter: uint32, or an array of them: as many keys, of its shape.
+      key: a key, or an array of them.
+      counter: uint32, or an array of them, that broadcasts with `key`.
+
+    Returns:
+      Keys of the shape to which both broadcast.
 
     Example:
       >>> import jax
@@ -115,7 +118,7 @@ def fold_in(key: jax.Array, counter: Any) -> jax.Array:
       True
     """
     data, counter = jax.random.key_data(key), jnp.asarray(counter, jnp.uint32)
-    pair = threefry((data[0], data[1]), (jnp.zeros_like(counter), counter))
+    pair = threefry((data[..., 0], data[..., 1]), (jnp.zeros_like(counter), counter))
     return jax.random.wrap_key_data(jnp.stack(pair, -1), impl="threefry2x32")
 
 

@@ -188,8 +188,7 @@ def _keys(
     place = jnp.unravel_index(jnp.arange(math.prod(shape)), shape)
     noise = jax.vmap(lambda r, k, p: directions.direction_key(root, r, k, p, pool))(*place)
     rounding = jax.vmap(lambda r: directions.rounding_key(root, r))(jnp.arange(shape[0]))
-    fold = jax.vmap(directions.fold_in, (0, None))
-    return fold(noise, leaf).reshape(shape), fold(rounding, leaf)
+    return directions.fold_in(noise, leaf).reshape(shape), directions.fold_in(rounding, leaf)
 
 
 def _replay(

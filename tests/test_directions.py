@@ -31,6 +31,8 @@ def test_folding_in_is_jax_fold_in(seed: int, counter: int):
     several = directions.fold_in(key, np.array([counter, 0], np.uint32))
     assert_same_bits(several[0], jax.random.fold_in(key, np.uint32(counter)))
     assert_same_bits(several[1], jax.random.fold_in(key, 0))
+    further = directions.fold_in(several, np.uint32(counter))
+    assert_same_bits(further[0], jax.random.fold_in(several[0], np.uint32(counter)))
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -62,15 +62,10 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "one device, one thread",
-        "no fused multiply-add",
-        pytest.param("128-bit vectors", marks=pytest.mark.slow),
-        "no optimizations",
-    ],
-)
+SLOW = {"128-bit vectors": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in FLAGS])
 def test_other_programs(name: str):
     environment = os.environ | {"XLA_FLAGS": FLAGS[name], "JAX_PLATFORMS": "cpu"}
     run = "import os, runpy; runpy.run_module('tests.test_portable', run_name='__main__')"
