@@ -51,8 +51,10 @@ def run(request: Any) -> dict[str, Any]:
         clients, width = ((4, 3), (3, 5))[round % 2]
         state, metrics = fused(state, batches(round, clients, steps, width))
         records.append(metrics.record)
+        if round == 9:
+            tenth = state
     assert bits(state.params) != bits(start.params)
-    return dict(alg=alg, start=start, end=state, records=jnp.stack(records))
+    return dict(alg=alg, start=start, tenth=tenth, end=state, records=jnp.stack(records))
 
 
 def test_advance_alone(run: dict[str, Any]):
@@ -96,10 +98,10 @@ def test_sharded_over_eight_devices(run: dict[str, Any]):
         )
 
     start = run["alg"].init(jax.tree.map(place, odd_tree()), jax.random.key(1))
-    end = jax.jit(run["alg"].replay)(start, run["records"])
+    end = jax.jit(run["alg"].replay)(start, run["records"][:10])  # eight devices on two cores
     assert len(end.params["first"]["leaf11"].sharding.device_set) == 8
     assert not end.params["first"]["leaf11"].sharding.is_fully_replicated
-    assert_same_bits(run["end"], end)
+    assert_same_bits(run["tenth"], end)
 
 
 def test_bfloat16_parameters():

@@ -1,5 +1,6 @@
 """Every rule: as its paper writes it, in the same bits by every program, rebuilt from its recipe."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +25,14 @@ def loss(x: Params, batch: Any) -> Any:
 
 def noises(step: int, law: Any) -> list[Params]:
     """What the shared key says, as NumPy arrays."""
-    key = jax.random.key(5)
-    like = {"a": jnp.zeros(40), "b": jnp.zeros(3)}
-    drawn = [directions.noise(directions.direction_key(key, step, 0, p), like, law)
-             for p in range(P)]  # fmt: skip
+    drawn = [_noise(step, p, law) for p in range(P)]
     return [{n: np.asarray(u, np.float64) for n, u in own.items()} for own in drawn]
+
+
+@functools.partial(jax.jit, static_argnames="law")
+def _noise(step: int, p: int, law: Any) -> dict[str, jax.Array]:
+    key = directions.direction_key(jax.random.key(5), step, 0, p)
+    return directions.noise(key, {"a": jnp.zeros(40), "b": jnp.zeros(3)}, law)
 
 
 def axpy(x: Params, scale: float, z: Params) -> Params:
