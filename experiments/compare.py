@@ -102,8 +102,16 @@ def _only_data(options: job.Options) -> job.Options:
     return dataclasses.replace(options, **{name: getattr(start, name) for name in common})
 
 
-def one(task: str, options: job.Options) -> dict[str, Any]:
-    """Run one point of the grid; return its row, less what names it."""
+class OtherStart(Exception):
+    """A run that cannot be compared with those in the file."""
+
+
+def one(task: str, options: job.Options, start: float | None = None) -> dict[str, Any]:
+    """Run one point of the grid; return its row, less what names it.
+
+    Raises:
+      OtherStart: it does not begin at the dev loss `start`.
+    """
     problem, began = _problem(task, _only_data(options)), time.perf_counter()
     alg = job.algorithm(options, problem, options.learning_rate or 0.0)
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(options.seed))
@@ -115,6 +123,11 @@ def one(task: str, options: job.Options) -> dict[str, Any]:
         return problem.figure(sums)
 
     curve, diverged = [(0, *evaluate(problem.dev))], False
+    if start is not None and not np.isclose(curve[0][1], start, rtol=2e-3):
+        raise OtherStart(
+            f"--out: its rows of this task and seed begin at a dev loss of {start:.4g}, this run "
+            f"at {curve[0][1]:.4g}: another model, or other data; give it a file of its own"
+        )
     try:
         for report in job.rounds(options, problem, alg, state):
             state = report.state
@@ -173,6 +186,14 @@ def settings(options: job.Options) -> dict[str, Any]:
     return json.loads(json.dumps(kept, default=str))
 
 
+def _start(rows: list[dict[str, Any]], name: dict[str, Any]) -> float | None:
+    """Where runs of the same problem began, which have the same model then and the same data."""
+    of_runs = {field.name for field in dataclasses.fields(job.Options)} - {"seed"}
+    same = name.keys() - of_runs
+    found = (row["curve"][0][1] for row in rows if all(row.get(k) == name[k] for k in same))
+    return next(found, None)
+
+
 def _own_processors(numbers: Any, share: int) -> None:
     """Keep a worker to its share of the processors, so that runs do not wait for each other."""
     every = sorted(os.sched_getaffinity(0))
@@ -181,7 +202,11 @@ def _own_processors(numbers: Any, share: int) -> None:
 
 
 def run(options: Compare) -> list[dict[str, Any]]:
-    """Run what is missing in the grid; return the rows of the whole grid."""
+    """Run what is missing in the grid; return the rows of the whole grid.
+
+    Raises:
+      SystemExit: options that are none, or rows in the file of another model or other data.
+    """
     rows = results.read(options.out)
     named = lambda row: json.dumps({k: row[k] for k in wanted[0][0]}, sort_keys=True)  # noqa: E731
     try:
@@ -201,9 +226,16 @@ def run(options: Compare) -> list[dict[str, Any]]:
         ) as pool,
         folders.append(options.out) as file,
     ):
-        runs = {pool.submit(one, options.task, point): name for name, point in missing}
+        runs = {
+            pool.submit(one, options.task, point, _start(rows, name)): name
+            for name, point in missing
+        }
         for future in track(concurrent.futures.as_completed(runs), "runs", len(runs)):
-            row = runs[future] | future.result()
+            try:
+                row = runs[future] | future.result()
+            except OtherStart as error:
+                pool.shutdown(cancel_futures=True)
+                sys.exit(str(error))
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()

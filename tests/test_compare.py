@@ -46,6 +46,13 @@ def test_a_grid_is_run_once_and_grown(tmp_path: Path):
     text = finish(start("results", "--rows", str(tmp_path / "rows.jsonl"), "--picture",
                         str(tmp_path / "all.png"), "--where", "rounds=6"))  # fmt: skip
     assert "| DeComFL | " in text and (tmp_path / "all.png").stat().st_size > 10_000
+    # Rows of another model, which would be compared with those of this one.
+    other = [r | {"curve": [[0, 1.01 * r["curve"][0][1], 0.1], *r["curve"][1:]]} for r in
+             map(json.loads, lines)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in other))
+    output = finish(start("compare", *GRID, "--learning-rate", "0.08", *out), code=1)
+    assert "another model, or other data" in " ".join(output.split())
+    assert "Traceback" not in output and len(results.read(tmp_path / "rows.jsonl")) == 4
 
 
 def row(method: str, rate: float, seed: int, figures: list[float], diverged: bool = False) -> dict:
