@@ -24,15 +24,21 @@ for other in "alpha=inf" "alpha=0.1" "$four"; do
   run 3 "0.005 0.01 0.02" "decomfl hiso" false 300 "estimator=forward $other"
 done
 run 3 "0.04" "decomfl hiso" false 300 "estimator=forward $four"
-# The rest of the field: one seed, then two more of some at their best.
+# The rest of the field: one seed, then two more at the best, and everywhere of MEAZO.
 field() { run $1 "$2" "$3" false 300 estimator=forward; }
-field 1 "0.016 0.032 0.064" fzoo
-field 1 "0.004 0.008 0.016" meazo
-field 1 "0.005 0.01 0.02" "fedkseed hizoo"
-field 1 "0.002 0.004 0.008 0.016" adam
-field 1 "0.0005 0.001 0.002 0.004" momentum
+field 1 "0.0025 0.04" decomfl
+field 1 "0.005 0.01 0.02" hiso
+field 1 "0.016 0.032 0.064" rms
+field 1 "0.008 0.016 0.032 0.064 0.128" fzoo
+field 3 "0.002 0.004 0.008 0.016 0.032" meazo
+field 1 "0.0025 0.005 0.01 0.02 0.04" "fedkseed hizoo"
+field 1 "0.001 0.002 0.004 0.008 0.016" adam
+field 1 "0.00025 0.0005 0.001 0.002 0.004" momentum
 field 1 "0.064 0.128 0.256 0.512 1.024" fedavg
-field 1 "0.001 0.002 0.004 0.008 0.016" fedadam
-field 3 "0.032" fzoo
-field 3 "0.008" meazo
-field 3 "0.01" fedkseed
+field 1 "0.001 0.002 0.004 0.008 0.016 0.032 0.064" fedadam
+field 3 "0.01" "hiso fedkseed hizoo"
+field 3 "0.032" "rms fzoo"
+field 3 "0.008" adam
+field 3 "0.002" momentum
+field 3 "0.512" fedavg
+field 3 "0.016" fedadam

@@ -63,7 +63,10 @@ def variant(rows: list[Row]) -> Callable[[Row], str]:
     shared = ("task", "method", "learning_rate", "seed", "own_directions", *LATER)
     # What follows the metric is what came out.
     names = [n for n in itertools.takewhile(lambda n: n != "metric", rows[0]) if n not in shared]
-    usual = {n: Counter(str(r.get(n)) for r in rows).most_common(1)[0][0] for n in names}
+    # Rows with upper directions name their P in any case.
+    plain = [r for r in rows if not r.get("upper_directions")] or rows
+    voters = lambda n: plain if n == "num_perturbations" else rows  # noqa: E731
+    usual = {n: Counter(str(r.get(n)) for r in voters(n)).most_common(1)[0][0] for n in names}
     other = lambda row, names: [f", {n}={row.get(n)}" for n in names if str(row.get(n)) != usual[n]]  # noqa: E731
 
     def name(row: Row) -> str:

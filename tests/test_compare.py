@@ -98,6 +98,15 @@ def test_own_directions_are_a_curve_of_their_own():
     assert results.summary(rows)[1][1][0] == "DeComFL, own directions"
 
 
+def test_what_most_rows_have_is_that_of_plain_rows():
+    """More rows with ten upper directions than with five of everything: the latter are plain."""
+    rows = [row("decomfl", 1.0, seed, [0.1, 0.5]) for seed in range(3)]
+    rows = [{"num_perturbations": 10, "upper_directions": 10, "upper_layers": 1} | r for r in rows]
+    rows.append({"num_perturbations": 5} | row("decomfl", 1.0, 0, [0.1, 0.4]))
+    names = {c.method for c in results.curves(rows)}
+    assert names == {"decomfl, 10 of 10 in the last layer", "decomfl"}
+
+
 def test_runs_of_other_options_are_not_mixed():
     """What differs from most rows is named; the table across has a line for it."""
     rows = [{"decay": 0.95} | row("hiso", 1.0, seed, [0.1, 0.5]) for seed in range(3)]
