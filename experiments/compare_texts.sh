@@ -69,10 +69,15 @@ run opt 3 "0.008 0.016" decomfl "$upper=1"
 run opt_again 1 "0.0004 0.0008 0.0016" decomfl
 run opt_again 1 "0.004 0.008 0.016" decomfl "$upper=1"
 run opt_again 1 "0.0128 0.0256 0.0512 0.1024 0.2048" rms "$upper=1"
-run opt_again 3 "0.0008" decomfl
+run opt_again 1 "0.0004 0.0008 0.0016 0.0032" hiso
+run opt_again 3 "0.0008" "decomfl hiso"
 run opt_again 3 "0.008" decomfl "$upper=1"
 run opt_again 3 "0.0256" rms "$upper=1"
 # Fewer, for each of these takes three times as long.
+run sst2 1 "0.00128 0.00256 0.00512 0.01024" rms
+run sst2 1 "0.00128 0.00256 0.00512" fzoo
+run sst2 1 "0.001 0.002" meazo
+run sst2 3 "0.00256" fzoo
 run sst2 1 "0.0002 0.0004 0.0008 0.0016" decomfl
 run sst2 1 "0.0004 0.0008 0.0016 0.0032" hiso
 run sst2 1 "0.001 0.002 0.004 0.008" decomfl "$upper=1"
