@@ -79,6 +79,7 @@ run sst2 1 "0.00128 0.00256 0.00512" fzoo
 run sst2 1 "0.001 0.002" meazo
 run sst2 1 "0.0064 0.0128" fzoo "$upper=1"
 run sst2 3 "0.00256" fzoo
+run sst2 3 "0.0064" fzoo "$upper=1"
 run sst2 1 "0.0002 0.0004 0.0008 0.0016" decomfl
 run sst2 1 "0.0004 0.0008 0.0016 0.0032" hiso
 run sst2 1 "0.001 0.002 0.004 0.008" decomfl "$upper=1"
