@@ -37,6 +37,8 @@ TASKS: dict[str, tuple[Any, Any]] = {
     "digits": (digits.Options, lambda own: digits.digits(own.clients, own.alpha)),
     "mnist": (mnist.Options, mnist.build),
 }
+COMMON = {field.name for field in dataclasses.fields(job.Options)}
+"""Options of every job, which no problem depends on but for the seed."""
 DIVERGED = 20.0
 """A training loss above which a run is given up."""
 
@@ -97,9 +99,8 @@ def _problem(task: str, options: job.Options) -> Problem:
 
 def _only_data(options: job.Options) -> job.Options:
     """The options, with those that no problem depends on at their defaults."""
-    common = {field.name for field in dataclasses.fields(job.Options)}
     start = type(options)()
-    return dataclasses.replace(options, **{name: getattr(start, name) for name in common})
+    return dataclasses.replace(options, **{name: getattr(start, name) for name in COMMON})
 
 
 class OtherStart(Exception):
@@ -188,8 +189,7 @@ def settings(options: job.Options) -> dict[str, Any]:
 
 def _start(rows: list[dict[str, Any]], name: dict[str, Any]) -> float | None:
     """Where runs of the same problem began, which have the same model then and the same data."""
-    of_runs = {field.name for field in dataclasses.fields(job.Options)} - {"seed"}
-    same = name.keys() - of_runs
+    same = name.keys() - (COMMON - {"seed"})
     found = (row["curve"][0][1] for row in rows if all(row.get(k) == name[k] for k in same))
     return next(found, None)
 
