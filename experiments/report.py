@@ -78,16 +78,15 @@ def draw_split(labels: dict[str, np.ndarray], sizes: dict[str, int], path: Path)
     picture = Figure(figsize=(9, 3), layout="constrained")
     axis = picture.subplots()
     names = sorted(sizes, key=lambda name: -sizes[name])
+    edges, bottom = np.arange(len(names) + 1) - 0.5, np.zeros(len(names))
     if labels:
-        kinds = np.unique(np.concatenate(list(labels.values())))
-        bottom = np.zeros(len(names))
-        for kind in kinds:
-            count = np.array([(labels[name] == kind).sum() for name in names])
-            axis.bar(range(len(names)), count, bottom=bottom, width=1.0, label=f"label {kind}")
-            bottom += count
+        for kind in np.unique(np.concatenate(list(labels.values()))):
+            top = bottom + [(labels[name] == kind).sum() for name in names]
+            axis.stairs(top, edges, baseline=bottom, fill=True, label=f"label {kind}")
+            bottom = top
         axis.legend(frameon=False, ncols=2, fontsize=8)
     else:
-        axis.bar(range(len(names)), [sizes[name] for name in names], width=1.0)
+        axis.stairs([sizes[name] for name in names], edges, fill=True)
     axis.set(xlabel=f"{len(names)} clients", ylabel="examples")
     axis.spines[["top", "right"]].set_visible(False)
     with files.whole(path) as part:
