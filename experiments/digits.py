@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from experiments import job
 from experiments.problem import Problem, classification, split
 from hiso_jax import files, trees
 from hiso_jax.simulation import Arrays, Clients
+
+
+def lecun_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """flax's own initializer, drawn flat: the same numbers, for a quarter of the compile time."""
+    drawn = jax.random.truncated_normal(key, -2, 2, (math.prod(shape),), dtype).reshape(shape)
+    # Cut off at two, a standard normal number has this standard deviation.
+    return drawn * (jnp.sqrt(jnp.array(1 / math.prod(shape[:-1]), dtype)) / 0.87962566103423978)
 
 
 class Network(nnx.Module):
@@ -37,9 +45,10 @@ class Cnn(Network):
     names = ("first", "second", "dense")
 
     def __init__(self, rngs: nnx.Rngs):
-        self.first = nnx.Conv(1, 16, (3, 3), strides=2, rngs=rngs)
-        self.second = nnx.Conv(16, 24, (3, 3), strides=2, rngs=rngs)
-        self.dense = nnx.Linear(96, 10, rngs=rngs)
+        own: Any = dict(kernel_init=lecun_normal, rngs=rngs)
+        self.first = nnx.Conv(1, 16, (3, 3), strides=2, **own)
+        self.second = nnx.Conv(16, 24, (3, 3), strides=2, **own)
+        self.dense = nnx.Linear(96, 10, **own)
 
 
 def images(

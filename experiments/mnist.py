@@ -4,13 +4,13 @@ import dataclasses
 import gzip
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
 
 from experiments import job
-from experiments.digits import Network, images
+from experiments.digits import Network, images, lecun_normal
 from experiments.problem import Problem
 from hiso_jax.simulation import Arrays
 
@@ -24,10 +24,11 @@ class Cnn(Network):
     names = ("first", "second", "hidden", "dense")
 
     def __init__(self, rngs: nnx.Rngs):
-        self.first = nnx.Conv(1, 8, (3, 3), strides=2, rngs=rngs)
-        self.second = nnx.Conv(8, 16, (3, 3), strides=2, rngs=rngs)
-        self.hidden = nnx.Linear(784, 35, rngs=rngs)
-        self.dense = nnx.Linear(35, 10, rngs=rngs)
+        own: Any = dict(kernel_init=lecun_normal, rngs=rngs)
+        self.first = nnx.Conv(1, 8, (3, 3), strides=2, **own)
+        self.second = nnx.Conv(8, 16, (3, 3), strides=2, **own)
+        self.hidden = nnx.Linear(784, 35, **own)
+        self.dense = nnx.Linear(35, 10, **own)
 
 
 def read_idx(path: Path) -> np.ndarray:

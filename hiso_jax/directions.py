@@ -76,6 +76,8 @@ def pool_key(key: jax.Array, number: Any) -> jax.Array:
     return fold_in(fold_in(key, _POOL), number)
 
 
+# Inlined, so it fuses as ever; jit keeps what was traced, a hundred operations for every leaf.
+@functools.partial(jax.jit, inline=True)
 def threefry(
     key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:

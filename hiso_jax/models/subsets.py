@@ -127,7 +127,8 @@ def merge_lora(params: trees.Params, adapters: trees.Leaves, alpha: float) -> tr
         a, b = adapters[f"{name}/a"], adapters[f"{name}/b"]
         rank = a.shape[-1]
         key = jax.random.key(np.uint32(trees.leaf_hash(name)), impl="threefry2x32")
-        start = jax.random.normal(key, a.shape) / rank**0.5
+        # Drawn flat: the same numbers, for a quarter of the compile time.
+        start = jax.random.normal(key, (a.size,)).reshape(a.shape) / rank**0.5
         change = alpha / rank * ((start + a) @ b.astype(jnp.float32))
         kernel: Any = leaves[f"{name}/kernel"]
         merged[f"{name}/kernel"] = (kernel + change).astype(kernel.dtype)
