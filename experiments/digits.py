@@ -19,7 +19,7 @@ from hiso_jax.simulation import Arrays, Clients
 
 
 def lecun_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """flax's own initializer, drawn flat: the same numbers, for a quarter of the compile time."""
+    """The initializer of flax, drawn flat: the same numbers, for a quarter of the compile time."""
     drawn = jax.random.truncated_normal(key, -2, 2, (math.prod(shape),), dtype).reshape(shape)
     # Cut off at two, a standard normal number has this standard deviation.
     return drawn * (jnp.sqrt(jnp.array(1 / math.prod(shape[:-1]), dtype)) / 0.87962566103423978)

@@ -278,10 +278,9 @@ def rounding_key(key: jax.Array, round: Any) -> jax.Array:
     return fold_in(fold_in(key, round), _ROUNDING)
 
 
-def rounding_keys(key: jax.Array, round: Any, names: Sequence[str]) -> dict[str, jax.Array]:
-    """Keys of that stream: name of a leaf -> key."""
-    keys = _leaf_keys(rounding_key(key, round), list(names))
-    return {n: keys[i] for i, n in enumerate(names)}
+def rounding_keys(key: jax.Array, round: Any, names: Sequence[str]) -> jax.Array:
+    """Keys of that stream [leaves], given the leaves' names."""
+    return _leaf_keys(rounding_key(key, round), list(names))
 
 
 def round_to(key: jax.Array, x: jax.Array, dtype: Any, start: Any = 0) -> jax.Array:

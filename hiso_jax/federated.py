@@ -300,9 +300,9 @@ def scalar_algorithm(
         record = exact.seal(lax.optimization_barrier(jnp.where(usable, record, 0)))
 
         leaves, packs, rule_state = packed(state)
-        like = trees.select(state.params, trainable)
-        keys = directions.rounding_keys(state.key, state.round, list(like))
-        rounded = lambda n, x, at: directions.round_to(keys[n], x, like[n].dtype, at)  # noqa: E731
+        names = list(trees.select(state.params, trainable))
+        keys = directions.rounding_keys(state.key, state.round, names)
+        rounded, like = packing.rounding(keys, names, packs), leaves
         leaves, rule_state = updates.apply_record(
             rule,
             noise_of(state, packs),
@@ -311,15 +311,10 @@ def scalar_algorithm(
             record,
             rate,
             usable=usable,
-            narrow=lambda n, x, at: x if n in packs else rounded(n, x, at),
+            narrow=lambda n, x, at: rounded(n, x, like[n].dtype, at),
         )
-        small = {n for own in packs.values() for n in own}
-        moved = {
-            n: rounded(n, x, 0) if n in small else x
-            for n, x in packing.unpack(leaves, packs).items()
-        }
         return State(
-            params=trees.merge(state.params, moved),
+            params=trees.merge(state.params, packing.unpack(leaves, packs)),
             key=state.key,
             round=state.round + 1,
             rule=packing.unpack_state(rule_state, leaves, packs),

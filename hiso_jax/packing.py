@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hiso_jax import directions, trees
+from hiso_jax import directions, exact, trees
 from hiso_jax.trees import Leaves
 
 SMALL, ROOM = 2**16, 2**18
@@ -23,7 +23,7 @@ Packs = dict[str, dict[str, tuple[int, ...]]]
 
 
 def plan(leaves: Mapping[str, Any]) -> Packs:
-    """Which leaves to pack together; a pack of one is none.
+    """Which leaves of one dtype to pack together; a pack of one is none.
 
     Raises:
       ValueError: a leaf has more than 2^32 numbers.
@@ -35,29 +35,31 @@ def plan(leaves: Mapping[str, Any]) -> Packs:
     """
     if huge := [name for name, x in leaves.items() if x.size > 2**32]:
         raise ValueError(f"params: leaves {huge} have more numbers than a stream's 2^32 words")
-    packs: list[dict[str, tuple[int, ...]]] = [{}]
+    packs: list[dict[str, tuple[int, ...]]] = []
+    last: dict[Any, dict[str, tuple[int, ...]]] = {}  # dtype -> the pack with room
     for name, x in leaves.items():
         if x.size >= SMALL:
             continue
-        if sum(map(math.prod, packs[-1].values())) + x.size > ROOM:
-            packs.append({})
-        packs[-1][name] = x.shape
+        own = last.get(x.dtype)
+        if own is None or sum(map(math.prod, own.values())) + x.size > ROOM:
+            own = last[x.dtype] = {}
+            packs.append(own)
+        own[name] = x.shape
     # No path of a tree has a NUL in it.
     return {f"\0{i}": own for i, own in enumerate(packs) if len(own) > 1}
 
 
 def pack(leaves: Leaves, packs: Packs) -> Leaves:
-    """Leaves with the packed ones end to end, in float32, under the names of the packs."""
+    """Leaves with the packed ones end to end, under the names of the packs."""
     gone = {name for own in packs.values() for name in own}
     packed = {n: x for n, x in leaves.items() if n not in gone}
     for pack, own in packs.items():
-        flat = [leaves[n].reshape(-1).astype(jnp.float32) for n in own]
-        packed[pack] = jnp.concatenate(flat)
+        packed[pack] = jnp.concatenate([leaves[n].reshape(-1) for n in own])
     return packed
 
 
 def unpack(leaves: Mapping[str, Any], packs: Packs) -> dict[str, Any]:
-    """The inverse of `pack`, but for the dtype."""
+    """The inverse of `pack`."""
     out = {n: x for n, x in leaves.items() if n not in packs}
     for pack, own in packs.items():
         start = 0
@@ -92,6 +94,16 @@ def _laid(parts: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate(parts)
 
 
+def _pairs(keys: jax.Array, counts: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """The words of the first counters of several streams, end to end, and their second words."""
+    data = jax.random.key_data(keys)
+    lanes = [_laid([jnp.full(n, data[i, lane]) for i, n in enumerate(counts)]) for lane in (0, 1)]
+    low = _laid([lax.iota(jnp.uint32, n) for n in counts])
+    # Else the choice of the leaf would be made anew for every number.
+    lanes, low = lax.optimization_barrier((lanes, low))
+    return directions.threefry((lanes[0], lanes[1]), (jnp.zeros_like(low), low))
+
+
 def draw(
     keys: jax.Array,
     shapes: Sequence[tuple[int, ...]],
@@ -108,13 +120,7 @@ def draw(
     """
     sizes = [math.prod(shape) for shape in shapes]
     counts = directions.words_of(sizes, distribution)
-    data = jax.random.key_data(keys)
-    lanes = [_laid([jnp.full(n, data[i, lane]) for i, n in enumerate(counts)]) for lane in (0, 1)]
-    low = _laid([lax.iota(jnp.uint32, n) for n in counts])
-    # Else the choice of the leaf would be made anew for every number.
-    lanes, low = lax.optimization_barrier((lanes, low))
-    pairs = directions.threefry((lanes[0], lanes[1]), (jnp.zeros_like(low), low))
-    drawn = directions.from_words(pairs, distribution)
+    drawn = directions.from_words(_pairs(keys, counts), distribution)
     if drawn.size == sum(sizes):
         return drawn
     starts = [32 * sum(counts[:i]) for i in range(len(counts))]
@@ -136,5 +142,27 @@ def noise(
         own = packs[name]
         members = jnp.array([number[n] for n in own])
         return draw(keys[k, p][members], list(own.values()), distribution)
+
+    return one
+
+
+def rounding(
+    keys: jax.Array, names: Sequence[str], packs: Packs
+) -> Callable[[str, jax.Array, Any, Any], jax.Array]:
+    """(leaf or pack, float32 numbers, dtype, number of the first) -> them in that dtype.
+
+    Stochastically, with the keys [leaves] of `names`: see `hiso_jax.directions.round_to`.
+    """
+    number = {name: i for i, name in enumerate(names)}
+
+    def one(name: str, x: jax.Array, dtype: Any, start: Any) -> jax.Array:
+        if dtype == jnp.float32:
+            return x
+        if name not in packs:
+            return directions.round_to(keys[number[name]], x, dtype, start)
+        own = packs[name]
+        sizes = [math.prod(shape) for shape in own.values()]
+        words, _ = _pairs(keys[jnp.array([number[n] for n in own])], sizes)
+        return exact.stochastic_round(words, x, dtype)
 
     return one

@@ -86,7 +86,8 @@ def _transform(
             moved = {n: x - exact.mul(rate, step[n]) for n, x in wide.items()}
             keys = directions.rounding_keys(key, state.count, list(moved))
             rounded = {
-                n: directions.round_to(keys[n], x, leaves[n].dtype) for n, x in moved.items()
+                n: directions.round_to(keys[i], x, leaves[n].dtype)
+                for i, (n, x) in enumerate(moved.items())
             }
             # float32: the plain product, so that nothing is lost in adding and subtracting x.
             step = {

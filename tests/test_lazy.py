@@ -118,7 +118,8 @@ def test_blocks_and_packs_change_no_bit(
     law: str, steps: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ):
     leaves = odd_tree()["first"]
-    params = {n: leaves[n].astype(dtype) for n in ("leaf0", "leaf3", "leaf12")}
+    params = {n: leaves[n].astype(dtype) for n in ("leaf0", "leaf12")}
+    params |= {n: leaves[n] for n in ("leaf1", "leaf3")}  # float32: in packs of their own
     params["layers"] = leaves["leaf11"].reshape(4, 64, 512).astype(dtype)
     records = np.random.default_rng(0).normal(size=(2, steps, 4)).astype(np.float32)
     kinds = {"blocks": (1024, 1, 1), "packs": (10**9, 10**9, 10**9), "neither": (10**9, 1, 1),
