@@ -118,7 +118,7 @@ def images(
     )
 
 
-def _table() -> np.ndarray:
+def table() -> np.ndarray:
     """scikit-learn's file: a row a digit, 64 pixels from 0 to 16 and the label."""
     # Not by load_digits: importing scikit-learn takes a quarter of a short job's time.
     package = importlib.util.find_spec("sklearn")
@@ -129,7 +129,7 @@ def _table() -> np.ndarray:
 
 def digits(num_clients: int = 40, alpha: float = 1.0, seed: int = 0) -> Problem:
     """The 1,797 digits, split over clients with label shares from Dirichlet(alpha)."""
-    pixels, label = np.split(_table(), [64], axis=1)
+    pixels, label = np.split(table(), [64], axis=1)
     columns = {
         "image": (pixels.reshape(-1, 8, 8, 1) / 16 - 0.3).astype(np.float32),
         "label": label[:, 0].astype(np.int32),

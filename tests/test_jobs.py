@@ -5,9 +5,13 @@ import signal
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
-from tests.helpers import finish, start
+from experiments import digits
+from tests.helpers import assert_same_bits, finish, start
 
 SUMMARY = {"method", "rounds", "accuracy_before", "accuracy", "uplink_bytes_per_client",
            "downlink_bytes_per_client", "seconds_per_round", "compile_seconds"}  # fmt: skip
@@ -43,6 +47,16 @@ def test_digits_leaves_its_folder_and_is_reproducible(tmp_path: Path):
     assert weights[0] == weights[1]
     digests = {json.loads((folder / "summary.json").read_text())["digest"] for folder in folders}
     assert len(digests) == 1
+
+
+def test_the_digits_and_first_weights_are_those_of_the_libraries():
+    from sklearn.datasets import load_digits
+
+    theirs = load_digits()
+    np.testing.assert_array_equal(digits.table(), np.c_[theirs.data, theirs.target])
+    for shape in ((3, 3, 1, 16), (96, 10)):
+        inits = (digits.lecun_normal, nnx.initializers.lecun_normal())
+        assert_same_bits(*(init(jax.random.key(1), shape) for init in inits))
 
 
 def test_compare_draws_both(tmp_path: Path):
