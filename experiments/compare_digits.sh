@@ -25,6 +25,7 @@ run "0.016 0.032 0.064 0.128 0.256" "rms" "--vary rounds=300"
 # Ten more directions of the dense layer only, beside two or four of everything.
 upper="upper_directions=10 num_perturbations"
 run "0.064 0.128 0.256 0.512 1.024" "rms" "--vary own_directions=true $upper=12,14"
+run "0.064 0.128 0.256 0.512 1.024" "fzoo" "--vary own_directions=true $upper=14"
 run "0.032 0.064 0.128 0.256 0.512" "rms" "--vary $upper=12"
 run "0.01 0.02 0.04 0.08 0.16" "decomfl hiso" "--vary $upper=12"
 run "0.128 0.256 0.512 1.024 2.048" "rms" "--vary own_directions=true $upper=12 rounds=300"
