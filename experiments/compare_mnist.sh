@@ -17,6 +17,8 @@ run 3 "0.005 0.01 0.02" "decomfl" false 300 estimator=forward
 # Twenty directions of the dense layers only, beside four of everything.
 upper="estimator=forward num_perturbations=24 upper_directions=20 upper_layers=2"
 run 3 "0.032 0.064 0.128 0.256 0.512" "rms" true 300 "$upper"
+run 3 "0.064 0.128 0.256" "fzoo" true 300 "$upper"
+run 1 "0.032 0.512" "fzoo" true 300 "$upper"
 # Shares of labels less and more alike, and four local steps a round: three rates, four at the edge.
 four="local_steps=4 rounds=75 eval_every=5"
 for other in "alpha=inf" "alpha=0.1" "$four"; do

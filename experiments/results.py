@@ -257,7 +257,9 @@ def draw(
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="dev loss" if by == "loss" else f"dev {metric} (%)")
     axes[1].xaxis.set_major_locator(MaxNLocator(5))
-    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    lines, names = axes[0].get_legend_handles_labels()
+    columns = 3 if max(map(len, names)) < 60 else 2  # or it would be wider than the picture
+    picture.legend(lines, names, loc="outside lower center", ncols=columns)
     axes[2].set_xscale("log")
     axes[2].xaxis.set_minor_formatter(NullFormatter())
     axes[3].set_xscale("log", base=2)
