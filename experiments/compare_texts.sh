@@ -78,8 +78,14 @@ run opt_again 3 "0.0256" "rms fzoo" "$upper=1"
 # Fewer, for each of these takes three times as long.
 run sst2 1 "0.00128 0.00256 0.00512 0.01024" rms
 run sst2 1 "0.00128 0.00256 0.00512" fzoo
-run sst2 1 "0.001 0.002" meazo
-run sst2 1 "0.0064 0.0128" fzoo "$upper=1"
+run sst2 1 "0.0005 0.001 0.002" meazo
+run sst2 1 "0.0004 0.0008 0.0016" fedkseed
+run sst2 1 "0.00004 0.00008 0.00016" momentum
+run sst2 1 "0.0008" hizoo
+run sst2 1 "0.001" adam
+run sst2 1 "0.01 0.02 0.04" fedavg
+run sst2 1 "0.00025 0.0005 0.001" fedadam
+run sst2 1 "0.0016 0.0032 0.0064 0.0128" fzoo "$upper=1"
 run sst2 3 "0.00256" fzoo
 run sst2 3 "0.0064" fzoo "$upper=1"
 run sst2 1 "0.0002 0.0004 0.0008 0.0016" decomfl
