@@ -302,7 +302,6 @@ def scalar_algorithm(
         leaves, packs, rule_state = packed(state)
         names = list(trees.select(state.params, trainable))
         keys = directions.rounding_keys(state.key, state.round, names)
-        rounded, like = packing.rounding(keys, names, packs), leaves
         leaves, rule_state = updates.apply_record(
             rule,
             noise_of(state, packs),
@@ -311,7 +310,7 @@ def scalar_algorithm(
             record,
             rate,
             usable=usable,
-            narrow=lambda n, x, at: rounded(n, x, like[n].dtype, at),
+            narrow=packing.rounding(keys, names, packs, leaves),
         )
         return State(
             params=trees.merge(state.params, packing.unpack(leaves, packs)),

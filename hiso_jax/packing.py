@@ -147,15 +147,16 @@ def noise(
 
 
 def rounding(
-    keys: jax.Array, names: Sequence[str], packs: Packs
-) -> Callable[[str, jax.Array, Any, Any], jax.Array]:
-    """(leaf or pack, float32 numbers, dtype, number of the first) -> them in that dtype.
+    keys: jax.Array, names: Sequence[str], packs: Packs, leaves: Mapping[str, Any]
+) -> Callable[[str, jax.Array, Any], jax.Array]:
+    """The `narrow` of `hiso_jax.updates.apply_record` for packed `leaves`.
 
-    Stochastically, with the keys [leaves] of `names`: see `hiso_jax.directions.round_to`.
+    Stochastic, with the keys [leaves] of `names`: see `hiso_jax.directions.round_to`.
     """
     number = {name: i for i, name in enumerate(names)}
 
-    def one(name: str, x: jax.Array, dtype: Any, start: Any) -> jax.Array:
+    def one(name: str, x: jax.Array, start: Any) -> jax.Array:
+        dtype = leaves[name].dtype
         if dtype == jnp.float32:
             return x
         if name not in packs:
