@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from matplotlib.figure import Figure
 
 import hiso_jax as hj
-from experiments import results
+from experiments import report, results
 from experiments.digits import digits
 from experiments.problem import Problem
 from hiso_jax import simulation, trees
@@ -142,19 +141,19 @@ def measure(options: Curvature) -> tuple[list[dict[str, Any]], np.ndarray]:
     if 0 in options.rounds:
         figures, last = look(problem, start, options.seed)
         rows.append(figures)
-    for report in simulation.run(
+    for step in simulation.run(
         alg, jax.tree.map(jnp.copy, start), problem.clients, rounds=max(options.rounds),
         clients_per_round=8, batch_size=16, seed=options.seed,
     ):  # fmt: skip
-        if report.round in options.rounds:
-            figures, last = look(problem, report.state, options.seed)
+        if step.round in options.rounds:
+            figures, last = look(problem, step.state, options.seed)
             rows.append(figures)
     return rows, last
 
 
 def draw(pairs: np.ndarray, figures: dict[str, Any], path: Path) -> None:
     """H's distribution, and H against curvature, element by element."""
-    picture = Figure(figsize=(9, 3.4), layout="constrained")
+    picture = report.blank(9, 3.4)
     axes = picture.subplots(1, 2)
     axes[0].hist(np.log10(pairs[0]), bins=60)
     axes[0].set(xlabel="log10 of H", ylabel="parameters")

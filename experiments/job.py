@@ -348,10 +348,11 @@ def _write_options(options: Options, rates: dict[str, float]) -> None:
 
 
 def _picture_split(options: Options, problem: Problem) -> None:
-    """Draw who has what: examples of every label, client by client."""
-    clients = problem.clients
-    labels = {n: clients[n]["label"] for n in clients.names if "label" in clients[n]}
-    report.draw_split(labels, clients.sizes, options.out / "split.png")
+    """Draw who has what: examples of every label, client by client. It does not change."""
+    clients, path = problem.clients, options.out / "split.png"
+    if not path.exists():
+        labels = {n: clients[n]["label"] for n in clients.names if "label" in clients[n]}
+        report.draw_split(labels, clients.sizes, path)
 
 
 def run(options: Options, problem: Problem, learning_rates: dict[str, float]) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -54,9 +53,18 @@ def figure(metric: str, value: float) -> str:
     return f"{value:.2f}" if percent(metric) == 1 else f"{value:.1%}"
 
 
+def blank(width: float, height: float) -> Any:
+    """An empty picture."""
+    from matplotlib.figure import (
+        Figure,  # as slow an import as jax; no pyplot: no display, no state
+    )
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def draw(curves: dict[str, list[dict[str, Any]]], metric: str, title: str, path: Path) -> None:
     """Draw metric and loss on the dev split against rounds, one curve a method."""
-    picture = Figure(figsize=(9, 3.4), layout="constrained")  # no pyplot: no display, no state
+    picture = blank(9, 3.4)
     axes, scale = picture.subplots(1, 2), percent(metric)
     for name, rows in curves.items():
         points = [r for r in rows if "dev_loss" in r]
@@ -75,7 +83,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], metric: str, title: str, path:
 
 def draw_split(labels: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -> None:
     """Draw a bar a client, largest first, in a colour a label."""
-    picture = Figure(figsize=(9, 3), layout="constrained")
+    picture = blank(9, 3)
     axis = picture.subplots()
     names = sorted(sizes, key=lambda name: -sizes[name])
     edges, bottom = np.arange(len(names) + 1) - 0.5, np.zeros(len(names))

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from rich.progress import track
 
 import hiso_jax as hj
-from experiments import folders, results
+from experiments import folders, report, results
 from experiments.digits import digits
 from experiments.problem import Problem
 from hiso_jax import aggregators, privacy, simulation
@@ -218,7 +217,7 @@ def _epsilon(options: Robustness, noise: float) -> str:
 
 def draw(options: Robustness, rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against epsilon."""
-    picture = Figure(figsize=(5, 3.4), layout="constrained")
+    picture = report.blank(5, 3.4)
     axis = picture.subplots()
     noises = sorted({r["noise"] for r in rows} - {0.0})
     x = [privacy.epsilon(n, _taken_part(options), options.delta) for n in noises]

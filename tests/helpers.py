@@ -1,8 +1,12 @@
 """Small problems, comparisons and real processes shared by the tests."""
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,24 @@ def start(
         stderr=subprocess.STDOUT,
         **options,
     )
+
+
+def refuse(job: str, *arguments: str) -> str:
+    """``python -m experiments.<job>`` without a process; return what it says and how it exits."""
+    output, argv = io.StringIO(), sys.argv
+    sys.argv = ["", *arguments]
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            with warnings.catch_warnings(
+                action="ignore", category=RuntimeWarning
+            ):  # imported twice
+                runpy.run_module(f"experiments.{job}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) or end.code is None else f"1 {end.code}"
+        return " ".join(f"{output.getvalue()} exit {code}".split())
+    finally:
+        sys.argv = argv
+    raise AssertionError(f"experiments.{job} was not refused: {output.getvalue()}")
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from experiments import baselines, methods
-from tests.helpers import finish, start
+from tests.helpers import finish, refuse, start
 
 
 def loss(params: Any, batch: Any) -> jax.Array:
@@ -141,6 +141,6 @@ def test_a_job_with_a_baseline_resumes_to_the_same_weights(tmp_path: Path):
 
 def test_a_method_without_a_tuned_rate_asks_for_one(tmp_path: Path):
     out = ("--out", str(tmp_path / "run"))
-    assert "--learning-rate: none was tuned" in finish(start("digits", "--method", "fzoo", *out), 1)
-    assert "expected one of hiso" in finish(start("digits", "--method", "fzo", *out), 1)
+    assert "exit 1 --learning-rate: none was tuned" in refuse("digits", "--method", "fzoo", *out)
+    assert "expected one of hiso" in refuse("digits", "--method", "fzo", *out)
     assert not (tmp_path / "run").exists()

@@ -1,8 +1,6 @@
 """The jobs as real processes: what they leave behind, and how they end."""
 
 import json
-import signal
-import time
 from pathlib import Path
 
 import jax
@@ -11,42 +9,33 @@ import pytest
 from flax import nnx
 
 from experiments import digits
-from tests.helpers import assert_same_bits, finish, start
+from tests.helpers import assert_same_bits, finish, refuse, start
 
 SUMMARY = {"method", "rounds", "accuracy_before", "accuracy", "uplink_bytes_per_client",
            "downlink_bytes_per_client", "seconds_per_round", "compile_seconds"}  # fmt: skip
 
 
-def test_digits_leaves_its_folder_and_is_reproducible(tmp_path: Path):
-    folders = [tmp_path / "one", tmp_path / "two"]
+def test_digits_leaves_its_folder(tmp_path: Path):
+    """That the same options give the same bits again is tested with runs that are killed."""
     options = ("--rounds", "60", "--eval-every", "20", "--seed", "3")
-    runs = [start("digits", *options, "--out", str(folder)) for folder in folders]
-    outputs = [finish(run) for run in runs]
-    assert "test accuracy after" in outputs[0] and "FedAvg would have moved" in outputs[0]
-    histories = []
-    for folder in folders:
-        assert {p.name for p in folder.iterdir()} == {
-            "curve.png", "ledger.safetensors", "ledger.sqlite", "metrics.jsonl",
-            "model.safetensors", "options.json", "snapshots", "split.png", "summary.json"}  # fmt: skip
-        assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
-        summary = json.loads((folder / "summary.json").read_text())
-        assert summary.keys() >= SUMMARY
-        # 60 rounds x 8 of 40 clients x 10 float32
-        assert summary["uplink_bytes_per_client"] == 60 * 8 * 40 / 40
-        # the key, the number of a round when asked, and 60 records with their learning rates
-        assert summary["downlink_bytes_per_client"] == 8 + 60 * 8 * 4 / 40 + 60 * (40 + 4)
-        assert summary["payload_bytes"] == 60 * (40 + 4)
-        shipped = (folder / "ledger.safetensors").stat().st_size
-        assert 0 < shipped - 60 * (40 + 4) < 4096 and summary["shipped_bytes"] == shipped
-        assert summary["accuracy"] > summary["accuracy_before"]
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [r["round"] for r in rows] == list(range(61))
-        histories.append([{k: v for k, v in r.items() if k != "seconds"} for r in rows])
-    assert histories[0] == histories[1]
-    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
-    assert weights[0] == weights[1]
-    digests = {json.loads((folder / "summary.json").read_text())["digest"] for folder in folders}
-    assert len(digests) == 1
+    output = finish(start("digits", *options, "--out", str(tmp_path)))
+    assert "test accuracy after" in output and "FedAvg would have moved" in output
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "curve.png", "ledger.safetensors", "ledger.sqlite", "metrics.jsonl",
+        "model.safetensors", "options.json", "snapshots", "split.png", "summary.json"}  # fmt: skip
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY
+    # 60 rounds x 8 of 40 clients x 10 float32
+    assert summary["uplink_bytes_per_client"] == 60 * 8 * 40 / 40
+    # the key, the number of a round when asked, and 60 records with their learning rates
+    assert summary["downlink_bytes_per_client"] == 8 + 60 * 8 * 4 / 40 + 60 * (40 + 4)
+    assert summary["payload_bytes"] == 60 * (40 + 4)
+    shipped = (tmp_path / "ledger.safetensors").stat().st_size
+    assert 0 < shipped - 60 * (40 + 4) < 4096 and summary["shipped_bytes"] == shipped
+    assert summary["accuracy"] > summary["accuracy_before"]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["round"] for r in rows] == list(range(61))
 
 
 def test_the_digits_and_first_weights_are_those_of_the_libraries():
@@ -69,18 +58,6 @@ def test_compare_draws_both(tmp_path: Path):
     assert first[0]["clients"] == first[1]["clients"]  # the same seeds
 
 
-def test_ctrl_c_keeps_what_was_done(tmp_path: Path):
-    process = start("digits", "--rounds", "1000000", "--out", str(tmp_path))
-    log, deadline = tmp_path / "metrics.jsonl", time.time() + 120
-    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 5):
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    assert "keeping what was done" in finish(process)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert 5 <= summary["rounds"] < 1_000_000
-    assert (tmp_path / "model.safetensors").exists() and (tmp_path / "curve.png").exists()
-
-
 def test_divergence_is_said(tmp_path: Path):
     output = finish(
         start("digits", "--learning-rate", "1e6", "--rounds", "50", "--out", str(tmp_path))
@@ -95,5 +72,5 @@ def test_divergence_is_said(tmp_path: Path):
     ("curvature", "--decay"),
 ])  # fmt: skip
 def test_help(job: str, option: str):
-    output = finish(start(job, "--help"))
-    assert option in output and "Traceback" not in output
+    output = refuse(job, "--help")
+    assert option in output and "exit 0" in output

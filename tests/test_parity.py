@@ -151,9 +151,9 @@ def test_narrow_parameters(dtype: Any, tmp_path: Path):
 def test_rows_of_the_head_are_those_of_the_logits(tmp_path: Path):
     reference(CASES["Llama, tied"], tmp_path)
     ours, inputs = models.from_pretrained(tmp_path), batch("right")
-    hidden = ours.hidden(ours.params, **inputs)
+    hidden = jax.jit(ours.hidden)(ours.params, **inputs)
     some = ours.head(ours.params, hidden[:, -1], jnp.array([7, 3]))
-    whole = ours.apply(ours.params, **inputs)
+    whole = jax.jit(ours.apply)(ours.params, **inputs)
     np.testing.assert_allclose(some, whole[:, -1][:, jnp.array([7, 3])], atol=1e-5)
 
 
@@ -164,17 +164,18 @@ def test_a_prefix_is_the_text_it_came_from(name: str, tmp_path: Path):
     reference((CASES[name][0], CASES[name][1] | {"sliding_window": 64}), tmp_path)
     ours, inputs = models.from_pretrained(tmp_path), batch("left")
     text = jnp.array([7, 8, 9])
-    prefix = ours.prefix(ours.params, text)
-    got = ours.hidden(ours.params, **inputs, prefix=prefix)
+    prefix, hidden = ours.prefix(ours.params, text), jax.jit(ours.hidden)
+    generate = jax.jit(ours.generate, static_argnums=3)
+    got = hidden(ours.params, **inputs, prefix=prefix)
     joined = [np.concatenate([row[: 11 - n], text, row[11 - n :]]) for row, n in
               zip(inputs["input_ids"], inputs["attention_mask"].sum(1), strict=True)]  # fmt: skip
     mask = np.concatenate([inputs["attention_mask"], np.ones((3, 3), np.int32)], 1)
     mask = np.sort(mask, 1)  # padding stays on the left
-    wanted = ours.hidden(ours.params, jnp.asarray(np.stack(joined)), jnp.asarray(mask))
+    wanted = hidden(ours.params, jnp.asarray(np.stack(joined)), jnp.asarray(mask))
     real = inputs["attention_mask"][..., None] > 0
     np.testing.assert_allclose(np.where(real, got, 0), np.where(real, wanted[:, 3:], 0), atol=2e-4)
-    tokens = ours.generate(ours.params, *inputs.values(), 5, prefix=prefix)
-    whole = ours.generate(ours.params, jnp.asarray(np.stack(joined)), jnp.asarray(mask), 5)
+    tokens = generate(ours.params, *inputs.values(), 5, prefix=prefix)
+    whole = generate(ours.params, jnp.asarray(np.stack(joined)), jnp.asarray(mask), 5)
     np.testing.assert_array_equal(tokens, whole)
 
 

@@ -55,8 +55,7 @@ def test_this_process(case: str):
 
 
 FLAGS = {
-    "one device, one thread": "--xla_cpu_multi_thread_eigen=false",
-    "no fused multiply-add": "--xla_cpu_max_isa=AVX",
+    "one device, one thread, no fused multiply-add": "--xla_cpu_multi_thread_eigen=false --xla_cpu_max_isa=AVX",
     "128-bit vectors": "--xla_cpu_max_isa=SSE4_2",
     "no optimizations": "--xla_backend_optimization_level=0",
 }

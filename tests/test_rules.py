@@ -148,7 +148,16 @@ def test_as_in_its_paper(name: str):
         np.testing.assert_allclose(ours.params[n], wanted, atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(rules.RULES.keys() - {"hiso", "identity"}))
+LIKE = {"meazo": "rms", "momentum": "adam"}  # in what they keep
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE))
+        for name in sorted(rules.RULES.keys() - {"hiso", "identity"})
+    ],
+)
 def test_same_bits(name: str):
     """Fused round, scanned history and replay in blocks; the recipe makes the rule again."""
     rule = rules.RULES[name]()
@@ -319,8 +328,8 @@ def test_a_client_s_own_directions_are_its_part_of_the_record():
     assert scalars.shape == (3, 1, 2)
     for c in range(3):
         np.testing.assert_allclose(scalars[c], every[c, :, 2 * c : 2 * c + 2], rtol=1e-4, atol=1e-4)
-        alone = own.probe(start, batches[c : c + 1], place=c)
-        np.testing.assert_allclose(alone[0], scalars[c], rtol=1e-4, atol=1e-4)
+    alone = jax.jit(functools.partial(own.probe, place=2))(start, batches[2:])
+    np.testing.assert_allclose(alone[0], scalars[2], rtol=1e-4, atol=1e-4)
     weights = np.array([1.0, 0.0, 3.0], np.float32)
     record = np.asarray(own.aggregate(scalars, weights))
     assert record.shape == (1, 6)
@@ -345,7 +354,7 @@ def test_own_directions_in_all_programs(steps: int, rule: str):
     round, records = jax.jit(alg.round), []
     with hj.Ledger.create(":memory:", alg, start) as written:
         for i in range(3):
-            size = (4 - i, steps, 4)  # later rounds have fewer clients
+            size = (4 - i % 2, steps, 4)  # some rounds have fewer clients
             batches = jnp.asarray(np.random.default_rng(i).normal(size=size), jnp.float32)
             state, metrics = round(state, batches)
             records.append(metrics.record)

@@ -15,7 +15,7 @@ from experiments import finetune, methods, problem
 from hiso_jax import models, simulation, trees
 from hiso_jax.tasks import data, splits, text
 from hiso_jax.tasks.prompts import TASKS, Task
-from tests.helpers import finish, start
+from tests.helpers import finish, refuse, start
 
 ROWS = [
     {"review": f"{'good fine lovely' if i % 3 else 'bad awful poor'} film number {i}",
@@ -218,7 +218,9 @@ def test_f1_and_perplexity_are_those_of_the_libraries():
     assert float(loss_fn({}, batch)) == pytest.approx(float(sums["loss"] / sums["count"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("train", ["norms", "biases", "lora", "last-1", "prefix-3"])
+@pytest.mark.parametrize("train", [
+    "norms", pytest.param("biases", marks=pytest.mark.slow), "lora", "last-1", "prefix-3"
+])  # fmt: skip
 def test_subsets_move_nothing_else(train: str, folder: Path, tmp_path: Path):
     """Two rounds of a batch's own scalars: what is not trained stays; what is saved loads back."""
     built = finetune.build(finetune.Options(
@@ -300,6 +302,8 @@ def test_a_decoder_is_fine_tuned_shipped_and_loaded(options: Any, folder: Path, 
     if "--train" not in options:
         ours = (run / "model/model.safetensors").read_bytes()
         assert (out / "model.safetensors").read_bytes() == ours
+    names = ("config.json", "tokenizer.json")
+    assert all((out / n).read_bytes() == (folder / n).read_bytes() for n in names)
 
 
 @pytest.mark.slow
@@ -375,8 +379,7 @@ def test_bad_options_are_named(folder: Path, tmp_path: Path):
         (("--text", "review", "--label", "mood", "--train", "some"), "--train: expected all"),
         (("--text", "review", "--label", "mood", "--train", "last-9"), "expected 1 to 2 layers"),
     ]  # fmt: skip
-    started = [start("finetune", *base, *options) for options, _ in cases]
-    for process, (_, message) in zip(started, cases, strict=True):
-        output = finish(process, code=1)
-        assert message in output and "Traceback" not in output
+    for options, message in cases:
+        output = refuse("finetune", *base, *options)
+        assert message in output and "exit 1" in output
     assert not (tmp_path / "run").exists()

@@ -86,8 +86,8 @@ def test_everything_in_the_upper_part_is_the_plain_algorithm():
     "steps, rule, directions, own",
     [
         pytest.param(1, "hiso", 2, None, marks=pytest.mark.slow),
-        (2, "rms", 3, None),
-        (1, "rms", 2, 3),
+        pytest.param(2, "rms", 3, None, marks=pytest.mark.slow),
+        (2, "rms", 2, 3),
     ],
 )
 def test_upper_directions_in_all_programs(steps: int, rule: str, directions: int, own: int | None):
@@ -138,9 +138,10 @@ OPT_350M = OPTConfig(
 @pytest.mark.parametrize(
     "config, late",
     [
-        pytest.param(OPT, False, id="opt"),
+        pytest.param(OPT, True, id="opt-late"),
+        pytest.param(OPT, False, id="opt", marks=pytest.mark.slow),
         pytest.param(LLAMA, True, id="llama-late", marks=pytest.mark.slow),
-        pytest.param(BERT, True, id="bert-late"),
+        pytest.param(BERT, True, id="bert-late", marks=pytest.mark.slow),
         pytest.param(OPT_350M, True, id="opt-350m-late", marks=pytest.mark.slow),
         pytest.param(BERT, False, id="bert", marks=pytest.mark.slow),
     ],
