@@ -33,6 +33,8 @@ run docstrings 3 "0.00256" rms
 run docstrings 3 "0.002" decomfl "$upper=1"
 run docstrings 3 "0.001" decomfl "$upper=2"
 run docstrings 3 "0.0064" "rms fzoo" "$upper=1"
+run docstrings 2 "0.0032" rms "$upper=1"
+run docstrings 3 "0.0064" rms "num_perturbations=12 upper_directions=10 upper_layers=1"
 # The rest of the field.
 run docstrings 1 "0.0001 0.0002 0.0004 0.0008 0.0016" fedkseed
 run docstrings 1 "0.0002 0.0004 0.0008" hizoo
@@ -78,18 +80,20 @@ run opt_again 3 "0.0256" "rms fzoo" "$upper=1"
 # Fewer, for each of these takes three times as long.
 run sst2 1 "0.00128 0.00256 0.00512 0.01024" rms
 run sst2 1 "0.00128 0.00256 0.00512" fzoo
-run sst2 1 "0.0005 0.001 0.002" meazo
-run sst2 1 "0.0004 0.0008 0.0016" fedkseed
+run sst2 1 "0.0005 0.001 0.002" "meazo adam"
+run sst2 1 "0.0004 0.0008 0.0016" "fedkseed hizoo"
 run sst2 1 "0.00004 0.00008 0.00016" momentum
-run sst2 1 "0.0008" hizoo
-run sst2 1 "0.001" adam
-run sst2 1 "0.01 0.02 0.04" fedavg
-run sst2 1 "0.00025 0.0005 0.001" fedadam
+run sst2 1 "0.01 0.02 0.04 0.08" fedavg
+run sst2 1 "0.0000625 0.000125 0.00025 0.0005 0.001" fedadam
 run sst2 1 "0.0016 0.0032 0.0064 0.0128" fzoo "$upper=1"
-run sst2 3 "0.00256" fzoo
-run sst2 3 "0.0064" fzoo "$upper=1"
 run sst2 1 "0.0002 0.0004 0.0008 0.0016" decomfl
 run sst2 1 "0.0004 0.0008 0.0016 0.0032" hiso
 run sst2 1 "0.001 0.002 0.004 0.008" decomfl "$upper=1"
-run sst2 3 "0.0008" "decomfl hiso"
+run sst2 3 "0.0008" "decomfl hiso fedkseed hizoo"
+run sst2 3 "0.00256" "rms fzoo"
+run sst2 3 "0.001" "meazo adam"
+run sst2 3 "0.00008" momentum
+run sst2 3 "0.04" fedavg
+run sst2 3 "0.00025" fedadam
 run sst2 3 "0.004" decomfl "$upper=1"
+run sst2 3 "0.0064" fzoo "$upper=1"

@@ -14,7 +14,7 @@ from experiments import blocks, compare, digits, finetune, mnist, results, robus
 from experiments.curvature import gain
 from experiments.problem import Problem
 from hiso_jax import simulation, trees
-from tests.helpers import finish, refuse, start
+from tests.helpers import finish, start
 
 GRID = ("--task", "digits", "--method", "decomfl", "fedavg", "--learning-rate", "0.02", "0.04",
         "--seeds", "1", "--vary", "rounds=6", "eval_every=3", "--processes", "2")  # fmt: skip
@@ -51,8 +51,10 @@ def test_a_grid_is_run_once_and_grown(tmp_path: Path, capsys: pytest.CaptureFixt
     other = [r | {"curve": [[0, 1.01 * r["curve"][0][1], 0.1], *r["curve"][1:]]} for r in
              map(json.loads, lines)]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in other))
-    output = refuse("compare", *GRID, "--method", "decomfl", "--learning-rate", "0.08", *out)
-    assert "another model, or other data" in output and "exit 1" in output
+    more = compare.Compare(task="digits", method=("decomfl",), learning_rate=(0.08,), seeds=1,
+                           vary=("rounds=6", "eval_every=3"), out=tmp_path / "rows.jsonl")  # fmt: skip
+    with pytest.raises(SystemExit, match="another model, or other data"):
+        compare.run(more)
     assert len(results.read(tmp_path / "rows.jsonl")) == 4
 
 

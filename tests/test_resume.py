@@ -194,10 +194,9 @@ def test_a_run_under_way_is_left_alone(tmp_path: Path):
     log = tmp_path / "run" / "metrics.jsonl"
     while first.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 5):
         time.sleep(0.05)
-    others = [start("digits", "--resume", str(tmp_path / "run")),
-              start("digits", "--rounds", "3", "--out", str(tmp_path / "run"))]  # fmt: skip
-    for other in others:
-        assert "another process is running there" in finish(other, code=1)
+    for others in (("--resume",), ("--rounds", "3", "--out")):
+        output = refuse("digits", *others, str(tmp_path / "run"))
+        assert "another process is running there" in output and "exit 1" in output
     first.send_signal(signal.SIGINT)
     finish(first)
     done = json.loads((tmp_path / "run/summary.json").read_text())["rounds"]
