@@ -94,6 +94,7 @@ run sst2 3 "0.00256" "rms fzoo"
 run sst2 3 "0.001" "meazo adam"
 run sst2 3 "0.00008" momentum
 run sst2 3 "0.04" fedavg
+run sst2 2 "0.000125" fedadam
 run sst2 3 "0.00025" fedadam
 run sst2 3 "0.004" decomfl "$upper=1"
 run sst2 3 "0.0064" fzoo "$upper=1"
