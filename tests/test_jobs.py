@@ -48,6 +48,7 @@ def test_the_digits_and_first_weights_are_those_of_the_libraries():
         assert_same_bits(*(init(jax.random.key(1), shape) for init in inits))
 
 
+@pytest.mark.slow
 def test_compare_draws_both(tmp_path: Path):
     output = finish(start("digits", "--compare", "--rounds", "20", "--out", str(tmp_path)))
     assert "HiSo" in output and "DeComFL" in output

@@ -39,7 +39,7 @@ def loss_of(model: models.Model) -> Any:
 @pytest.mark.parametrize(
     "config,steps,law",
     [
-        (OPT, 2, "rademacher"),
+        pytest.param(OPT, 2, "rademacher", marks=pytest.mark.slow),
         (BERT, 1, "normal"),
         pytest.param(OPT, 1, "normal", marks=pytest.mark.slow),
         pytest.param(LLAMA, 1, "rademacher", marks=pytest.mark.slow),

@@ -83,7 +83,12 @@ def difference(model: Any, wanted: Any, inputs: dict[str, np.ndarray]) -> float:
     return float(np.abs((got - wanted.numpy()) * inputs["attention_mask"][..., None]).max())
 
 
-@pytest.mark.parametrize("name", CASES)
+LIKE = ("Llama, tied", "Qwen2")  # other cases have all of theirs
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LIKE)) for n in CASES]
+)
 def test_decoder(name: str, tmp_path: Path):
     theirs = reference(CASES[name], tmp_path / "in")
     ours = models.from_pretrained(tmp_path / "in")

@@ -13,6 +13,7 @@ from safetensors.flax import load_file, save_file
 
 import hiso_jax as hj
 from experiments import finetune
+from experiments import replay as replay_job
 from hiso_jax import models, replay, rules, trees
 from hiso_jax.tensorfile import TensorFile
 from tests.helpers import assert_same_bits, finish, odd_loss, odd_tree, refuse, start
@@ -127,7 +128,9 @@ def test_a_wrong_base_is_refused_and_nothing_is_written(shipped: dict[str, Any],
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_a_run_on_a_hugging_face_folder_is_shipped(tmp_path: Path):
+def test_a_run_on_a_hugging_face_folder_is_shipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """The main job for three rounds; then base and 1 kB make the same weights again."""
     try:
         base = finetune.bundled_model()
@@ -156,8 +159,9 @@ def test_a_run_on_a_hugging_face_folder_is_shipped(tmp_path: Path):
         weight_map |= dict.fromkeys(part, f"model-{number}.safetensors")
     index = sharded / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    output = finish(start("replay", str(run / "ledger.sqlite"), str(sharded), str(out)))
-    assert f"digest {summary['digest']}: equal to the ledger's" in " ".join(output.split())
+    replay_job.run(run / "ledger.sqlite", sharded, out)
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"digest {summary['digest']}: equal to the ledger's" in output
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     both = [load_file(out / f"model-{number}.safetensors") for number in (0, 1)]
     assert_same_bits(both[0] | both[1], load_file(run / "model" / "model.safetensors"))

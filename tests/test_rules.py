@@ -148,7 +148,7 @@ def test_as_in_its_paper(name: str):
         np.testing.assert_allclose(ours.params[n], wanted, atol=2e-3, rtol=1e-3)
 
 
-LIKE = {"meazo": "rms", "momentum": "adam"}  # in what they keep
+LIKE = {"meazo": "rms", "rms": "fzoo", "momentum": "adam"}  # in what they keep, or less
 
 
 @pytest.mark.parametrize(
@@ -340,9 +340,8 @@ def test_a_client_s_own_directions_are_its_part_of_the_record():
     assert_same_bits(*ends)
 
 
-@pytest.mark.parametrize(
-    "steps, rule", [pytest.param(1, "hizoo", marks=pytest.mark.slow), (2, "rms")]
-)
+@pytest.mark.slow  # with upper directions too, in `test_upper`
+@pytest.mark.parametrize("steps, rule", [(1, "hizoo"), (2, "rms")])
 def test_own_directions_in_all_programs(steps: int, rule: str):
     made = rules.RULES[rule]()
     alg = hj.scalar_algorithm(

@@ -108,7 +108,7 @@ def test_gradient_estimates_feed_any_chain(name: str):
         assert float(value_fn(params)) < 0.05 * float(value_fn(PARAMS))
 
 
-@pytest.mark.parametrize("method", ["hiso", "zo_sgd"])
+@pytest.mark.parametrize("method", ["hiso", pytest.param("zo_sgd", marks=pytest.mark.slow)])
 def test_equals_the_algorithm_with_one_client(method: str):
     options: dict[str, Any] = dict(num_perturbations=3, smoothing=1e-2, estimator="forward")
     data = jnp.float32([0.3, 0.4])

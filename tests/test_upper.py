@@ -192,7 +192,10 @@ def test_what_lies_above_the_layers():
         subsets.upper_rows(models.from_config(OPT, jax.random.key(0)).params, 3)
 
 
-@pytest.mark.parametrize("make, layers", [(digits.Cnn, 1), (mnist.Cnn, 1), (mnist.Cnn, 2)])
+@pytest.mark.parametrize(
+    "make, layers",
+    [(digits.Cnn, 1), pytest.param(mnist.Cnn, 1, marks=pytest.mark.slow), (mnist.Cnn, 2)],
+)
 def test_the_last_layers_of_a_network(make: Any, layers: int):
     side = 8 if make is digits.Cnn else 28
     columns = {"image": RNG.normal(size=(30, side, side, 1)).astype(np.float32),
