@@ -61,7 +61,7 @@ FLAGS = {
 }
 
 
-SLOW = {"128-bit vectors": pytest.mark.slow}
+SLOW = dict.fromkeys(("128-bit vectors", "no optimizations"), pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in FLAGS])

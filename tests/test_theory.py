@@ -1,10 +1,12 @@
 """The theory's claim on a quadratic with known curvature, and the figures as found."""
 
 import numpy as np
+import pytest
 
 from experiments import quadratic
 
 
+@pytest.mark.slow
 def test_curvature_helps_on_a_quadratic():
     """The true curvature needs far fewer rounds; the learned one no more than tuned DeComFL."""
     results = quadratic.compare(dimension=60, rounds=1200, seeds=3)
