@@ -55,9 +55,8 @@ def figure(metric: str, value: float) -> str:
 
 def blank(width: float, height: float) -> Any:
     """An empty picture."""
-    from matplotlib.figure import (
-        Figure,  # as slow an import as jax; no pyplot: no display, no state
-    )
+    # Imported here, for it takes as long as jax; and no pyplot: no display, no state.
+    from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps, cycler
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
@@ -234,7 +233,7 @@ def draw(
     every = [c for c in curves(rows) if not only or c.method in only]
     best, metric, by = tuned(every), rows[0]["metric"], _goal(rows, by)
     values = lambda curve: curve.losses if by == "loss" else 100 * curve.figures  # noqa: E731
-    picture = Figure(figsize=(15, 3.8 + 0.2 * -(-len(best) // 3)), layout="constrained")
+    picture = report.blank(15, 3.8 + 0.2 * -(-len(best) // 3))
     axes = picture.subplots(1, 4)
     looks = cycler(linestyle=["-", "--", ":"]) * cycler(color=colormaps["tab10"].colors)
     for axis in axes:

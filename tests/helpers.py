@@ -83,11 +83,12 @@ def refuse(job: str, *arguments: str) -> str:
     output, argv = io.StringIO(), sys.argv
     sys.argv = ["", *arguments]
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            with warnings.catch_warnings(
-                action="ignore", category=RuntimeWarning
-            ):  # imported twice
-                runpy.run_module(f"experiments.{job}", run_name="__main__", alter_sys=True)
+        with (
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+            warnings.catch_warnings(action="ignore", category=RuntimeWarning),  # imported twice
+        ):
+            runpy.run_module(f"experiments.{job}", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) or end.code is None else f"1 {end.code}"
         return " ".join(f"{output.getvalue()} exit {code}".split())

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import hiso_jax as hj
 from experiments import blocks, compare, digits, finetune, mnist, results, robustness
@@ -249,7 +250,7 @@ def test_a_perplexity_is_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert results.pivot(rows)[1] == [["as most", "0.500, 1.6 ± 0.0 at 1"]]
     assert results.summary(rows[:1])[1][0][3] == "1.65"  # a spread over one seed would be a lie
     drawn: list[Any] = []
-    monkeypatch.setattr(results.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     results.draw(rows, "plays", tmp_path / "none.png")
     axis = drawn[0].axes[0]
     assert axis.get_ylabel() == "dev loss" and list(axis.lines[0].get_ydata()) == [0.9, 0.5]

@@ -202,7 +202,7 @@ def test_learning_rate_schedule_is_of_the_round():
 
 @settings(max_examples=5, deadline=None)
 @given(
-    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=3),
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=4),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
     clients=st.integers(1, 4),
     steps=st.integers(1, 3),

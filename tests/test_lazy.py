@@ -153,18 +153,19 @@ def test_a_record_of_nan_moves_nothing_in_any_block(monkeypatch: pytest.MonkeyPa
 
 
 def test_memory_of_a_round_is_that_of_a_layer():
-    """Compiled, not measured: for eight clients, little more than a third of a copy."""
+    """Compiled, not measured: beyond a forward pass less than a third of a copy, at any C."""
     config = OPTConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=24, ffn_dim=512,
                        num_attention_heads=4, word_embed_proj_dim=128)  # fmt: skip
     model = models.from_config(config, jax.random.key(0))
     held = sum(x.nbytes for x in jax.tree.leaves(model.params))
-    ids = np.ones((8, 1, 1, 4), np.int32)
-    alg = hj.decomfl(loss_of(model), 0.1, lazy=True, distribution="rademacher")
-    state = jax.eval_shape(alg.init, model.params, jax.random.key(0))
-    program = jax.jit(alg.round, donate_argnums=0).lower(state, ids).compile()
-    temp = program.memory_analysis().temp_size_in_bytes / held
-    print(temp)
-    assert temp < 0.36
+    temp = []
+    for clients in (1, 8):
+        ids = np.ones((clients, 1, 1, 4), np.int32)
+        alg = hj.decomfl(loss_of(model), 0.1, lazy=True, distribution="rademacher")
+        state = jax.eval_shape(alg.init, model.params, jax.random.key(0))
+        program = jax.jit(alg.round, donate_argnums=0).lower(state, ids).compile()
+        temp.append(program.memory_analysis().temp_size_in_bytes / held)
+    assert temp[0] < 0.33 and temp[1] < temp[0] + 0.05
 
 
 def test_a_leaf_of_more_numbers_than_a_stream_has():

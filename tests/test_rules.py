@@ -328,8 +328,8 @@ def test_a_client_s_own_directions_are_its_part_of_the_record():
     assert scalars.shape == (3, 1, 2)
     for c in range(3):
         np.testing.assert_allclose(scalars[c], every[c, :, 2 * c : 2 * c + 2], rtol=1e-4, atol=1e-4)
-    alone = jax.jit(functools.partial(own.probe, place=2))(start, batches[2:])
-    np.testing.assert_allclose(alone[0], scalars[2], rtol=1e-4, atol=1e-4)
+        alone = jax.jit(functools.partial(own.probe, place=c))(start, batches[c : c + 1])
+        np.testing.assert_allclose(alone[0], scalars[c], rtol=1e-4, atol=1e-4)
     weights = np.array([1.0, 0.0, 3.0], np.float32)
     record = np.asarray(own.aggregate(scalars, weights))
     assert record.shape == (1, 6)
