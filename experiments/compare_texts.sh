@@ -25,8 +25,7 @@ run docstrings 1 "0.0002 0.0004 0.0008 0.0016 0.0032" hiso
 run docstrings 1 "0.00064 0.00128 0.00256 0.00512 0.01024" rms
 run docstrings 1 "0.00025 0.0005 0.001 0.002 0.004" decomfl "$upper=1"
 run docstrings 1 "0.00025 0.0005 0.001 0.002 0.004" decomfl "$upper=2"
-run docstrings 1 "0.0016 0.0032 0.0064 0.0128 0.0256" rms "$upper=1"
-run docstrings 1 "0.0032 0.0064 0.0128" fzoo "$upper=1"
+run docstrings 1 "0.0016 0.0032 0.0064 0.0128 0.0256" "rms fzoo" "$upper=1"
 run docstrings 3 "0.0004" decomfl
 run docstrings 3 "0.0008" hiso
 run docstrings 3 "0.00256" rms
@@ -36,8 +35,7 @@ run docstrings 3 "0.0064" "rms fzoo" "$upper=1"
 run docstrings 2 "0.0032" rms "$upper=1"
 run docstrings 3 "0.0064" rms "num_perturbations=12 upper_directions=10 upper_layers=1"
 # The rest of the field.
-run docstrings 1 "0.0001 0.0002 0.0004 0.0008 0.0016" fedkseed
-run docstrings 1 "0.0002 0.0004 0.0008" hizoo
+run docstrings 1 "0.0001 0.0002 0.0004 0.0008 0.0016" "fedkseed hizoo"
 run docstrings 1 "0.00064 0.00128 0.00256 0.00512 0.01024" fzoo
 run docstrings 1 "0.00025 0.0005 0.001 0.002 0.004" "meazo adam"
 run docstrings 1 "0.00001 0.00002 0.00004 0.00008 0.00016" momentum
@@ -69,26 +67,21 @@ run opt 3 "0.00008" momentum
 run opt 3 "0.02" fedavg
 run opt 3 "0.0005" fedadam
 run opt 3 "0.008 0.016" decomfl "$upper=1"
-run opt_again 1 "0.0004 0.0008 0.0016" decomfl
-run opt_again 1 "0.004 0.008 0.016" decomfl "$upper=1"
+run opt_again 1 "0.0002 0.0004 0.0008 0.0016 0.0032" "decomfl hiso"
+run opt_again 1 "0.002 0.004 0.008 0.016 0.032" decomfl "$upper=1"
 run opt_again 1 "0.0128 0.0256 0.0512 0.1024 0.2048" rms "$upper=1"
-run opt_again 1 "0.0004 0.0008 0.0016 0.0032" hiso
+run opt_again 1 "0.0064 0.0128 0.0256 0.0512 0.1024" fzoo "$upper=1"
 run opt_again 3 "0.0008" "decomfl hiso"
 run opt_again 3 "0.008" decomfl "$upper=1"
-run opt_again 1 "0.0128 0.0256 0.0512" fzoo "$upper=1"
 run opt_again 3 "0.0256" "rms fzoo" "$upper=1"
-# Fewer, for each of these takes three times as long.
-run sst2 1 "0.00128 0.00256 0.00512 0.01024" rms
-run sst2 1 "0.00128 0.00256 0.00512" fzoo
-run sst2 1 "0.0005 0.001 0.002" "meazo adam"
-run sst2 1 "0.0004 0.0008 0.0016" "fedkseed hizoo"
-run sst2 1 "0.00004 0.00008 0.00016" momentum
-run sst2 1 "0.01 0.02 0.04 0.08" fedavg
+run sst2 1 "0.0002 0.0004 0.0008 0.0016 0.0032" "decomfl hiso fedkseed hizoo"
+run sst2 1 "0.00064 0.00128 0.00256 0.00512 0.01024" "rms fzoo"
+run sst2 1 "0.00025 0.0005 0.001 0.002 0.004" "meazo adam"
+run sst2 1 "0.00002 0.00004 0.00008 0.00016 0.00032" momentum
+run sst2 1 "0.01 0.02 0.04 0.08 0.16" fedavg
 run sst2 1 "0.0000625 0.000125 0.00025 0.0005 0.001" fedadam
-run sst2 1 "0.0016 0.0032 0.0064 0.0128" fzoo "$upper=1"
-run sst2 1 "0.0002 0.0004 0.0008 0.0016" decomfl
-run sst2 1 "0.0004 0.0008 0.0016 0.0032" hiso
-run sst2 1 "0.001 0.002 0.004 0.008" decomfl "$upper=1"
+run sst2 1 "0.001 0.002 0.004 0.008 0.016" decomfl "$upper=1"
+run sst2 1 "0.0016 0.0032 0.0064 0.0128 0.0256" fzoo "$upper=1"
 run sst2 3 "0.0008" "decomfl hiso fedkseed hizoo"
 run sst2 3 "0.00256" "rms fzoo"
 run sst2 3 "0.001" "meazo adam"

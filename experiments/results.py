@@ -206,9 +206,10 @@ def show(header: list[str], lines: list[list[str]]) -> None:
 
 
 def pivot(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of another table: options downwards, methods across, each at its best.
+    """Header and lines of another table: options against methods, each at its best.
 
-    A cell is dev loss, dev metric (in percent, but a perplexity), and the learning rate.
+    Whichever there are more of goes downwards. A cell is dev loss, dev metric (in percent, but
+    a perplexity), and the learning rate.
     """
     best, scale = tuned(curves(rows)), report.percent(rows[0]["metric"])
     methods = list(dict.fromkeys(name.partition(", ")[0] for name in best))
@@ -219,11 +220,13 @@ def pivot(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         last = scale * curve.figures[:, -1]
         return f"{curve.loss:.3f}, {_spread(last, '{:.1f}'.format)} at {curve.learning_rate:g}"
 
-    lines = []
+    lines = [["", *map(title, methods)]]
     for how in dict.fromkeys(name.partition(", ")[2] for name in best):
         names = [", ".join(filter(None, (method, how))) for method in methods]
         lines.append([how or "as most", *(cell(best.get(name)) for name in names)])
-    return ["", *map(title, methods)], lines
+    if len(lines) <= len(methods):  # a page has more room downwards
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    return lines[0], lines[1:]
 
 
 def draw(
@@ -288,7 +291,7 @@ class Results:
     baseline: str | None = None
     """The method whose best is to be reached; by default decomfl, if it is among the rows."""
     pivot: bool = False
-    """Options downwards, methods across."""
+    """Options against methods, in one table."""
     only: tuple[str, ...] = ()
     """Methods to draw; by default all."""
     picture: Path | None = None

@@ -124,6 +124,11 @@ def test_runs_of_other_options_are_not_mixed():
         ["decay=0.9", "0.300, 70.0 at 1", ""],
     ]
     assert results.where(rows, ("decay=0.9,0.95", "method=decomfl")) == rows[4:]
+    rows.append({"decay": 0.95} | row("rms", 4.0, 0, [0.1, 0.125]))
+    header, lines = results.pivot(rows)  # three methods, two lines: the other way round
+    assert header == ["", "as most", "decay=0.9"]
+    assert lines[0] == ["HiSo", "0.500, 50.0 ± 0.0 at 1", "0.300, 70.0 at 1"]
+    assert [line[0] for line in lines] == ["HiSo", "DeComFL", "DeComFL / rms"]
 
 
 def test_blocks_of_a_quadratic():
