@@ -27,7 +27,7 @@ for other in "alpha=inf" "alpha=0.1" "$four"; do
 done
 run 3 "0.04" "decomfl hiso" false 300 "estimator=forward $four"
 # The rest of the field: one seed, then two more at the best, and everywhere of MEAZO.
-field() { run $1 "$2" "$3" false 300 estimator=forward; }
+field() { run $1 "$2" "$3" false 300 "estimator=forward ${4:-}"; }
 field 1 "0.0025 0.04" decomfl
 field 1 "0.005 0.01 0.02" hiso
 field 1 "0.016 0.032 0.064" rms
@@ -44,3 +44,19 @@ field 3 "0.008" adam
 field 3 "0.002" momentum
 field 3 "0.512" fedavg
 field 3 "0.016" fedadam
+field 1 "0.008 0.016 0.032 0.064 0.128" "fedyogi fedadagrad"
+field 1 "0.001 0.002 0.004 0.008 0.016" mezo
+field 1 "0.016 0.032 0.064 0.128 0.256" fedzo
+# The same with the other shares of labels, and with four local steps: three rates.
+for other in "alpha=inf" "alpha=0.1" "$four"; do
+  field 1 "0.016 0.032 0.064" "rms fzoo" "$other"
+  field 1 "0.004 0.008 0.016" "meazo adam" "$other"
+  field 1 "0.005 0.01 0.02" "fedkseed hizoo" "$other"
+  field 1 "0.0005 0.001 0.002 0.004" momentum "$other"
+  field 1 "0.256 0.512 1.024" fedavg "$other"
+  field 1 "0.008 0.016 0.032" fedadam "$other"
+  field 3 "0.032" "rms fzoo" "$other"
+  field 3 "0.008" "meazo adam" "$other"
+  field 3 "0.01" "fedkseed hizoo" "$other"
+  field 3 "0.016" fedadam "$other"
+done
