@@ -68,11 +68,11 @@ run opt 3 "0.02" fedavg
 run opt 3 "0.0005" fedadam
 run opt 3 "0.008 0.016" decomfl "$upper=1"
 run opt_again 1 "0.0002 0.0004 0.0008 0.0016 0.0032" "decomfl hiso"
-run opt_again 1 "0.002 0.004 0.008 0.016 0.032" decomfl "$upper=1"
+run opt_again 1 "0.002 0.004 0.008 0.016 0.032 0.064" decomfl "$upper=1"
 run opt_again 1 "0.0128 0.0256 0.0512 0.1024 0.2048" rms "$upper=1"
 run opt_again 1 "0.0064 0.0128 0.0256 0.0512 0.1024" fzoo "$upper=1"
 run opt_again 3 "0.0008" "decomfl hiso"
-run opt_again 3 "0.008" decomfl "$upper=1"
+run opt_again 3 "0.008 0.032" decomfl "$upper=1"
 run opt_again 3 "0.0256" "rms fzoo" "$upper=1"
 run sst2 1 "0.0002 0.0004 0.0008 0.0016 0.0032" "decomfl hiso fedkseed hizoo"
 run sst2 1 "0.00064 0.00128 0.00256 0.00512 0.01024" "rms fzoo"
