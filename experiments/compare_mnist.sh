@@ -46,8 +46,12 @@ field 3 "0.512" fedavg
 field 3 "0.016" fedadam
 field 1 "0.008 0.016 0.032 0.064 0.128" "fedyogi fedadagrad"
 field 1 "0.001 0.002 0.004 0.008 0.016" mezo
-field 1 "0.016 0.032 0.064 0.128 0.256" fedzo
-# The same with the other shares of labels, and with four local steps: three rates.
+field 1 "0.004 0.008 0.016 0.032 0.064 0.128 0.256" fedzo
+field 3 "0.032" fedyogi
+field 3 "0.064" fedadagrad
+field 3 "0.004" mezo
+field 3 "0.016" fedzo
+# The same with the other shares of labels and with four local steps: three rates, one more at an edge.
 for other in "alpha=inf" "alpha=0.1" "$four"; do
   field 1 "0.016 0.032 0.064" "rms fzoo" "$other"
   field 1 "0.004 0.008 0.016" "meazo adam" "$other"
@@ -57,6 +61,19 @@ for other in "alpha=inf" "alpha=0.1" "$four"; do
   field 1 "0.008 0.016 0.032" fedadam "$other"
   field 3 "0.032" "rms fzoo" "$other"
   field 3 "0.008" "meazo adam" "$other"
-  field 3 "0.01" "fedkseed hizoo" "$other"
-  field 3 "0.016" fedadam "$other"
+  field 3 "0.01" hizoo "$other"
+  field 3 "0.001" momentum "$other"
 done
+for other in "alpha=inf" "$four"; do
+  field 1 "0.04" fedkseed "$other"
+  field 1 "0.128" fedavg "$other"
+  field 3 "0.02" fedkseed "$other"
+  field 3 "0.256" fedavg "$other"
+done
+field 1 "0.064" fedadam "$four"
+field 3 "0.01" fedkseed alpha=inf
+field 3 "0.01" fedkseed alpha=0.1
+field 3 "0.512" fedavg alpha=0.1
+field 3 "0.016" fedadam alpha=0.1
+field 3 "0.016" fedadam alpha=inf
+field 3 "0.032" fedadam "$four"
