@@ -67,7 +67,7 @@ run opt 3 "0.00008" momentum
 run opt 3 "0.02" fedavg
 run opt 3 "0.0005" fedadam
 run opt 3 "0.008 0.016" decomfl "$upper=1"
-run opt_again 1 "0.0002 0.0004 0.0008 0.0016 0.0032" "decomfl hiso"
+run opt_again 1 "0.0002 0.0004 0.0008 0.0016 0.0032" "decomfl hiso mezo"
 run opt_again 1 "0.002 0.004 0.008 0.016 0.032 0.064" decomfl "$upper=1"
 run opt_again 1 "0.0128 0.0256 0.0512 0.1024 0.2048" rms "$upper=1"
 run opt_again 1 "0.0064 0.0128 0.0256 0.0512 0.1024" fzoo "$upper=1"
