@@ -71,9 +71,7 @@ for other in "alpha=inf" "$four"; do
   field 3 "0.256" fedavg "$other"
 done
 field 1 "0.064" fedadam "$four"
-field 3 "0.01" fedkseed alpha=inf
-field 3 "0.01" fedkseed alpha=0.1
+field 3 "0.01" fedkseed alpha=inf,0.1
 field 3 "0.512" fedavg alpha=0.1
-field 3 "0.016" fedadam alpha=0.1
-field 3 "0.016" fedadam alpha=inf
+field 3 "0.016" fedadam alpha=inf,0.1
 field 3 "0.032" fedadam "$four"
