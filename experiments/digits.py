@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from experiments import job
 from experiments.problem import Problem, classification, split
-from hiso_jax import files, trees
+from hiso_jax import checks, files, trees
 from hiso_jax.simulation import Arrays, Clients
 
 
@@ -69,6 +69,9 @@ def images(
       alpha: infinity for equal shares.
       seed: of the split.
     """
+    checks.count("--clients", num_clients)
+    if not np.isinf(alpha):
+        checks.number("--alpha", alpha, 0, above=True)
     rng = np.random.default_rng([seed, 7])
     train = parts["train"]
     owners = np.zeros(len(train["label"]), int)
@@ -115,6 +118,7 @@ def images(
         test=parts["test"],
         save=save,
         upper=upper,
+        classes=tuple((str(label), "") for label in range(10)),
     )
 
 
@@ -166,13 +170,5 @@ LEARNING_RATES = {"hiso": 2e-2, "decomfl": 4e-2}
 """The best of the grid in `experiments.compare`, by method."""
 
 
-def main() -> None:
-    """Parse the command line and run."""
-    import tyro
-
-    options = job.settle(tyro.cli(Options))
-    job.run(options, digits(options.clients, options.alpha), LEARNING_RATES)
-
-
 if __name__ == "__main__":
-    main()
+    job.main(Options, lambda own: digits(own.clients, own.alpha), LEARNING_RATES)

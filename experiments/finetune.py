@@ -3,21 +3,22 @@
 import dataclasses
 import importlib.util
 import re
-import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from experiments import job, problem, report, texts
+from experiments import job, problem, texts
 from experiments.problem import Problem
-from hiso_jax import models
-from hiso_jax.models import bert
-from hiso_jax.tasks import data, docstrings, prompts, splits
+from hiso_jax import checks, models
+from hiso_jax.tasks import data, docstrings, labels, metrics, prompts, splits
 from hiso_jax.tasks.prompts import Task
 
 DOCSTRINGS = Task("{text}", words=tuple(docstrings.TOPICS), sentences=docstrings.LABEL_SENTENCES)
+SHORTEST = 8
+"""Tokens that a prompt is given at least."""
 
 
 def bundled_model() -> Path:
@@ -88,103 +89,238 @@ class Options(job.Options):
     """Modules that LoRA adapts."""
 
 
+def check(options: Options) -> None:
+    """Raise unless the options fit together; the message names the option."""
+    default = Options()
+    if not re.fullmatch(r"all|norms|biases|lora|(last|prefix)-[1-9]\d*", options.train):
+        raise ValueError(f"--train: expected all, norms, biases, lora, last-N or prefix-N, got "
+                         f"{options.train!r}")  # fmt: skip
+    for name, value in (("--num-clients", options.num_clients), ("--room", options.room),
+                        ("--lora-rank", options.lora_rank)):  # fmt: skip
+        checks.count(name, value)
+    if options.length is not None and options.length < SHORTEST:
+        raise ValueError(f"--length: expected at least {SHORTEST} tokens, got {options.length}")
+    checks.number("--alpha", options.alpha, 0, above=True)
+    given = lambda *names: [n for n in names if getattr(options, n) != getattr(default, n)]  # noqa: E731
+    spelled = lambda names: ", ".join(f"--{name.replace('_', '-')}" for name in names)  # noqa: E731
+    if options.task == "docstrings" and options.data is None:
+        own = given("text", "label", "prompt", "words", "columns")
+        if own:
+            raise ValueError(
+                f"--data: needed for {spelled(own)}; without it the docstrings are run"
+            )
+        if own := given("split", "num_clients", "alpha", "client_column"):
+            raise ValueError(
+                f"{spelled(own)}: every module is a client of the docstrings task; give --data or "
+                "another --task"
+            )
+    if options.task == "lm" and (own := given("label", "prompt", "words")):
+        raise ValueError(f"{spelled(own)}: --task lm reads plain text, of the column --text")
+    if options.client_column != default.client_column and options.split != "column":
+        raise ValueError(
+            f"--client-column {options.client_column}: needs --split column, got --split "
+            f"{options.split}"
+        )
+    if options.text is not None and options.prompt is not None:
+        if options.text not in Task(options.prompt).columns:
+            raise ValueError(
+                f"--text: {options.text!r} is not in --prompt {options.prompt!r}, which names the "
+                "columns; leave --text out"
+            )
+
+
 def task_of(options: Options) -> Task:
     """The task that the options name, with their columns, prompt and words in its place."""
+    check(options)
     if options.task == "docstrings" and options.data is None:
         return DOCSTRINGS
     if options.task == "lm":
         return prompts.TASKS["lm"]._replace(label=options.text or "text")
-    if options.text is None and options.prompt is None and options.task != "docstrings":
-        if options.task not in prompts.TASKS:
-            raise ValueError(f"--task: expected docstrings or one of {list(prompts.TASKS)}, "
-                             f"got {options.task!r}")  # fmt: skip
-        task = prompts.TASKS[options.task]
-    else:
+    if options.task == "docstrings":
+        if options.text is None and options.prompt is None:
+            raise ValueError(
+                "--text: needed with --data, the column of the text; or --prompt, or a --task"
+            )
         label = options.label or "label"
-        task = Task(options.prompt or f"{{{options.text}}}\n{label}:", label=label)
-    own = task._replace(label=options.label or task.label, prompt=options.prompt or task.prompt)
-    return own._replace(words=options.words, sentences=None) if options.words else own
+        shown = f"{prompts.field(options.text or '')}\n{prompts.literal(label)}:"
+        task = Task(options.prompt or shown, label=label)
+    elif options.task in prompts.TASKS:
+        task = prompts.TASKS[options.task]
+        if options.words and len(options.words) != len(task.classes):
+            raise ValueError(
+                f"--words: expected {len(task.classes)}, one a label of {options.task}: "
+                f"{task.words}; got {options.words}"
+            )
+        if options.text is not None and options.prompt is None:
+            if len(task.columns) != 1:
+                raise ValueError(f"--text: {options.task} reads the columns {task.columns}; give a "
+                                 "--prompt with yours")  # fmt: skip
+            whole, own = map(prompts.field, (task.columns[0], options.text))
+            task = task._replace(prompt=task.prompt.replace(whole, own))
+    else:
+        raise ValueError(f"--task: expected docstrings or one of {list(prompts.TASKS)}, got "
+                         f"{options.task!r}")  # fmt: skip
+    task = task._replace(label=options.label or task.label, prompt=options.prompt or task.prompt)
+    if not task.columns:
+        raise ValueError(f"--prompt: {task.prompt!r} names no column; columns stand in braces")
+    return task._replace(words=options.words, sentences=None) if options.words else task
 
 
-def _labels(task: Task, rows: data.Rows) -> Task:
-    """Labels of one's own data: the column's values, sorted, and words for them."""
-    if task.values is not None or task.sentences is not None or task.hub or not task.label:
-        return task
-    values = tuple(sorted({row[task.label] for row in rows}, key=str))
-    words = task.words or tuple(str(v) for v in values)
-    if len(words) != len(values):
-        raise ValueError(f"--words: expected {len(values)}, one a label of {values}; got {words}")
-    return task._replace(values=values, words=words)
+def _labels(task: Task, *parts: data.Rows) -> Task:
+    """Labels of one's own data: the values of all splits, sorted, and words for them."""
+    if not task.values and not task.sentences and not task.hub and task.label:
+        values = labels.classes(row.get(task.label) for rows in parts for row in rows)
+        task = task._replace(values=values)
+    count, rows = len(task.classes), sum(map(len, parts))
+    if task.values is not None and count < 2:
+        raise ValueError(
+            f"--label: column {task.label!r} has one class only, {task.values}; there is nothing "
+            "to tell apart"
+        )
+    if count > 20 and count > rows / 2:
+        raise ValueError(
+            f"--label: column {task.label!r} has {count} different values in {rows} rows; a label "
+            "has few"
+        )
+    words = task.words or tuple(str(v) for v in task.classes)
+    if len(words) != count and not task.hub:
+        raise ValueError(
+            f"--words: expected {count}, one a label of {task.classes!r:.300}; got {words}"
+        )
+    return task._replace(words=words) if task.sentences is None else task
 
 
-def build(options: Options) -> Problem:
-    """Read data and model; give the examples to clients."""
-    if not re.fullmatch(r"all|norms|biases|lora|(last|prefix)-[1-9]\d*", options.train):
-        raise ValueError(f"--train: expected all, norms, biases, lora, last-N or prefix-N, got "
-                         f"{options.train!r}")  # fmt: skip
-    from transformers import AutoTokenizer
+def _clients_of(options: Options, task: Task, rows: data.Rows) -> tuple[Any, list[str]]:
+    """Numbers of each client's training rows, and notes."""
+    count, number, seed = len(rows), options.num_clients, options.seed
+    if options.split == "column":
+        column = options.client_column
+        if column not in rows[0]:
+            raise ValueError(
+                f"--client-column: train has no column {column!r}, only {list(rows[0])}"
+            )
+        for i, row in enumerate(rows):
+            data.check_text(f"--client-column: row {i + 1} of train", row[column])
+        named = [i for i, row in enumerate(rows) if labels.spell(row[column]) is not None]
+        if not named:
+            raise ValueError(f"--client-column: column {column!r} is empty in all rows of train")
+        own = splits.natural([rows[i][column] for i in named])
+        notes = [f"train: {count - len(named)} of {count} rows have no {column}, left out"]
+        return ({name: np.array(named)[picks] for name, picks in own.items()},
+                notes if len(named) < count else [])  # fmt: skip
+    if number > count:
+        raise ValueError(
+            f"--num-clients: expected at most {count}, for train has {count} rows; got {number}"
+        )
+    if options.split == "dirichlet" and task.is_class:
+        of_rows = [task.label_of(row) for row in rows]
+        parts = splits.dirichlet(of_rows, number, options.alpha, seed)
+    elif options.split == "size":
+        parts = splits.by_size(count, number, seed=seed)
+    else:
+        parts = splits.iid(count, number, seed)
+    notes = ["there are no classes to split by: examples are dealt out at random"]
+    return ({f"client {i}": part for i, part in enumerate(parts)},
+            notes if options.split == "dirichlet" and not task.is_class else [])  # fmt: skip
 
-    task, number = task_of(options), options.num_clients
+
+class _Examples(NamedTuple):
+    """Rows, as they are given to clients."""
+
+    task: Task
+    rows: dict[str, data.Rows]
+    own: dict[str, np.ndarray]  # numbers of each client's rows in "train"
+    notes: list[str]
+
+
+def _examples(options: Options) -> _Examples:
+    """Read the data and give the training rows to clients."""
+    task = task_of(options)
     if task is DOCSTRINGS:
         examples = [e._asdict() for e in docstrings.load()]
         parts = problem.split(len(examples), seed=0)
         names = ("train", "dev", "test")
         rows = {n: [examples[i] for i in p] for n, p in zip(names, parts, strict=True)}
         # All modules in their own order, those without a training example left out.
-        own = splits.natural([row["client"] for row in rows["train"]])
-    else:
-        rows = data.load(task, options.data, options.columns, seed=0)
-        task = _labels(task, rows["train"]) if task.metric == "accuracy" else task
-        count, seed = len(rows["train"]), options.seed
-        if options.split == "column":
-            own = splits.natural([str(row[options.client_column]) for row in rows["train"]])
-        else:
-            if options.split == "dirichlet" and task.words is not None:
-                labels = [task.label_of(row) for row in rows["train"]]
-                parts = splits.dirichlet(labels, number, options.alpha, seed)
-            elif options.split == "size":
-                parts = splits.by_size(count, number, seed=seed)
-            else:
-                parts = splits.iid(count, number, seed)
-            own = {f"client {i}": part for i, part in enumerate(parts)}
+        return _Examples(task, rows, splits.natural([r["client"] for r in rows["train"]]), [])
+    metrics.check(task.metric)
+    found = data.read(task, options.data, options.columns, seed=0)
+    if task.is_class:
+        task = _labels(task, *found.parts.values())
+        for name, rows in found.parts.items():
+            for i, row in enumerate(rows):
+                try:
+                    task.label_of(row)
+                except ValueError as error:
+                    raise ValueError(f"{name}, row {i + 1}: {error}") from None
+    own, notes = _clients_of(options, task, found.parts["train"])
+    return _Examples(task, found.parts, own, [*found.notes, *notes])
+
+
+def _length(options: Options, task: Task, model: models.Model) -> int:
+    """Tokens a text is cut to: what the options say, as far as the model has positions."""
+    prefix = int(options.train.partition("-")[2]) if options.train.startswith("prefix") else 0
+    most = models.positions(model.config)
+    room = 10**9 if most is None else most - prefix
+    length = options.length or min(24 if task is DOCSTRINGS else 128, room)
+    if length > room:
+        less = f" less {prefix} of the prefix" if prefix else ""
+        raise ValueError(
+            f"--length: expected at most {room} tokens, the model's positions{less}; got {length}"
+        )
+    if not task.is_class and task.metric != "perplexity" and length < options.room + SHORTEST:
+        raise ValueError(
+            f"--length: {length} tokens hold no prompt beside an answer of --room {options.room}; "
+            f"expected at least {options.room + SHORTEST}"
+        )
+    return length
+
+
+def build(options: Options) -> Problem:
+    """Read data and model; give the examples to clients.
+
+    Raises:
+      OSError, ValueError: what is wrong with options, files or checkpoint, in one line.
+    """
+    task, rows, own, notes = _examples(options)
     folder = Path(options.model) if options.model else bundled_model()
+    tokenizer = models.load_tokenizer(models.folder_of(folder))
     model = models.from_pretrained(folder, jnp.dtype(options.dtype))
-    tokenizer = AutoTokenizer.from_pretrained(model.source)
     size = sum(x.size for x in jax.tree.leaves(model.params))
-    name = "MiniLM" if options.model is None else folder.name
+    name = "MiniLM" if options.model is None else folder.absolute().name
     shown = "docstring topics" if task is DOCSTRINGS else options.task
+    if options.data is not None and options.task == "docstrings":
+        shown = options.data.absolute().stem
     title = f"{shown}, {name} ({size / 1e6:.1f} M parameters)"
-    length = options.length or (24 if task is DOCSTRINGS else 128)
+    length = _length(options, task, model)
+    encoder = model.config.model_type in ("bert", "roberta")
+    if encoder and options.train != "all":
+        raise ValueError(
+            f"--train: encoders are trained whole, expected all, got {options.train!r}"
+        )
+    if encoder and not task.is_class:
+        raise ValueError(f"--task: {options.task} needs a model that writes; {name} is an encoder")
+    if task is DOCSTRINGS and not encoder:
+        task = task._replace(prompt="{text}\nTopic:")
     material = texts.Material(title, task, rows, own, model, tokenizer, length)
-    if model.config.model_type in ("bert", "roberta"):
-        if bert.has_head(model.config):
-            return texts.masked_problem(material)
-        return texts.encoder_problem(material)
-    if task is DOCSTRINGS:
-        material = material._replace(task=task._replace(prompt="{text}\nTopic:"))
-    return texts.decoder_problem(
-        material, options.room, options.train,
-        options.lora_rank, options.lora_alpha, options.lora_targets,
-    )  # fmt: skip
+    if encoder and (model.has_head and task.words is not None):
+        built = texts.masked_problem(material)
+    elif encoder:
+        built = texts.encoder_problem(material)
+    else:
+        built = texts.decoder_problem(
+            material, options.room, options.train,
+            options.lora_rank, options.lora_alpha, options.lora_targets,
+        )  # fmt: skip
+    texts.check_tokens(built, model)
+    shown = task.words or task.sentences or ()
+    classes = tuple(zip(map(str, task.classes), shown, strict=True)) if task.is_class else ()
+    return built._replace(notes=(*notes, *built.notes), classes=classes)
 
 
 LEARNING_RATES = {"hiso": 8e-4, "decomfl": 4e-4}
 """Lowest dev loss on the docstrings in the grid of `experiments.compare`, by method."""
 
 
-def main() -> None:
-    """Parse the command line and run."""
-    import tyro
-
-    options = job.settle(tyro.cli(Options))
-    report.console.print("Reading the data and loading the model ...")
-    try:
-        built = build(options)
-    except (OSError, ValueError) as error:
-        report.console.print(error, style="red", markup=False)
-        sys.exit(1)
-    job.run(options, built, LEARNING_RATES)
-
-
 if __name__ == "__main__":
-    main()
+    job.main(Options, build, LEARNING_RATES)

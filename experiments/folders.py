@@ -1,6 +1,7 @@
 """What runs leave: files of rows, a folder with one holder, and Ctrl-C, which loses nothing."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments.report import console
+from experiments import report
 
 Row = dict[str, Any]
 
@@ -25,13 +26,11 @@ def stop_on_ctrl_c() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt  # the second time, at once
         stop.set()
-        console.print("[yellow]Stopping after this round; keeping what was done.")
+        report.say("Stopping after this round; keeping what was done.", style="yellow")
 
     before = signal.signal(signal.SIGINT, ask)
     try:
         yield stop
-    except FloatingPointError as error:
-        console.print(error, style="red", markup=False)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -62,20 +61,38 @@ def rows(folder: Path, done: int) -> list[Row]:
     return [row for row in read(folder / "metrics.jsonl") if row["round"] <= done]
 
 
+# What file systems without locks answer: NFS and Lustre without a lock daemon, some of FUSE.
+_NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold a folder, so that no other process resumes or moves a run that is under way.
 
+    On a file system without locks nobody can hold it; that is said, and it goes on.
+
     Raises:
       BlockingIOError: another process holds it.
+      OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    # NFS gives an exclusive lock only on what is open for writing, so not on the folder itself.
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(handle)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise BlockingIOError(f"{folder}: another process is running there") from None
+            raise
+        report.say(
+            f"Note: the file system of {folder} has no locks ({os.strerror(error.errno)}); see "
+            "to it that no other process works there",
+            style="yellow",
+        )
+    try:
         yield
-    except BlockingIOError:
-        raise BlockingIOError(f"{folder}: another process is running there") from None
     finally:
         os.close(handle)
 
@@ -87,4 +104,4 @@ def make_room(out: Path) -> None:
         aside = out.with_name(f"{out.name}.{number}")
         with alone(out):
             out.rename(aside)
-        console.print(f"The run that was in [bold]{out}/[/bold] is now in [bold]{aside}/[/bold]")
+        report.say("The run that was in ", f"{out}/", " is now in ", f"{aside}/")

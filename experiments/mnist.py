@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import sys
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,10 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
       ValueError: it is something else, or cut off.
     """
-    data = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+    try:
+        data = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: {error}") from None
     if data[:3] != b"\0\0\x08":
         raise ValueError(f"{path}: expected an IDX file of unsigned bytes, got {data[:4].hex()}")
     rank = data[3]
@@ -65,10 +69,18 @@ def read(data: Path | None) -> dict[str, Arrays]:
         whole = {}
         for part, stem in (("train", "train"), ("test", "t10k")):
             kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
-            paths = [next(data.glob(f"{stem}-{kind}*"), None) for kind in kinds]
-            if None in paths:
-                sys.exit(f"--data: {data} lacks {stem}-images-idx3-ubyte or -labels-idx1-ubyte")
-            whole[part] = tuple(read_idx(path) for path in paths if path)
+            paths = [data / f"{stem}-{kind}{end}" for kind in kinds for end in ("", ".gz")]
+            there = [path for path in paths if path.is_file()]
+            if [path.name.partition(".")[0] for path in there] != [f"{stem}-{k}" for k in kinds]:
+                sys.exit(
+                    f"--data: {data} lacks {stem}-images-idx3-ubyte or {stem}-labels-idx1-ubyte, "
+                    f"each gzipped or not, and not both; there are {[path.name for path in there]}"
+                )
+            x, y = (read_idx(path) for path in there)
+            if x.shape[1:] != (28, 28) or y.shape != x.shape[:1] or y.max(initial=0) > 9:
+                sys.exit(f"--data: expected images [N, 28, 28] and N labels from 0 to 9 in {data}, "
+                         f"got {x.shape} and {y.shape} up to {y.max(initial=0)}")  # fmt: skip
+            whole[part] = (x, y)
     return {
         part: {
             "image": (np.asarray(x)[..., None] / 255 - 0.1307).astype(np.float32) / 0.3081,
@@ -119,13 +131,5 @@ def build(options: Options) -> Problem:
     return images("MNIST, CNN", model, everything, options.clients, options.alpha, seed=0)
 
 
-def main() -> None:
-    """Parse the command line and run."""
-    import tyro
-
-    options = job.settle(tyro.cli(Options))
-    job.run(options, build(options), LEARNING_RATES)
-
-
 if __name__ == "__main__":
-    main()
+    job.main(Options, build, LEARNING_RATES)

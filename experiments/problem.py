@@ -29,13 +29,19 @@ class Problem(NamedTuple):
     # Number of layers -> features and leaves of a `hiso_jax.Upper` of so many.
     upper: Callable[[int], tuple[Any, dict[str, int]]] | None = None
     measure: Callable[[Any], dict[str, float]] = lambda params: {}  # more, of the test split
+    classes: tuple[tuple[str, str], ...] = ()  # label and word of each, in the order of numbers
+    notes: tuple[str, ...] = ()  # what was left out of the data, or done otherwise
+    adapter: dict[str, Any] | None = None  # how what is trained becomes a model, for replay
 
     def figure(self, sums: dict[str, Any]) -> tuple[float, float]:
-        """Mean loss, and the metric, of sums over a split."""
+        """Mean loss, and the metric, of sums over a split; NaN where a logit was."""
         loss = float(sums["loss"] / sums["count"])
         if self.metric == "perplexity":
-            return loss, float(np.exp(loss))
+            with np.errstate(over="ignore"):
+                return loss, float(np.exp(loss))
         confusion = np.asarray(sums["confusion"], float)  # [label, prediction]
+        if not np.isfinite(confusion).all():
+            return loss, float("nan")
         if self.metric == "accuracy":
             return loss, float(np.trace(confusion) / confusion.sum())
         both = confusion.sum(0) + confusion.sum(1)
@@ -61,7 +67,10 @@ def classification(logits_fn: Callable[[Any, Any], jax.Array]) -> tuple[Any, Any
         each, logits = losses(params, batch)
         weight, size = batch["weight"], logits.shape[-1]
         label = jax.nn.one_hot(batch["label"], size) * weight[:, None]
-        confusion = label.T @ jax.nn.one_hot(logits.argmax(-1), size)
+        # The largest of NaN is none: a broken model must not look like one that guesses class 0.
+        broken = jnp.isnan(logits).any(-1, keepdims=True)
+        guess = jnp.where(broken, jnp.nan, jax.nn.one_hot(logits.argmax(-1), size))
+        confusion = label.T @ guess
         return {"loss": (each * weight).sum(), "count": weight.sum(), "confusion": confusion}
 
     return loss_fn, score

@@ -23,8 +23,7 @@ import numpy as np
 import tyro
 
 import hiso_jax as hj
-from experiments import report
-from experiments.report import console
+from experiments import adapters, report
 from hiso_jax import files
 from hiso_jax.models import huggingface
 from hiso_jax.replay import LARGE, Leaf, Replay
@@ -169,7 +168,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         yield part
-        part.chmod(0o755)
+        with contextlib.suppress(OSError):  # some mounts have no modes
+            part.chmod(0o755)
         part.rename(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -209,17 +209,33 @@ def run(ledger_path: Path, base_path: Path, out: Path) -> None:
                     index = as_safetensors(small.read_text())
                     (made / as_safetensors(small.name)).write_text(index)
                 else:
-                    shutil.copy(small, made / small.name)
+                    shutil.copyfile(small, made / small.name)
+        said = _finish(ledger, base_path, made)
     seconds = time.perf_counter() - begin
-    console.print(
+    report.say(
         f"{ledger.rounds} rounds, {ledger_path.stat().st_size:,} bytes, {size:,} parameters: "
         f"{seconds:.1f} s"
     )
     if replay.wanted is None:
-        console.print(f"digest {replay.digest}; the ledger has none to compare with")
+        report.say(f"digest {replay.digest}; the ledger has none to compare with")
     else:
-        console.print(f"[green]digest {replay.digest}: equal to the ledger's, bit for bit")
-    console.print(f"Written to [bold]{out}[/bold]")
+        report.say(f"digest {replay.digest}: equal to the ledger's, bit for bit", style="green")
+    if said:
+        report.say(said)
+    report.say("Written to ", str(out))
+
+
+def _finish(ledger: hj.Ledger, base: Path, made: Path) -> str:
+    """Make a whole model of weights and what was trained beside them; say what was done."""
+    if not (made / "extra.safetensors").exists():
+        return ""
+    adapter = ledger.header["about"].get("train")
+    if adapter is None:
+        return (
+            "The weights are those of the base: what was trained is beside them, in "
+            "extra.safetensors; this ledger, of an earlier version, does not say how to merge it"
+        )
+    return adapters.finish(adapter, base, made)
 
 
 def main(
@@ -237,7 +253,7 @@ def main(
     try:
         run(ledger, base, out)
     except (OSError, ValueError, hj.LedgerError) as error:
-        console.print(error, style="red", markup=False)
+        report.fail(error)
         sys.exit(1)
 
 

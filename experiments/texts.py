@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from experiments import problem
+from experiments import adapters, problem
+from experiments.adapters import unit
 from experiments.problem import Problem
 from hiso_jax import files, models, trees
 from hiso_jax.models import subsets
@@ -21,8 +22,6 @@ from hiso_jax.tasks.prompts import Task
 
 SCALE = 10.0
 """Of the cosines: lowest zero-shot loss on the docstrings' training split among 5 to 20."""
-STREAM = "stream "
-"""Column of a batch that has gone through the lower layers; then the number of the next."""
 MEASURED = 256
 """Test examples that answers are generated for."""
 
@@ -37,14 +36,6 @@ class Material(NamedTuple):
     model: models.Model
     tokenizer: Any  # the model's
     length: int  # tokens a text is cut to
-
-
-def hidden_states(model: models.Model, params: Any, batch: Any, *prefix: Any) -> jax.Array:
-    """Hidden states [B, T, D] of a batch, or of what an `upper_of` has made of it."""
-    streams = ((x, int(k.split()[1])) for k, x in batch.items() if k.startswith(STREAM))
-    stream, begin = next(streams, (None, 0))
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    return model.hidden(params, ids, mask, *prefix, stream=stream, begin=begin)
 
 
 def upper_of(model: models.Model, own: Any, prefix: str = "", above: Any = ()) -> Any:
@@ -63,25 +54,13 @@ def upper_of(model: models.Model, own: Any, prefix: str = "", above: Any = ()) -
 
         def features(params: Any, batch: Any) -> Any:
             ids, mask = batch["input_ids"], batch["attention_mask"]
-            return batch | {f"{STREAM}{end}": model.lower(own(params), ids, mask, end)}
+            return batch | {f"{adapters.STREAM}{end}": model.lower(own(params), ids, mask, end)}
 
         return features, dict.fromkeys(above, 0) | {
             prefix + name: row for name, row in rows.items()
         }
 
     return upper
-
-
-def sentence_embedding(model: models.Model, params: Any, batch: Any) -> jax.Array:
-    """Mean of the hidden states over the tokens of each text, [B, D]."""
-    hidden = hidden_states(model, params, batch)
-    mask = batch["attention_mask"][..., None].astype(hidden.dtype)
-    return (hidden * mask).sum(1) / mask.sum(1).clip(1)
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """Scale the rows of `x` to length 1."""
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-9)
 
 
 def encoder_problem(material: Material) -> Problem:
@@ -94,20 +73,14 @@ def encoder_problem(material: Material) -> Problem:
     """
     name, task, rows, own, model, tokenizer, length = material
 
-    def tokens(texts: Sequence[str]) -> Arrays:
-        batch = tokenizer(
-            list(texts), truncation=True, padding="max_length", max_length=length,
-            return_tensors="np",
-        )  # fmt: skip
-        return {k: batch[k].astype(np.int32) for k in ("input_ids", "attention_mask")}
-
     def columns(rows: Rows) -> Arrays:
         labels = np.array([task.label_of(row) for row in rows], np.int32)
-        return tokens([task.read(row) for row in rows]) | {"label": labels}
+        texts = [task.read(row) for row in rows]
+        return adapters.tokens(tokenizer, texts, length) | {"label": labels}
 
-    embed = lambda params, batch: sentence_embedding(model, params, batch)  # noqa: E731
+    embed = functools.partial(adapters.sentence_embedding, model)
     sentences = task.sentences or task.words or ()
-    labels = unit(jax.jit(embed)(model.params, tokens(sentences)))
+    labels = adapters.label_embeddings(model, tokenizer, sentences, length)
 
     def logits_fn(params: Any, batch: Any) -> jax.Array:
         return SCALE * unit(embed(params["encoder"], batch)) @ unit(labels + params["labels"]).T
@@ -131,21 +104,32 @@ def encoder_problem(material: Material) -> Problem:
         metric=task.metric,
         lazy=True,
         upper=upper_of(model, lambda params: params["encoder"], "encoder/", ("labels",)),
+        adapter={"kind": "labels", "sentences": list(sentences), "length": length},
     )
 
 
 def masked_problem(material: Material) -> Problem:
     """Classify by the word that an encoder's own head puts in the place of a mask."""
     name, task, rows, own, model, tokenizer, length = material
+    if tokenizer.mask_token_id is None:
+        raise ValueError(
+            f"{model.source}: its tokenizer has no mask, whose place the word is told by"
+        )
     firsts = [
-        tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in task.words or ()
+        tokenizer(f" {word}", add_special_tokens=False)["input_ids"][:1]
+        for word in task.words or ()
     ]
+    if lost := [w for w, ids in zip(task.words or (), firsts, strict=True)
+                if not ids or ids[0] == tokenizer.unk_token_id]:  # fmt: skip
+        raise ValueError(f"words: {lost} are unknown to the tokenizer; choose others with --words")
     tokens = jnp.array([ids[0] for ids in firsts], jnp.int32)
     if len(set(tokens.tolist())) != len(firsts):
-        raise ValueError(f"words: {task.words} begin with the same token; choose others")
+        raise ValueError(
+            f"words: {task.words!r:.200} begin with the same token; choose others with --words"
+        )
 
     def logits_fn(params: Any, batch: Any) -> jax.Array:
-        x = hidden_states(model, params, batch)
+        x = adapters.hidden_states(model, params, batch)
         return model.head(params, x[jnp.arange(len(x)), batch["place"]], tokens)
 
     loss_fn, score = problem.classification(logits_fn)
@@ -164,6 +148,18 @@ def masked_problem(material: Material) -> Problem:
         lazy=True,
         upper=upper_of(model, lambda params: params),
     )
+
+
+def check_tokens(built: Problem, model: models.Model) -> None:
+    """Raise ValueError if the tokenizer gives a token that the model has no row for."""
+    rows = model.config.vocab_size
+    for part in (built.clients.columns, built.dev, built.test):
+        most = int((part["input_ids"] * part["attention_mask"]).max(initial=0))
+        if most >= rows:
+            raise ValueError(
+                f"{model.source}: its tokenizer gives token {most}, the model has {rows} rows of "
+                "embeddings; take the tokenizer that belongs to it"
+            )
 
 
 def _clients(train: Arrays, own: dict[str, np.ndarray]) -> Clients:
@@ -193,7 +189,8 @@ def decoder_problem(
     """
     name, task, rows, own, model, tokenizer, length = material
     kind, _, count = train.partition("-")
-    whole, start = _base, None
+    adapter: dict[str, Any] = {"kind": kind}
+    whole, start, notes = _base, None, []
     if kind in subsets.MASKS:
         params, trainable = model.params, subsets.mask(model.params, kind)
         whole = lambda params: params  # noqa: E731
@@ -202,13 +199,13 @@ def decoder_problem(
         if kind == "lora":
             zeros: Any = subsets.lora_zeros(model.params, rank, targets)
             whole = lambda p: subsets.merge_lora(p["base"], p["lora"], alpha)  # noqa: E731
+            adapter["alpha"] = alpha
         elif kind == "last":
             zeros = subsets.last_zeros(model.params, int(count))
             whole = lambda p: subsets.merge_last(p["base"], p["last"])  # noqa: E731
         else:
-            # A prefix begins as that of a real text (MeZO, appendix E.5).
-            ids = text.prompts(task, tokenizer, rows["train"][:1], int(count))["input_ids"][0]
-            start = jax.jit(model.prefix)(model.params, ids)
+            adapter["tokens"] = adapters.prefix_tokens(model, int(count))
+            start = jax.jit(model.prefix)(model.params, jnp.array(adapter["tokens"], jnp.int32))
             zeros = dict(zip(("keys", "values"), map(jnp.zeros_like, start), strict=True))
         params, trainable = {"base": model.params, kind: zeros}, {"base": False, kind: True}
 
@@ -218,7 +215,7 @@ def decoder_problem(
         return start[0] + params["prefix"]["keys"], start[1] + params["prefix"]["values"]
 
     def hidden(params: Any, batch: Any) -> jax.Array:
-        return hidden_states(model, whole(params), batch, prefix(params))
+        return adapters.hidden_states(model, whole(params), batch, prefix(params))
 
     def head(params: Any, x: jax.Array, rows: Any = None) -> jax.Array:
         # The head is never adapted.
@@ -269,15 +266,23 @@ def decoder_problem(
         plain = task.metric == "perplexity"
         loss_fn, score = problem.language(hidden, head, None if plain else room)
         each = {n: columns([rows["train"][i] for i in picks]) for n, picks in own.items()}
-        own_columns = Clients(each)
+        filled = {name: arrays for name, arrays in each.items() if len(arrays["input_ids"])}
+        if len(filled) < len(each):
+            notes.append(f"{len(each) - len(filled)} of {len(each)} clients have no text of two "
+                         "tokens, left out")  # fmt: skip
+        if not filled:
+            raise ValueError(f"{task.label}: no client has a text of two tokens to learn from")
+        own_columns = Clients(filled)
+    held = {name: columns(rows[name]) for name in ("dev", "test")}
+    if empty := [name for name, arrays in held.items() if not len(arrays["input_ids"])]:
+        raise ValueError(f"{task.label}: {empty[0]} has no text of two tokens to measure on")
     return Problem(
         name=name,
         params=params,
         loss_fn=loss_fn,
         score=score,
         clients=own_columns,
-        dev=columns(rows["dev"]),
-        test=columns(rows["test"]),
+        **held,
         save=save,
         metric=task.metric if task.words is not None else "perplexity",
         prepare=text.trim,
@@ -285,4 +290,6 @@ def decoder_problem(
         lazy=kind in subsets.MASKS,
         upper=upper_of(model, whole) if kind == "all" else None,
         measure=measure if task.metric in metrics.METRICS else lambda params: {},
+        notes=tuple(notes),
+        adapter=None if kind in subsets.MASKS else adapter,
     )

@@ -1,115 +1,235 @@
-"""Rows from files or the hub, as train, dev and test."""
+"""Rows from files, the hub or datasets, as train, dev and test."""
 
-import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from hiso_jax.tasks import labels
 from hiso_jax.tasks.prompts import Task
+from hiso_jax.tasks.reading import FORMATS, Rows, alike, read_file
 
-Rows = list[dict[str, Any]]
-_FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet",
-            ".txt": "text"}  # fmt: skip
-_STEMS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
+__all__ = ["Data", "Rows", "check_text", "load", "read", "read_file", "split_files"]
 
-
-def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Rows:
-    """Read a CSV, TSV, JSONL, JSON, Parquet or text file through ``datasets``.
-
-    Args:
-      path: of the file; SQuAD's nested JSON and JSON lists of strings are understood too.
-      columns: names, for a CSV or TSV without a header line.
-
-    Raises:
-      FileNotFoundError, ValueError: no such file; a suffix that is not known.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix not in _FORMATS:
-        raise ValueError(f"{path}: expected a suffix of {tuple(_FORMATS)}, got {path.suffix!r}")
-    if path.suffix == ".json":
-        content = json.loads(path.read_text("utf-8"))
-        if isinstance(content, dict) and "paragraphs" in str(content.get("data"))[:10_000]:
-            return _squad(content["data"])
-        if isinstance(content, list):
-            return [row if isinstance(row, dict) else {"text": row} for row in content]
-    options: Any = {}
-    if path.suffix == ".tsv":
-        options |= {"sep": "\t", "quoting": 3}  # a quote is a letter like any other
-    if columns and path.suffix in (".csv", ".tsv"):
-        options |= {"names": list(columns), "header": None}
-    options |= {"data_files": str(path), "split": "train"}
-    load: Any = datasets.load_dataset
-    return load(_FORMATS[path.suffix], **options).to_list()
+_SPELLINGS = {
+    "train": {"train", "training"},
+    "dev": {"dev", "development", "validation", "valid", "val", "eval", "evaluation"},
+    "test": {"test", "testing"},
+}
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
+# What holds data but is not read; other files beside the data (a licence, a picture) are no rows.
+_UNREAD = {
+    ".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz", ".xls", ".xlsx", ".ods", ".arrow",
+    ".feather", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".orc", ".avro", ".db", ".sqlite", ".xml",
+    ".yaml", ".yml",
+}  # fmt: skip
 
 
-def _squad(articles: Sequence[dict[str, Any]]) -> Rows:
-    return [
-        {"title": article.get("title", ""), "context": paragraph["context"],
-         "question": qa["question"], "answers": [a["text"] for a in qa["answers"]], "id": qa["id"]}
-        for article in articles
-        for paragraph in article["paragraphs"]
-        for qa in paragraph["qas"]
-    ]  # fmt: skip
+class Data(NamedTuple):
+    """What a task was given."""
 
-
-def _labelled(rows: Rows, task: Task) -> bool:
-    value = rows[0].get(task.label) if rows else None
-    return value not in (None, "", -1, "-1")
+    parts: dict[str, Rows]  # "train", "dev" (to choose on) and "test" (to report)
+    notes: tuple[str, ...]  # what was left out, or done otherwise than one may think
 
 
 def load(
     task: Task,
-    path: str | os.PathLike[str] | None = None,
+    path: Any = None,
     columns: Sequence[str] = (),
     seed: int = 0,
 ) -> dict[str, Rows]:
-    """Rows of ``train``, ``dev`` (to choose on) and ``test`` (to report).
+    """Rows of ``train``, ``dev`` and ``test``: the parts of `read`, with its arguments."""
+    return read(task, path, columns, seed).parts
 
-    A folder has files of these names; a single file is split 70 / 15 / 15 at random. Where
+
+def read(
+    task: Task,
+    path: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    columns: Sequence[str] = (),
+    seed: int = 0,
+) -> Data:
+    """Read a task's rows; ``docs/data.md`` has the rules.
+
+    A folder has a file for each split, a single file is split 70 / 15 / 15 at random. Where
     there is no test split with labels, the dev split is the test, and a part of train the dev.
+    Rows without a label are left out, with a note.
 
     Args:
       task: names the columns that must be there, and where it is on the hub.
-      path: file or folder; None: the hub.
+      path: file or folder; a mapping from splits to ``datasets.Dataset`` objects or lists of
+        rows; None: the hub.
       columns: names, for CSV and TSV without a header line.
       seed: of random splits.
 
     Raises:
       FileNotFoundError: nothing there.
-      ValueError: a column is missing.
+      ValueError: a column is missing, two files are of one split, or rows do not fit.
+
+    Example:
+      >>> rows = [{"text": f"film {i}", "y": i % 2} for i in range(20)] + [{"text": "?", "y": None}]
+      >>> found = read(Task("{text}", label="y", words=("bad", "good")), {"train": rows})
+      >>> {name: len(part) for name, part in found.parts.items()}, found.notes
+      ({'train': 14, 'test': 3, 'dev': 3}, ('train: 1 of 21 rows has no y, left out',))
     """
+    where, notes = "/".join(task.hub), []
     if path is None:
         parts = _from_hub(task)
+    elif isinstance(path, Mapping) or hasattr(path, "to_list"):
+        where, parts = "data", _from_datasets(path)
     elif Path(path).is_dir():
-        files = {f.stem: f for f in sorted(Path(path).iterdir()) if f.suffix in _FORMATS}
-        parts = {
-            name: read_file(files[stem], columns)
-            for name, stems in _STEMS.items()
-            for stem in stems
-            if stem in files
-        }
-        if "train" not in parts:
-            raise FileNotFoundError(f"{path}: expected a file train{tuple(_FORMATS)}")
+        where = str(path)
+        files, notes = split_files(path)
+        parts = {name: _joined(own, columns) for name, own in files.items()}
     else:
-        parts = {"train": read_file(path, columns)}
+        where, parts = str(path), {"train": read_file(path, columns)}
+    if "train" not in parts:
+        raise ValueError(f"{where}: expected a split 'train', got {list(parts)}")
     for name, rows in parts.items():
-        wanted = [*task.columns, *([task.label] if name == "train" else [])]
-        if missing := [c for c in wanted if rows and c not in rows[0]]:
-            raise ValueError(f"{path or task.hub}: {name} lacks columns {missing}; it has "
-                             f"{list(rows[0])}")  # fmt: skip
-    if not _labelled(parts.get("test", []), task):
-        parts["test"] = parts.pop("dev", [])
+        _check_columns(f"{where}: {name}", rows, task, name)
+    missing = _missing_label(task, parts["train"])
+    for name, rows in list(parts.items()):
+        kept = [row for i, row in enumerate(rows) if not missing(f"{where}: {name}", i, row)]
+        if gone := len(rows) - len(kept):
+            if not kept and name != "test":
+                raise ValueError(f"{where}: no row of {name} has a label, column {task.label!r}")
+            what = f"rows {'has' if gone == 1 else 'have'} no {task.label}, left out"
+            notes.append(f"{name}: {gone} of {len(rows)} {what}")
+        _check_rows(f"{where}: {name}", kept, task.columns)
+        parts[name] = kept
+    return Data(_complete(where, parts, seed, notes), tuple(notes))
+
+
+def split_files(folder: str | os.PathLike[str]) -> tuple[dict[str, list[Path]], list[str]]:
+    """Which files of a folder are of which split, and notes on those that are of none.
+
+    A file is of the split that it is called after: ``dev.csv``, ``Validation.jsonl``, the parts
+    ``train-00000-of-00002.parquet``; failing that, of the one that its name has as a word,
+    ``reviews_train.csv``.
+
+    Raises:
+      FileNotFoundError: none is of train.
+      ValueError: two are of one split, parts are missing, or one cannot be read.
+    """
+    called: dict[str, list[Path]] = {}
+    worded: dict[str, list[Path]] = {}
+    others = []
+    paths = sorted(p for p in Path(folder).iterdir() if p.is_file() and p.name[0] != ".")
+    for path in paths:
+        stem = path.stem.casefold()
+        shard = _SHARD.fullmatch(stem)
+        words = re.split(r"[\W_\d]+", stem)
+        whole = [n for n, own in _SPELLINGS.items() if (shard[1] if shard else stem) in own]
+        named = [n for n, own in _SPELLINGS.items() if own & set(words)]
+        if path.suffix.lower() in _UNREAD and named:
+            raise ValueError(f"{path}: not a file that is read, only {tuple(FORMATS)}; unpack or "
+                             "convert it, or take it out of the folder")  # fmt: skip
+        if path.suffix.lower() not in FORMATS:
+            continue
+        if whole:
+            called.setdefault(whole[0], []).append(path)
+        elif len(named) == 1:
+            worded.setdefault(named[0], []).append(path)
+        else:
+            others.append(path)
+    files = {}
+    for name in _SPELLINGS:
+        own = called.get(name) or worded.get(name, [])
+        if len(own) > 1 and not _are_parts(own):
+            raise ValueError(f"{folder}: {', '.join(p.name for p in own)} are all of {name}; "
+                             "leave one there, or join them")  # fmt: skip
+        if own:
+            files[name] = own
+        others += [] if own is worded.get(name) else worded.get(name, [])
+    if "train" not in files:
+        there = ", ".join(p.name for p in paths) or "nothing"
+        raise FileNotFoundError(
+            f"{folder}: expected a file train{tuple(FORMATS)}, there is {there:.300}"
+        )
+    notes = [f"not read: {', '.join(sorted(p.name for p in others))}"] if others else []
+    return files, notes
+
+
+def _are_parts(paths: Sequence[Path]) -> bool:
+    found = [_SHARD.fullmatch(path.stem) for path in paths]
+    if not all(found) or len({(m[1], m[3], p.suffix) for m, p in zip(found, paths) if m}) > 1:  # noqa: B905
+        return False
+    count = next(int(m[3]) for m in found if m)
+    if [int(m[2]) for m in found if m] != list(range(count)):
+        raise ValueError(f"{paths[0].parent}: of {count} parts there are only "
+                         f"{', '.join(p.name for p in paths)}")  # fmt: skip
+    return True
+
+
+def _joined(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
+    """The rows of the files of one split."""
+    parts = [read_file(path, columns) for path in paths]
+    for path, rows in zip(paths, parts, strict=True):
+        if rows and parts[0] and rows[0].keys() != parts[0][0].keys():
+            raise ValueError(f"{path}: columns {list(rows[0])}, but {list(parts[0][0])} in "
+                             f"{paths[0].name}")  # fmt: skip
+    return [row for rows in parts for row in rows]
+
+
+def _check_columns(where: str, rows: Rows, task: Task, name: str) -> None:
+    if not rows:
+        raise ValueError(f"{where} has no rows")
+    wanted = [*task.columns, *([] if name == "test" else [task.label])]
+    if missing := [c for c in dict.fromkeys(wanted) if c not in rows[0]]:
+        raise ValueError(f"{where} lacks columns {missing}; it has {list(rows[0])}")
+
+
+def _missing_label(task: Task, train: Rows) -> Callable[[str, int, dict[str, Any]], bool]:
+    """A function (where, number, row) -> whether the row's label is missing.
+
+    -1 is how the hub writes a hidden label; it is one only if the task, or train, has it.
+    """
+    known = task.classes or [row[task.label] for row in train]
+    minus = any(str(value).strip() in ("-1", "-1.0") for value in known)
+
+    def missing(where: str, number: int, row: dict[str, Any]) -> bool:
+        value = row.get(task.label)
+        if not task.is_class:
+            return value is None or value != value or (not task.prompt and not str(value).strip())
+        try:
+            text = labels.spell(value)
+        except ValueError as error:
+            raise ValueError(f"{where}, row {number + 1}: {task.label}: {error}") from None
+        return text is None or (text == "-1" and not minus)
+
+    return missing
+
+
+def check_text(where: str, value: Any) -> None:
+    """Raise ValueError unless a model can be given a value as text."""
+    if isinstance(value, (list, tuple, dict, bytes, np.ndarray)):
+        raise ValueError(f"{where}: expected text, got {value!r:.60}")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: half of a pair of UTF-16 in {value!r:.60}") from None
+
+
+def _check_rows(where: str, rows: Rows, columns: Sequence[str]) -> None:
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            check_text(f"{where}, row {number}: {column}", row[column])
+
+
+def _complete(where: str, parts: dict[str, Rows], seed: int, notes: list[str]) -> dict[str, Rows]:
+    """All three splits; those that are not there are taken from dev and train."""
+    if not parts.get("test") and "dev" in parts:
+        parts["test"] = parts.pop("dev")
+        notes.append("no test split with labels: dev is reported, a part of train is the dev split")
+    rows = len(parts["train"])
     for name, share in (("test", 0.15), ("dev", 0.15 / 0.85)):
         if not parts.get(name):
             parts["train"], parts[name] = _cut(parts["train"], share, seed)
+    if not parts["train"]:
+        raise ValueError(f"{where}: {rows} rows with labels are too few to take dev and test from")
     return parts
 
 
@@ -120,11 +240,24 @@ def _cut(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     return kept, [rows[i] for i in sorted(held)]
 
 
+def _from_datasets(found: Any) -> dict[str, Rows]:
+    parts = found if isinstance(found, Mapping) else {"train": found}
+    rows = {}
+    for name, part in parts.items():
+        split = next((n for n, own in _SPELLINGS.items() if str(name).casefold() in own), None)
+        if split is not None:
+            rows[split] = alike([dict(row) for row in part])
+    return rows
+
+
 def _from_hub(task: Task) -> dict[str, Rows]:
     import datasets
 
     if not task.hub:
         raise FileNotFoundError("data: this task is read from files; give a file or a folder")
-    found: Any = datasets.load_dataset(task.hub[0], task.hub[1] if task.hub[1:] else None)
-    names = {"train": "train", "validation": "dev", "test": "test"}
-    return {names[n]: rows.to_list() for n, rows in found.items() if n in names}
+    try:
+        found: Any = datasets.load_dataset(task.hub[0], task.hub[1] if task.hub[1:] else None)
+    except Exception as error:  # whatever the hub's client raises
+        line = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(f"data: the hub gives no {'/'.join(task.hub)}: {line}") from None
+    return _from_datasets(found)

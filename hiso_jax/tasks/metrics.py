@@ -30,11 +30,13 @@ def _f1(guess: str, answer: str) -> float:
 def squad(guesses: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
     """Mean ``exact_match`` and ``f1`` in [0, 1] against the best of each example's answers.
 
+    A question that has no answer is answered rightly by nothing, as SQuAD 2.0 counts.
+
     Example:
       >>> squad(["the tower", "Rome"], [["Tower", "a hut"], ["in Paris"]])
       {'exact_match': 0.5, 'f1': 0.5}
     """
-    pairs = list(zip(guesses, answers, strict=True))
+    pairs = [(guess, own or [""]) for guess, own in zip(guesses, answers, strict=True)]
     match = [max(normalize(g) == normalize(a) for a in own) for g, own in pairs]
     f1 = [max(_f1(g, a) for a in own) for g, own in pairs]
     return {"exact_match": float(np.mean(match)), "f1": float(np.mean(f1))}
@@ -50,6 +52,17 @@ def rouge(guesses: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str,
         for g, own in zip(guesses, answers, strict=True)
     ]
     return {"rouge_l": float(np.mean(scores))}
+
+
+def check(metric: str) -> None:
+    """Raise ValueError if a package that a metric needs is not installed."""
+    if metric == "rouge":
+        try:
+            import rouge_score  # noqa: F401
+        except ImportError:
+            raise ValueError(
+                "this task is scored with rouge-score, which is missing: pip install rouge-score"
+            ) from None
 
 
 METRICS = {"squad": squad, "rouge": rouge}

@@ -3,19 +3,69 @@
 Templates and words are MeZO's (arXiv 2305.17333, table 14), which DeComFL and HiSo use too.
 """
 
-import string
+import functools
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from hiso_jax.tasks import labels
+
+_PIECES = re.compile(r"\{\{|\}\}|\{((?:\\.|[^{}\\])*)\}|[{}]", re.DOTALL)
+
+
+def field(column: str) -> str:
+    r"""What stands for a column in a prompt: its name in braces, whatever is in the name.
+
+    Example:
+      >>> field("reviews.text"), field("{b}")
+      ('{reviews.text}', '{\\{b\\}}')
+    """
+    return "{" + re.sub(r"[{}\\]", r"\\\g<0>", column) + "}"
+
+
+def literal(text: str) -> str:
+    """What stands for a text itself in a prompt: its braces twice.
+
+    Example:
+      >>> literal("a {b}")
+      'a {{b}}'
+    """
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+@functools.lru_cache(64)
+def _pieces(prompt: str) -> tuple[tuple[str, str | None], ...]:
+    """The texts of a prompt, each with the column behind it, if one is.
+
+    Raises:
+      ValueError: a brace without its partner, or nothing between two.
+    """
+    start, text, pieces = 0, "", []
+    for found in _PIECES.finditer(prompt):
+        text += prompt[start : found.start()]
+        start = found.end()
+        if found[0] in ("{{", "}}"):
+            text += found[0][0]
+        elif found[1]:
+            pieces.append((text, re.sub(r"\\([{}\\])", r"\1", found[1])))
+            text = ""
+        else:
+            what = "no column between" if found[0] == "{}" else "no partner for"
+            raise ValueError(
+                f"prompt: {what} {found[0]!r} at letter {found.start() + 1} of {prompt!r}; columns "
+                "stand in braces, a brace itself is written twice"
+            )
+    return *pieces, (text + prompt[start:], None)
 
 
 class Task(NamedTuple):
     """A task on rows with named columns.
 
     Attributes:
-      prompt: what the model reads; columns in braces.
+      prompt: what the model reads; columns in braces, by their names as they are (`field`).
       label: column of the label, or of the answer.
       words: the answer to each label, in the order of `values`; None: the column is the answer.
-      values: how the column says each label; None: 0, 1, ...
+      values: how the column says each label, as `hiso_jax.tasks.labels` reads it; None: 0, 1, ...
       metric: ``"accuracy"``, ``"f1"`` (macro), ``"squad"`` (exact match and F1), ``"rouge"``.
       sentences: one a label, for encoders: the label whose sentence is nearest is chosen.
       hub: arguments of ``datasets.load_dataset``; empty: local files only.
@@ -31,17 +81,35 @@ class Task(NamedTuple):
 
     @property
     def columns(self) -> list[str]:
-        """The columns that the prompt reads."""
-        return [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name]
+        """The columns that the prompt reads.
+
+        Raises:
+          ValueError: the prompt's braces do not match.
+        """
+        return [column for _, column in _pieces(self.prompt) if column is not None]
 
     def read(self, row: Mapping[str, Any]) -> str:
-        """The prompt of a row.
+        """The prompt of a row; what is missing in it is empty.
 
         Example:
           >>> TASKS["sst2"].read({"sentence": "a joy .", "label": 1})
           'a joy . It was'
         """
-        return self.prompt.format(**{name: row[name] for name in self.columns})
+        text = ""
+        for before, column in _pieces(self.prompt):
+            value = None if column is None else row[column]
+            text += before + ("" if value is None or value != value else str(value))
+        return text
+
+    @property
+    def is_class(self) -> bool:
+        """Whether the label is one of few, not an answer that is written out."""
+        return self.metric in ("accuracy", "f1")
+
+    @property
+    def classes(self) -> tuple[Any, ...]:
+        """How rows say each label."""
+        return self.values or tuple(range(len(self.words or self.sentences or ())))
 
     def label_of(self, row: Mapping[str, Any]) -> int:
         """Number of the row's label.
@@ -49,24 +117,28 @@ class Task(NamedTuple):
         Raises:
           ValueError: the column holds something else than one of `values`.
         """
-        count = len(self.words or self.sentences or ())
-        values, value = self.values or tuple(range(count)), row[self.label]
-        if isinstance(value, int) and isinstance(values[0], str) and 0 <= value < count:
-            return value  # the hub counts what files spell
-        for number, known in enumerate(values):
-            if value == known or str(value) == str(known):
-                return number
-        raise ValueError(f"column {self.label!r}: expected one of {values}, got {value!r}")
+        value, counted = row.get(self.label), bool(self.hub)
+        number = labels.find(value, self.classes, counted)
+        if number is None:
+            raise ValueError(
+                f"column {self.label!r}: expected one of {self.classes!r:.300}, got {value!r:.60}"
+            )
+        return number
 
     def answers(self, row: Mapping[str, Any]) -> list[str]:
-        """All that is right to go on with; the first is what is learned."""
+        """All that is right to go on with; the first is what is learned.
+
+        A question that has no answer has the empty one.
+        """
         if self.words is not None:
             return [self.words[self.label_of(row)]]
         value = row[self.label]
         # On the hub, SQuAD has {"text": [answer, ...]} and DROP {"spans": [...]}.
         if isinstance(value, Mapping):
             value = value["text"] if "text" in value else value["spans"]
-        return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+        if not isinstance(value, (list, tuple)):
+            value = [value]
+        return ["" if v is None else str(v) for v in value] or [""]
 
 
 _YES_NO = ("Yes", "No")

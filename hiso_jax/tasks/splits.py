@@ -1,11 +1,13 @@
 """Examples over clients: every example goes to one client, and no client goes without."""
 
+import heapq
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hiso_jax import checks
+from hiso_jax.tasks import labels
 
 
 def iid(count: int, clients: int, seed: int = 0) -> list[np.ndarray]:
@@ -64,10 +66,25 @@ def by_size(count: int, clients: int, spread: float = 1.0, seed: int = 0) -> lis
     return _parts(owners, clients)
 
 
-def natural(names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Split by a column that names the client of each example, in order of appearance."""
-    owners = np.asarray(names)
-    return {str(name): np.flatnonzero(owners == name) for name in dict.fromkeys(owners.tolist())}
+def natural(names: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Split by a column that names the client of each example, in order of appearance.
+
+    Args:
+      names: text, numbers or truth values [N]; 1, 1.0 and "1" are one client.
+
+    Raises:
+      ValueError: an example has no name.
+
+    Example:
+      >>> natural(["ann", "bob", "ann"])
+      {'ann': array([0, 2]), 'bob': array([1])}
+    """
+    own: dict[str, list[int]] = {}
+    for number, value in enumerate(names):
+        if (name := labels.spell(value)) is None:
+            raise ValueError(f"names: example {number} has none, got {value!r}")
+        own.setdefault(name, []).append(number)
+    return {name: np.array(numbers) for name, numbers in own.items()}
 
 
 def _enough(count: int, clients: int) -> None:
@@ -79,9 +96,15 @@ def _enough(count: int, clients: int) -> None:
 
 
 def _parts(owners: np.ndarray, clients: int) -> list[np.ndarray]:
-    parts = [np.flatnonzero(owners == client) for client in range(clients)]
-    for client, part in enumerate(parts):
-        if not len(part):
-            largest = max(range(clients), key=lambda c: len(parts[c]))
+    order = np.argsort(owners, kind="stable")
+    sizes = np.bincount(owners, minlength=clients)
+    parts = np.split(order, np.cumsum(sizes)[:-1])
+    if (empty := np.flatnonzero(sizes == 0)).size:
+        # The largest gives its first; a heap, for there may be many of both.
+        heap = [(-len(part), client) for client, part in enumerate(parts)]
+        heapq.heapify(heap)
+        for client in empty.tolist():
+            _, largest = heap[0]
             parts[client], parts[largest] = parts[largest][:1], parts[largest][1:]
+            heapq.heapreplace(heap, (-len(parts[largest]), largest))
     return parts

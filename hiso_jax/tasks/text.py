@@ -21,7 +21,10 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """Tokens of a prompt and of the answer that follows, split where they part."""
     gap = "" if not prompt or prompt[-1].isspace() else " "
-    before, whole = _ids(tokenizer, prompt), _ids(tokenizer, prompt + gap + answer)
+    before = _ids(tokenizer, prompt)
+    if not answer:  # a gap without a word behind it is no answer
+        return before, []
+    whole = _ids(tokenizer, prompt + gap + answer)
     same = 0
     while same < min(len(before), len(whole) - 1) and before[same] == whole[same]:
         same += 1
@@ -58,8 +61,10 @@ def word_tokens(task: Task, tokenizer: Any, rows: Rows) -> tuple[list[int], np.n
       Tokens that all words begin with (most often none), and the next one of each, int32 [labels].
 
     Raises:
-      ValueError: a word is the beginning of another, so they cannot be told apart.
+      ValueError: a word is the beginning of another, so they cannot be told apart, or is empty.
     """
+    if not all(word.strip() for word in task.words or ()):
+        raise ValueError(f"words: expected none to be empty, got {task.words}")
     prompt = task.read(rows[0])
     tokens = [_pair(tokenizer, prompt, word)[1] for word in task.words or ()]
     shared = 0
@@ -67,8 +72,10 @@ def word_tokens(task: Task, tokenizer: Any, rows: Rows) -> tuple[list[int], np.n
         shared += 1
     firsts = [own[shared] for own in tokens if len(own) > shared]
     if len(set(firsts)) != len(tokens):
-        raise ValueError(f"words: {task.words} are not told apart by one token of this tokenizer, "
-                         f"they are {tokens}; choose others")  # fmt: skip
+        raise ValueError(
+            f"words: {task.words!r:.200} are not told apart by one token of this tokenizer, they "
+            f"are {tokens!r:.200}; choose others with --words"
+        )
     return tokens[0][:shared], np.array(firsts, np.int32)
 
 
@@ -157,7 +164,7 @@ def answers(task: Task, tokenizer: Any, rows: Rows, length: int, room: int) -> A
 def chunks(texts: Sequence[str], tokenizer: Any, length: int) -> Arrays:
     """Plain text in pieces of `length` tokens; every token but a piece's first is a ``target``.
 
-    A rest shorter than two tokens has nothing to predict and is left out.
+    A rest shorter than two tokens has nothing to predict and is left out; there may be no piece.
     """
     pieces = []
     for text in texts:
@@ -165,7 +172,7 @@ def chunks(texts: Sequence[str], tokenizer: Any, length: int) -> Arrays:
         pieces += [ids[i : i + length] for i in range(0, len(ids), length)]
     pieces = [piece for piece in pieces if len(piece) > 1]
     out = pad(pieces, length, _padding(tokenizer))
-    first = length - np.array([len(piece) for piece in pieces])[:, None]
+    first = length - np.array([len(piece) for piece in pieces], int)[:, None]
     return out | {"target": (np.arange(length)[None] > first).astype(np.int32)}
 
 

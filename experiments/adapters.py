@@ -1,0 +1,103 @@
+"""What is trained beside a model (adapters, a prefix, label embeddings), and how it joins it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from hiso_jax import files, models
+from hiso_jax.models import subsets
+from hiso_jax.simulation import Arrays
+
+STREAM = "stream "
+"""Column of a batch that has gone through the lower layers; then the number of the next."""
+
+
+def hidden_states(model: models.Model, params: Any, batch: Any, *prefix: Any) -> jax.Array:
+    """Hidden states [B, T, D] of a batch, or of what an `upper_of` has made of it."""
+    streams = ((x, int(k.split()[1])) for k, x in batch.items() if k.startswith(STREAM))
+    stream, begin = next(streams, (None, 0))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    return model.hidden(params, ids, mask, *prefix, stream=stream, begin=begin)
+
+
+def sentence_embedding(model: models.Model, params: Any, batch: Any) -> jax.Array:
+    """Mean of the hidden states over the tokens of each text, [B, D]."""
+    hidden = hidden_states(model, params, batch)
+    mask = batch["attention_mask"][..., None].astype(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1).clip(1)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Scale the rows of `x` to length 1."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-9)
+
+
+def tokens(tokenizer: Any, texts: Sequence[str], length: int) -> Arrays:
+    """Texts for an encoder: int32 ``input_ids`` and ``attention_mask`` [N, length]."""
+    batch = tokenizer(
+        list(texts), truncation=True, padding="max_length", max_length=length, return_tensors="np"
+    )
+    return {k: batch[k].astype(np.int32) for k in ("input_ids", "attention_mask")}
+
+
+def label_embeddings(
+    model: models.Model, tokenizer: Any, sentences: Sequence[str], length: int
+) -> jax.Array:
+    """Unit vectors [labels, D] that label embeddings start as: one sentence each."""
+    embed = jax.jit(lambda params, batch: sentence_embedding(model, params, batch))
+    return unit(embed(model.params, tokens(tokenizer, sentences, length)))
+
+
+def prefix_tokens(model: models.Model, count: int) -> list[int]:
+    """Tokens whose keys and values a prefix begins as: drawn at random, as MeZO's (appendix E.5).
+
+    Not those of a text of a client's: whoever has the ledger can make them again.
+    """
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
+
+
+def finish(adapter: dict[str, Any], base: Path, made: Path) -> str:
+    """Make a run's model of its base's weights and what was trained beside them.
+
+    Args:
+      adapter: the run's `Problem.adapter`.
+      base: folder that the run started from.
+      made: folder of the replayed weights, and of ``extra.safetensors``, which is replaced by
+        what the run saved: a file called after the adapter's kind.
+
+    Returns:
+      What was done, for people.
+    """
+    kind = adapter["kind"]
+    extra = load_file(made / "extra.safetensors")
+    own = {n.removeprefix(f"{kind}/"): x for n, x in extra.items()}
+    dtype = next(iter(own.values())).dtype
+    if kind in ("lora", "last"):
+        model = models.from_pretrained(made, dtype, progress=False)
+        changes = {n: jnp.asarray(x) for n, x in own.items()}
+        if kind == "last":
+            merged = subsets.merge_last(model.params, changes)
+        else:
+            merged = subsets.merge_lora(model.params, changes, adapter["alpha"])
+        models.save_pretrained(model, made, merged)
+        said = f"the {kind} adapter is merged into the weights, and is in {kind}.safetensors"
+    else:
+        source = models.from_pretrained(base, dtype, progress=False)
+        said = f"extra.safetensors, which was trained, is added to its start in {kind}.safetensors"
+        if kind == "prefix":
+            tokens = jnp.array(adapter["tokens"], jnp.int32)
+            start = jax.jit(source.prefix)(source.params, tokens)
+            begun = dict(zip(("keys", "values"), start, strict=True))
+        else:
+            tokenizer, sentences = models.load_tokenizer(base), adapter["sentences"]
+            begun = {kind: label_embeddings(source, tokenizer, sentences, adapter["length"])}
+        own = {n: np.asarray(begun[n] + x) for n, x in own.items()}
+    with files.whole(made / f"{kind}.safetensors") as part:
+        save_file(own, part)
+    (made / "extra.safetensors").unlink()
+    return said

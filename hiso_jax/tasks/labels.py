@@ -1,0 +1,108 @@
+"""Labels: one spelling for each, which are missing, their order, and the class of a row.
+
+Files write one label in many ways: 1 in JSON, "1" in CSV, 1.0 where pandas met a hole. They are
+the same label here. Text stays text: "01" is not "1", and "NA" or "null" in a file are words.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
+_WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+", re.ASCII)
+
+
+def spell(value: Any) -> str | None:
+    """The text of a label, without white space around it; None if it is missing.
+
+    Missing are None, NaN and empty text. Floats that are whole numbers are written as those.
+
+    Raises:
+      ValueError: a list, an object or bytes are no label.
+
+    Example:
+      >>> spell(1), spell(1.0), spell("1.0"), spell(" up "), spell("01"), spell(True)
+      ('1', '1', '1', 'up', '01', 'True')
+      >>> spell(None), spell(""), spell(float("nan")), spell("NA")
+      (None, None, None, 'NA')
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (list, tuple, dict, bytes, np.ndarray)):
+        raise ValueError(f"expected text, a number or a truth value, got {value!r:.60}")
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    text = str(value).strip()
+    whole = _WHOLE.fullmatch(text)
+    text = whole[1] if whole else text
+    return {"-0": "0"}.get(text, text) or None
+
+
+def key(text: str) -> str:
+    """By what labels are compared: their text, but True, true and TRUE are one."""
+    low = text.casefold()
+    return low if low in ("true", "false") else text
+
+
+def order(text: str) -> tuple[bool, float, str]:
+    """By what labels are sorted: numbers by value, then texts.
+
+    Example:
+      >>> sorted(["10", "b", "9", "-1", "a", "01"], key=order)
+      ['-1', '01', '9', '10', 'a', 'b']
+    """
+    number = _NUMBER.fullmatch(text) is not None
+    return not number, float(text) if number else 0.0, text
+
+
+def classes(values: Iterable[Any]) -> tuple[str, ...]:
+    """The different labels among values, sorted, each as it is first spelled; none is missing.
+
+    Example:
+      >>> classes([2, "1", 10.0, None, "2", "x"])
+      ('1', '2', '10', 'x')
+    """
+    found: dict[str, str] = {}
+    for value in values:
+        if (text := spell(value)) is not None:
+            found.setdefault(key(text), text)
+    return tuple(sorted(found.values(), key=order))
+
+
+@functools.lru_cache(64)
+def _numbers(known: tuple[Any, ...]) -> dict[str, int]:
+    texts = [spell(value) for value in known]
+    return {key(text): number for number, text in enumerate(texts) if text is not None}
+
+
+def find(value: Any, known: tuple[Any, ...], counted: bool = False) -> int | None:
+    """Number of a label among the known ones, or None.
+
+    Args:
+      value: of a row.
+      known: label of each class.
+      counted: a whole number may stand for the class of that number, where the known labels are
+        words: the hub counts what files spell.
+
+    Example:
+      >>> find(2, ("1", "2")), find("2.0", (1, 2)), find(0, ("no", "yes")), find(True, (0, 1))
+      (1, 1, None, 1)
+      >>> find(0, ("no", "yes"), counted=True), find(0, ("1", "2"), counted=True)
+      (0, None)
+    """
+    text = spell(value)
+    if text is None:
+        return None
+    numbers = _numbers(known)
+    if (number := numbers.get(key(text))) is not None:
+        return number
+    if numbers.keys() == {"0", "1"}:
+        return {"true": numbers["1"], "false": numbers["0"]}.get(key(text))
+    words = not any(_NUMBER.fullmatch(name) for name in numbers)
+    if counted and words and text.isdecimal() and int(text) < len(known):
+        return int(text)
+    return None
