@@ -18,6 +18,8 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
            "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
            "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
 _NAMES = {name: code for code, name in _DTYPES.items()}
+QUANTISED = "a quantised checkpoint, which is not supported; use the unquantised one"
+"""What is said of weights that are codes and not numbers."""
 
 
 class Tensor(NamedTuple):
@@ -31,6 +33,53 @@ class Tensor(NamedTuple):
     def size(self) -> int:
         """Number of elements."""
         return int(np.prod(self.shape, dtype=np.int64))
+
+
+def stand_in(begin: bytes) -> str | None:
+    """What lies in a file's place where its content was never fetched, by its first bytes.
+
+    Example:
+      >>> stand_in(b"version https://git-lfs.github.com/spec/v1 oid sha256:...")
+      'a Git LFS pointer, not the content: run `git lfs pull` in its folder'
+    """
+    if not begin:
+        return "an empty file: fetch it again"
+    if begin.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the content: run `git lfs pull` in its folder"
+    if begin.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not the content: fetch the file itself"
+    return None
+
+
+def disguise(begin: bytes) -> str | None:
+    """What a file is that should hold weights and does not, by its first bytes; else None."""
+    if what := stand_in(begin):
+        return what
+    if begin.startswith(b"GGUF"):
+        return "a GGUF file, which is not supported; use the checkpoint it was made from"
+    if begin.startswith(b"\x89HDF"):
+        return "an HDF5 file (TensorFlow), which is not supported; use safetensors"
+    if begin.startswith((b"PK", b"\x80\x02")):
+        return "in PyTorch's own format: it should be called pytorch_model.bin"
+    if begin[8:9] == b"{":
+        return "a safetensors file: it should be called model.safetensors"
+    return None
+
+
+def _entries(header: dict[str, Any], begin: int) -> dict[str, Tensor]:
+    """The tensors of a header; the numbers begin at byte `begin`."""
+    tensors = {}
+    for name, entry in header.items():
+        code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if code not in _DTYPES:
+            # Floats and ints of less than a byte, and of a byte with its scales elsewhere.
+            kind = QUANTISED if code[:2] in ("F8", "F6", "F4", "E8", "I4", "U4") else "unsupported"
+            raise ValueError(f"tensor {name!r} has type {code}: {kind}")
+        tensors[name] = tensor = Tensor(jnp.dtype(_DTYPES[code]), shape, begin + start)
+        if not 0 <= start <= end or end - start != tensor.size * tensor.dtype.itemsize:
+            raise ValueError(f"tensor {name!r} of shape {shape} and type {code} in bytes "
+                             f"{start} to {end}")  # fmt: skip
+    return tensors
 
 
 class TensorFile:
@@ -49,21 +98,32 @@ class TensorFile:
     def __init__(self, path: str | os.PathLike[str], *, writable: bool = False):
         self.path = path
         self._file = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        begin = b""
         try:
-            length = struct.unpack("<Q", os.pread(self._file, 8, 0))[0]
+            begin, size = os.pread(self._file, 64, 0), os.fstat(self._file).st_size
+            length = struct.unpack("<Q", begin[:8])[0]
+            if length > size - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(os.pread(self._file, length, 8))
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            self.tensors = {
-                name: Tensor(
-                    jnp.dtype(_DTYPES[entry["dtype"]]),
-                    tuple(entry["shape"]),
-                    8 + length + entry["data_offsets"][0],
-                )
-                for name, entry in header.items()
-            }
-        except (struct.error, ValueError, LookupError, TypeError, OverflowError) as error:
+            self.tensors = _entries(header, 8 + length)
+        except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
             os.close(self._file)
-            raise ValueError(f"{path}: not a safetensors file: {error}") from error
+            text = str(error)
+            if QUANTISED not in text:  # a sound file, of what nothing here can use
+                text = f"not a safetensors file: {disguise(begin) or text}"
+            raise ValueError(f"{path}: {text}") from error
+        except OSError:
+            os.close(self._file)
+            raise
+
+    def check_length(self) -> None:
+        """Raise ValueError if the file ends before its last tensor does."""
+        found = os.fstat(self._file).st_size
+        ends = {t.offset + t.size * t.dtype.itemsize: name for name, t in self.tensors.items()}
+        if (wanted := max(ends, default=0)) > found:
+            raise ValueError(f"{self.path}: truncated before the end of {ends[wanted]!r}: expected "
+                             f"{wanted:,} bytes, found {found:,}; fetch it again")  # fmt: skip
 
     @classmethod
     def create(
@@ -92,14 +152,19 @@ class TensorFile:
     def read(self, name: str, start: int, count: int) -> np.ndarray:
         """Return `count` elements of a flattened tensor, from number `start` on."""
         tensor = self.tensors[name]
-        raw = np.empty(count * tensor.dtype.itemsize, np.uint8)
-        left, offset = memoryview(raw.data), tensor.offset + start * tensor.dtype.itemsize
+        return self._pull(name, tensor.offset + start * tensor.dtype.itemsize, count)
+
+    def _pull(self, name: str, offset: int, count: int) -> np.ndarray:
+        """Numbers of a tensor's type from a byte of the file on."""
+        dtype = self.tensors[name].dtype
+        raw = np.empty(count * dtype.itemsize, np.uint8)
+        left = memoryview(raw.data)
         while left:
             done = os.preadv(self._file, [left], offset)
             if not done:
                 raise ValueError(f"{self.path}: truncated inside {name!r}")
             left, offset = left[done:], offset + done
-        return raw.view(tensor.dtype)
+        return raw.view(dtype)
 
     def write(self, name: str, start: int, x: np.ndarray) -> None:
         """Write the elements of a flattened tensor from number `start` on."""
