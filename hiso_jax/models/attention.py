@@ -24,12 +24,14 @@ def of_layers(config: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
     A layer without rotary positions has frequency 0. Windows are None if no layer slides.
 
     Raises:
-      ValueError: a kind of rope scaling that is not supported, by name.
+      ValueError: a kind of layer or of rope scaling that is not supported, by name.
     """
     if config.model_type == "opt":
         return None, None
     count = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
+    if others := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"config: layer_types {sorted(others)} are not supported")
     used = getattr(config, "no_rope_layers", None) or [1] * count
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies = np.stack(
@@ -43,8 +45,15 @@ def of_layers(config: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
 
 
 def _frequencies(config: Any, kind: str, width: int) -> np.ndarray:
-    own = config.rope_parameters
+    own = config.rope_parameters or {}
     own = own.get(kind, own) if isinstance(own.get(kind, own), dict) else own
+    try:
+        return _turned(own, width)
+    except KeyError as error:
+        raise ValueError(f"config: rope_parameters lack {error}, they are {own}") from None
+
+
+def _turned(own: Any, width: int) -> np.ndarray:
     if own.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config: partial_rotary_factor is not supported")
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hiso_jax import lazy
-from hiso_jax.models import attention
+from hiso_jax.models import attention, inputs
 
 
 class _Embeddings(nnx.Module):
@@ -25,11 +26,14 @@ class _Embeddings(nnx.Module):
         self.first = config.pad_token_id + 1 if config.model_type == "roberta" else None
 
     def __call__(self, input_ids: jax.Array, valid: jax.Array) -> jax.Array:
-        positions = jnp.arange(input_ids.shape[1])[None]
+        table = self.word_embeddings.embedding.get_value()
+        # Columns beyond the table's end can only be padding; they are to give numbers as well.
+        last = self.position_embeddings.num_embeddings - 1
+        positions: Any = np.minimum(np.arange(input_ids.shape[1]), last)[None]
         if self.first is not None:
             positions = self.first - 1 + jnp.cumsum(valid, 1) * valid
         return self.LayerNorm(
-            lazy.rows(self.word_embeddings.embedding.get_value(), input_ids)
+            lazy.rows(table, inputs.safe(input_ids, valid, table.shape[0]))
             + self.position_embeddings(positions)
             + self.token_type_embeddings(jnp.zeros_like(positions))
         )
@@ -117,8 +121,27 @@ class _Transform(nnx.Module):
 
 
 def has_head(config: Any) -> bool:
-    """Whether a config's checkpoint comes with the masked-language-model head."""
+    """Whether a config names a class with the masked-language-model head.
+
+    Of a checkpoint its tensors tell, see `hiso_jax.models.Model.has_head`.
+    """
     return any(name.endswith("ForMaskedLM") for name in config.architectures or ())
+
+
+def _check(config: Any) -> None:
+    """Refuse what a config may ask for and no tensor shows."""
+    if config.hidden_act != "gelu":
+        raise ValueError(f"config: hidden_act {config.hidden_act!r} is not supported, only 'gelu'")
+    for name in ("is_decoder", "add_cross_attention"):
+        if getattr(config, name, False):
+            raise ValueError(f"config: {name} is not supported, the model is an encoder")
+    kind = getattr(config, "position_embedding_type", "absolute")
+    if kind != "absolute":
+        raise ValueError(
+            f"config: position_embedding_type {kind!r} is not supported, only 'absolute'"
+        )
+    if config.model_type == "roberta" and config.pad_token_id is None:
+        raise ValueError("config: RoBERTa needs pad_token_id, its positions begin after it")
 
 
 class Bert(nnx.Module):
@@ -127,17 +150,19 @@ class Bert(nnx.Module):
     Args:
       config: a transformers config of model type ``bert`` or ``roberta``.
       rngs: for random weights.
+      headed: whether it has a masked-language-model head; by default as `has_head`.
+
+    Raises:
+      ValueError: something that a config may ask for is not supported.
     """
 
-    def __init__(self, config: Any, rngs: nnx.Rngs):
-        if config.hidden_act != "gelu":
-            raise ValueError(
-                f"config: hidden_act {config.hidden_act!r} is not supported, only 'gelu'"
-            )
+    def __init__(self, config: Any, rngs: nnx.Rngs, headed: bool | None = None):
+        _check(config)
+        self.config = config
         self.embeddings = _Embeddings(config, rngs)
         self.encoder = _Encoder(config, rngs)
         self.roberta = config.model_type == "roberta"
-        if has_head(config):
+        if has_head(config) if headed is None else headed:
             bias = nnx.Param(jnp.zeros(config.vocab_size))
             if self.roberta:
                 self.lm_head: Any = _Transform(config, "layer_norm", rngs)
@@ -165,16 +190,18 @@ class Bert(nnx.Module):
         self, input_ids: jax.Array, attention_mask: jax.Array, stream: Any = None, begin: int = 0
     ) -> jax.Array:
         """The same; with a `stream`, which `lower` gave, from layer `begin` on."""
+        ids, attention_mask = inputs.check(self.config, input_ids, attention_mask)
         valid = attention_mask > 0
         mask = valid[:, None, None, :]
         if stream is not None:
             return self.encoder(stream, mask, begin)
-        return self.encoder(self.embeddings(input_ids, valid), mask)
+        return self.encoder(self.embeddings(ids, valid), mask)
 
     def lower(self, input_ids: jax.Array, attention_mask: jax.Array, end: int) -> jax.Array:
         """Input [B, T, D] of layer `end`: all that lies below it."""
+        ids, attention_mask = inputs.check(self.config, input_ids, attention_mask)
         valid = attention_mask > 0
-        x = self.embeddings(input_ids, valid)
+        x = self.embeddings(ids, valid)
         return self.encoder(x, valid[:, None, None, :], end=end)
 
     def head(self, hidden: jax.Array, rows: Any = None) -> jax.Array:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hiso_jax import lazy
-from hiso_jax.models import attention
+from hiso_jax.models import attention, inputs
 from hiso_jax.models.layers import LlamaLayer, OptLayer, RMSNorm, Step, layer_norm
 
 
@@ -31,6 +32,7 @@ class _Body(nnx.Module):
 
     def __init__(self, config: Any, rngs: nnx.Rngs):
         self.opt = config.model_type == "opt"
+        _check(config)
         make = OptLayer if self.opt else LlamaLayer
         width = config.word_embed_proj_dim if self.opt else config.hidden_size
         self.embed_tokens = nnx.Embed(config.vocab_size, width, rngs=rngs)
@@ -57,7 +59,8 @@ class _Body(nnx.Module):
 
     def embed(self, input_ids: jax.Array, positions: jax.Array, valid: jax.Array) -> jax.Array:
         """Input [B, T, D] of the first layer."""
-        x = lazy.rows(self.embed_tokens.embedding.get_value(), input_ids)
+        table = self.embed_tokens.embedding.get_value()
+        x = lazy.rows(table, inputs.safe(input_ids, valid, table.shape[0]))
         if self.scale is not None:
             x = x * jnp.asarray(self.scale, x.dtype)
         if self.opt:
@@ -160,28 +163,35 @@ class Decoder(nnx.Module):
         `prefix` is keys and values [L, n, kv heads, head width] that come before every row. With
         a `stream`, which `lower` gave, from layer `begin` on; not with a prefix.
         """
+        before = 0 if prefix is None else prefix[0].shape[1]
+        ids, attention_mask = inputs.check(self.body.config, input_ids, attention_mask, before)
         positions, valid = _places(attention_mask)
         if stream is not None:
             return self.body(stream, positions, valid, begin=begin)[0]
         cache, places = None, 0
         if prefix is not None:
-            batch, length = input_ids.shape
-            cache, places = self._cache(batch, length, prefix)
+            cache, places = self._cache(ids.shape[0], ids.shape[1], prefix)
         positions = positions + places
-        x = self.body.embed(input_ids, positions, valid)
+        x = self.body.embed(ids, positions, valid)
         return self.body(x, positions, valid, cache, places)[0]
 
     def lower(self, input_ids: jax.Array, attention_mask: jax.Array, end: int) -> jax.Array:
         """Input [B, T, D] of layer `end`: all that lies below it."""
+        ids, attention_mask = inputs.check(self.body.config, input_ids, attention_mask)
         positions, valid = _places(attention_mask)
-        x = self.body.embed(input_ids, positions, valid)
+        x = self.body.embed(ids, positions, valid)
         return self.body(x, positions, valid, end=end)[0]
 
     def prefix(self, input_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of a text int32 [n], to be the `prefix` of others."""
-        cache, _ = self._cache(1, len(input_ids), None)
-        positions, valid = _places(jnp.ones((1, len(input_ids)), jnp.int32))
-        x = self.body.embed(input_ids[None], positions, valid)
+        if np.ndim(input_ids) != 1:
+            raise ValueError(f"input_ids: expected shape [n], got {np.shape(input_ids)}")
+        count = len(input_ids)
+        row = (x if isinstance(x := input_ids, jax.Array) else np.asarray(x)).reshape(1, count)
+        ids, mask = inputs.check(self.body.config, row, np.ones((1, count), np.int32))
+        cache, _ = self._cache(1, count, None)
+        positions, valid = _places(mask)
+        x = self.body.embed(ids, positions, valid)
         cache = self.body(x, positions, valid, cache, 0)[1]
         return cache.keys[:, 0], cache.values[:, 0]
 
@@ -240,8 +250,11 @@ class Decoder(nnx.Module):
         Returns:
           int32 [B, N].
         """
-        batch, length = input_ids.shape
-        (positions, valid), body = _places(attention_mask), self.body
+        body, before = self.body, 0 if prefix is None else prefix[0].shape[1]
+        input_ids, attention_mask = inputs.check(
+            body.config, input_ids, attention_mask, before, max_new_tokens
+        )
+        (batch, length), (positions, valid) = input_ids.shape, _places(attention_mask)
         empty, places = self._cache(batch, length + max_new_tokens, prefix)
         positions = positions + places
         x, cache = body(body.embed(input_ids, positions, valid), positions, valid, empty, places)
@@ -266,6 +279,17 @@ class Decoder(nnx.Module):
 
         start = (jnp.int32(0), first, cache, tokens, jnp.zeros(batch, bool))
         return jax.lax.while_loop(going, step, start)[3]
+
+
+def _check(config: Any) -> None:
+    """Refuse what a config may ask for and no tensor shows."""
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ValueError("config: use_bidirectional_attention is not supported, each token sees "
+                         "those before it")  # fmt: skip
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name, None) is not None:
+            raise ValueError(f"config: {name} is not supported")
+    attention.of_layers(config)
 
 
 def _places(attention_mask: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -22,6 +22,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The function of a config's name.
+
+    Raises:
+      ValueError: another name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"config: activation {name!r} is not supported, only {list(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
 class Step(NamedTuple):
     """What a layer needs besides its input."""
 
@@ -105,7 +116,7 @@ class OptLayer(nnx.Module):
         self.fc2 = nnx.Linear(config.ffn_dim, width, use_bias=bias, rngs=rngs)
         self.final_layer_norm = layer_norm(config, rngs)
         self.before = config.do_layer_norm_before
-        self.activation = ACTIVATIONS[config.activation_function]
+        self.activation = activation(config.activation_function)
 
     def __call__(self, x: jax.Array, step: Step, cache: Any) -> tuple[jax.Array, Any]:
         """Return [B, T, D] and the cache of this layer."""
@@ -133,7 +144,7 @@ class _Gated(nnx.Module):
         self.up_proj = nnx.Linear(width, inner, use_bias=bias, rngs=rngs)
         self.down_proj = nnx.Linear(inner, width, use_bias=bias, rngs=rngs)
         name = getattr(config, "hidden_act", None) or config.hidden_activation
-        self.activation = ACTIVATIONS[name]
+        self.activation = activation(name)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
