@@ -2,10 +2,10 @@
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Container, Iterator
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,23 +16,16 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from hiso_jax import files, trees
-from hiso_jax.models import bert, decoder, torchfile
-from hiso_jax.tensorfile import Tensor, TensorFile
+from hiso_jax.models import bert, configs, decoder, folders, names
+from hiso_jax.models.folders import SMALL_FILES as SMALL_FILES
+from hiso_jax.models.folders import folder_of, open_tensors
+from hiso_jax.models.folders import weight_files as weight_files
+from hiso_jax.models.names import find, is_stacked, is_turned, tensor_names
+from hiso_jax.tensorfile import QUANTISED, Tensor, TensorFile
 
 _FAMILIES: dict[str, Any] = {"bert": bert.Bert, "roberta": bert.Bert} | dict.fromkeys(
     ("opt", "llama", "qwen2", "qwen3", "gemma3_text", "smollm3"), decoder.Decoder
 )
-# Buffers that old checkpoints hold and no model reads; the pooler is not part of the encoder.
-_UNUSED = re.compile(
-    r"(^|\.)(pooler\.|seq_relationship\.|position_ids$|rotary_emb\.inv_freq$|masked_bias$)"
-)
-# Copies of the embeddings under the names of heads that are tied to them.
-_TIED = ("lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight")
-_TABLES = ("embed_tokens.weight",)
-_TIED_BIASES = ("lm_head.decoder.bias", "cls.predictions.decoder.bias")
-_PREFIXES = ("model.", "bert.", "roberta.")
-SMALL_FILES = (".json", ".txt", ".model", ".jinja")
-"""Suffixes of the small files of a folder (tokenizer, generation) that go with the weights."""
 
 
 class Model(NamedTuple):
@@ -55,6 +48,7 @@ class Model(NamedTuple):
       source: the folder it came from, or None.
       untouched: tensors of the checkpoint that are not used, by their own names.
       renamed: tensors that the checkpoint has by other names than `tensor_names` gives.
+      raw: what the config.json of its folder says, or None.
     """
 
     config: Any
@@ -68,52 +62,37 @@ class Model(NamedTuple):
     source: Path | None
     untouched: dict[str, np.ndarray]
     renamed: dict[str, str]
+    raw: dict[str, Any] | None = None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether `head` gives logits: of decoders always, of encoders if they came with one."""
+        encoder = _FAMILIES[self.config.model_type] is bert.Bert
+        return not encoder or bool({"cls", "lm_head"} & self.params.keys())
 
 
-def tensor_names(leaf: str, layers: int) -> list[str]:
-    """Hugging Face's names of the tensors that a leaf is made of: one, or one a layer.
-
-    Example:
-      >>> tensor_names("pooler/dense/kernel", 2), tensor_names("a/layers/norm/bias", 2)
-      (['pooler.dense.weight'], ['a.layers.0.norm.bias', 'a.layers.1.norm.bias'])
-    """
-    *module, last = leaf.split("/")
-    name = ".".join([*module, last if last == "bias" else "weight"])
-    if not _stacked(leaf):
-        return [name]
-    return [re.sub(r"\.(layers?)\.", rf".\1.{i}.", f".{name}", count=1)[1:] for i in range(layers)]
+def _supported(kind: Any) -> None:
+    if kind not in _FAMILIES:
+        raise ValueError(f"model type {kind!r} is not supported, only {list(_FAMILIES)}")
 
 
-def find(name: str, there: Container[str]) -> str | None:
-    """Return the name by which a checkpoint has a tensor.
-
-    With or without the prefix of the class that saved it; a tied embedding may be there under
-    the name of the head only.
-    """
-    short = name.removeprefix("model.")
-    names = [name, short, *(prefix + name for prefix in _PREFIXES)]
-    if short.endswith(_TABLES):
-        names.append("lm_head.weight")
-    return next((own for own in names if own in there), None)
-
-
-def is_turned(leaf: str) -> bool:
-    """Whether Hugging Face has it transposed: dense kernels are [out, in] there."""
-    return leaf.endswith("/kernel")
+def _dtype(dtype: Any) -> np.dtype:
+    """A type that parameters can have, or ValueError."""
+    known = ["float32", "bfloat16", "float16", *["float64"] * jax.config.read("jax_enable_x64")]
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in known:
+        raise ValueError(f"dtype: expected one of {known}, got {dtype!r}")
+    return found
 
 
-def _stacked(leaf: str) -> bool:
-    return "/layer/" in leaf or "/layers/" in leaf
-
-
-def _build(config: Any) -> tuple[Any, dict[str, Any]]:
+def _build(config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     """The graph and the shapes of a config's model."""
-    if config.model_type not in _FAMILIES:
-        raise ValueError(f"model type {config.model_type!r} is not supported, only "
-                         f"{list(_FAMILIES)}")  # fmt: skip
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: _FAMILIES[config.model_type](config, nnx.Rngs(0)))
-    )
+    _supported(config.model_type)
+    make = _FAMILIES[config.model_type]
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(config, nnx.Rngs(0), **options)))
     return graph, nnx.to_pure_dict(state)
 
 
@@ -124,23 +103,27 @@ def _model(
     source: Path | None = None,
     untouched: dict[str, Any] | None = None,
     renamed: dict[str, str] | None = None,
+    raw: dict[str, Any] | None = None,
 ) -> Model:
     def method(name: str) -> Callable[..., Any]:
         def call(params: trees.Params, *args: Any, **options: Any) -> Any:
             model = nnx.merge(graph, params)
+            if name and not hasattr(model, name):
+                raise ValueError(f"{name}: only decoders have it, not {config.model_type}")
             return (getattr(model, name) if name else model)(*args, **options)
 
         return call
 
-    names = ("hidden", "lower", "head", "generate", "prefix")
+    methods = ("hidden", "lower", "head", "generate", "prefix")
     return Model(
         config=config,
         params=params,
         apply=method(""),
-        **{name: method(name) for name in names},
+        **{name: method(name) for name in methods},
         source=source,
         untouched=untouched or {},
         renamed=renamed or {},
+        raw=raw,
     )
 
 
@@ -150,7 +133,10 @@ def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
     Args:
       config: a transformers config.
       key: PRNG key.
-      dtype: of the parameters.
+      dtype: of the parameters: float32, bfloat16 or float16.
+
+    Raises:
+      ValueError: another dtype, or a config of something that is not supported, by name.
 
     Example:
       >>> from transformers import OPTConfig
@@ -162,6 +148,7 @@ def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
       (1, 4, 9)
     """
     graph, shapes = _build(config)
+    dtype = _dtype(dtype)
     spread = getattr(config, "initializer_range", None) or config.init_std
 
     def draw(path: Any, like: Any) -> jax.Array:
@@ -178,62 +165,6 @@ def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
     return _model(config, graph, params)
 
 
-def folder_of(path: str | os.PathLike[str]) -> Path:
-    """Return the folder of a model: a local one, or that of a hub id, downloaded if it must be.
-
-    Raises:
-      FileNotFoundError: neither.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise FileNotFoundError(f"{path}: expected a folder with config.json, or a hub id org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    small = [f"*{suffix}" for suffix in SMALL_FILES]
-    try:
-        folder = Path(snapshot_download(str(path), allow_patterns=[*small, "model*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):  # an old one
-            folder = Path(snapshot_download(str(path), allow_patterns=[*small, "pytorch_*.bin"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{path}: no such folder here, and the hub does not give it: {error}"
-        ) from error
-    return folder
-
-
-def weight_files(folder: Path) -> tuple[Callable[[Path], TensorFile], list[Path]]:
-    """How to open a folder's weights, and where: one file, or those of its index.
-
-    Safetensors, or, where there are none, PyTorch's own files.
-
-    Raises:
-      FileNotFoundError: a file is missing.
-    """
-    kinds = {"model.safetensors": TensorFile, "pytorch_model.bin": torchfile.TorchFile}
-    found = {}
-    for name in kinds:
-        index, found[name] = folder / f"{name}.index.json", [folder / name]
-        if index.is_file():
-            parts = json.loads(index.read_text())["weight_map"].values()
-            found[name] = [folder / part for part in sorted(set(parts))]
-    there = (name for name, paths in found.items() if any(path.is_file() for path in paths))
-    name = next(there, "model.safetensors")
-    if missing := [str(path) for path in found[name] if not path.is_file()]:
-        raise FileNotFoundError(f"expected {', '.join(missing)}")
-    return kinds[name], found[name]
-
-
-@contextmanager
-def open_tensors(folder: Path) -> Iterator[dict[str, TensorFile]]:
-    """Open a folder's weights; give tensor name -> file."""
-    kind, paths = weight_files(folder)
-    with ExitStack() as stack:
-        opened = [stack.enter_context(kind(path)) for path in paths]
-        yield {name: file for file in opened for name in file.tensors}
-
-
 def from_pretrained(
     path: str | os.PathLike[str], dtype: Any = jnp.float32, progress: bool = True
 ) -> Model:
@@ -242,6 +173,8 @@ def from_pretrained(
     One tensor is read at a time: the peak is one copy of the parameters and a little.
     Families: OPT, Llama, Qwen2, Qwen3, Gemma 3 (text), SmolLM3; BERT and RoBERTa encoders.
 
+    Whether an encoder has a head is told by its tensors.
+
     Args:
       path: folder, or ``org/name`` on the hub.
       dtype: of the parameters: float32, bfloat16 or float16.
@@ -249,7 +182,8 @@ def from_pretrained(
 
     Raises:
       FileNotFoundError: folder or files are missing.
-      ValueError: another model type, or a missing, surplus or misshapen tensor, by name.
+      ValueError: another model type; files that are broken, quantised or adapters; a missing,
+        surplus or misshapen tensor, by name. All of it before the first tensor is read.
 
     Example:
       >>> from hiso_jax import models
@@ -259,77 +193,104 @@ def from_pretrained(
       ...     print(error)
       no/such/folder: expected a folder with config.json, or a hub id org/name
     """
-    from transformers import AutoConfig  # a slow import, and only needed here
-
-    folder = folder_of(path)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: expected a folder with config.json")
-    config = AutoConfig.from_pretrained(folder)
-    try:
-        graph, shapes = _build(config)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    filled: dict[str, jax.Array] = {}
+    dtype, folder = _dtype(dtype), folder_of(path)
+    raw = folders.read_config(folder)
+    with _of(folder):
+        _supported(raw["model_type"])
+    config = configs.load_config(folder)
     with open_tensors(folder) as there:
-        leaves = trees.named(shapes)
-        plan = {n: _tensors(folder, n, config, there) for n in leaves}
+        encoder = _FAMILIES[config.model_type] is bert.Bert
+        with _of(folder):
+            graph, shapes = _build(config, **({"headed": names.has_head(there)} if encoder else {}))
+            plan = _plan(config, shapes, there)
+        filled = _fill(trees.named(shapes), plan, there, dtype, progress and folder.name)
         used = {tensor for own in plan.values() for tensor in own}
-        surplus = there.keys() - used - {n for n in there if _UNUSED.search(n)}
-        tables = ("word_embeddings.weight", *_TABLES)
-        table = next((n for n in used if n.endswith(tables)), "lm_head.weight")
-        bias = next((n for n in used if n in ("lm_head.bias", "cls.predictions.bias")), "")
-        if getattr(config, "tie_word_embeddings", True):
-            for name in surplus & {*_TIED, *(_TIED_BIASES if bias else ())}:
-                _check_tied(folder, there, bias if name in _TIED_BIASES else table, name)
-                surplus -= {name}
-        if surplus:
-            raise ValueError(f"{folder}: unknown tensors: {sorted(surplus)}")
-        # Largest first: what is in memory twice is large only while there is little else.
-        order = sorted(leaves, key=lambda leaf: -leaves[leaf].size)
-        for leaf in tqdm(order, desc=f"loading {folder.name}", disable=None if progress else True):
-            shape = leaves[leaf].shape[1:] if _stacked(leaf) else leaves[leaf].shape
-            rows = (_read(folder, there, name, shape, is_turned(leaf)) for name in plan[leaf])
-            if _stacked(leaf):
-                array: np.ndarray = np.empty(leaves[leaf].shape, dtype)
-                for place, row in zip(array, rows, strict=True):
-                    place[...] = row
-            else:
-                array = next(rows).astype(dtype, copy=False)
-            filled[leaf] = jax.block_until_ready(jax.device_put(array))
-        kept = [n for n in sorted(there.keys() - used) if n not in (*_TIED, *_TIED_BIASES)]
-        untouched = {
-            n: there[n].read(n, 0, there[n].tensors[n].size).reshape(there[n].tensors[n].shape)
-            for n in kept
-        }
+        copies = {*names.TIED, *names.TIED_BIASES}
+        untouched = {n: _whole(there, n) for n in sorted(there.keys() - used - copies)}
     wanted = {leaf: tensor_names(leaf, config.num_hidden_layers) for leaf in plan}
     pairs = (pair for leaf in plan for pair in zip(wanted[leaf], plan[leaf], strict=True))
     renamed = {name: own for name, own in pairs if name != own}
-    return _model(config, graph, trees.merge(shapes, filled), folder, untouched, renamed)
+    return _model(config, graph, trees.merge(shapes, filled), folder, untouched, renamed, raw)
 
 
-def _tensors(folder: Path, leaf: str, config: Any, there: Container[str]) -> list[str]:
-    names = tensor_names(leaf, config.num_hidden_layers)
-    found = [find(name, there) for name in names]
-    if missing := [name for name, own in zip(names, found, strict=True) if own is None]:
-        raise ValueError(f"{folder}: tensors missing: {missing}")
-    return [own for own in found if own is not None]
+@contextmanager
+def _of(folder: Path) -> Iterator[None]:
+    """Put the folder's name before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
-def _read(
-    folder: Path, there: dict[str, TensorFile], name: str, shape: tuple[int, ...], turned: bool
-) -> np.ndarray:
-    """A tensor in the shape of a leaf, or ValueError."""
-    tensor, wanted = there[name].tensors[name], shape[::-1] if turned else shape
-    if tensor.shape != wanted:
-        raise ValueError(f"{folder}: {name!r} has shape {tensor.shape}, expected {wanted}")
-    x = there[name].read(name, 0, tensor.size).reshape(wanted)
-    return x.T if turned else x
+def _plan(
+    config: Any, shapes: dict[str, Any], there: dict[str, TensorFile]
+) -> dict[str, list[str]]:
+    """The tensors that each leaf is made of, by name; ValueError if anything does not fit."""
+    if coded := sorted(n for n in there if names.is_quantised(n)):
+        raise ValueError(f"tensor {coded[0]!r} is of {QUANTISED}")
+    leaves, tied = trees.named(shapes), getattr(config, "tie_word_embeddings", True)
+    wanted = {leaf: tensor_names(leaf, config.num_hidden_layers) for leaf in leaves}
+    where = {name: find(name, there) for own in wanted.values() for name in own}
+    # A head of its own is no stand-in for embeddings that are missing.
+    missing = [name for name, own in where.items()
+               if own is None or (own in names.TIED and own != name and not tied)]  # fmt: skip
+    if missing:
+        raise ValueError(names.missing(missing, there.keys()))
+    plan = {leaf: [str(where[name]) for name in own] for leaf, own in wanted.items()}
+    used = {name: leaf for leaf, own in plan.items() for name in own}
+    surplus = there.keys() - used - {n for n in there if names.UNUSED.search(n)}
+    if tied:
+        table = next((n for n in used if n.endswith(names.TABLES)), "lm_head.weight")
+        bias = next((n for n in used if n in names.BIASES), "")
+        for name in surplus & {*names.TIED, *(names.TIED_BIASES if bias else ())}:
+            _check_tied(there, bias if name in names.TIED_BIASES else table, name)
+            surplus -= {name}
+    if surplus:
+        raise ValueError(names.unknown(surplus))
+    for own, leaf in used.items():
+        tensor, shape = there[own].tensors[own], leaves[leaf].shape[is_stacked(leaf) :]
+        shape = shape[::-1] if is_turned(leaf) else shape
+        if tensor.shape != shape:
+            raise ValueError(f"{own!r} has shape {tensor.shape}, expected {shape}")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(f"{own!r} is of type {tensor.dtype} where weights are expected, as in "
+                             f"{QUANTISED}")  # fmt: skip
+    return plan
 
 
-def _check_tied(folder: Path, there: dict[str, TensorFile], table: str, name: str) -> None:
-    one, two = (there[n].read(n, 0, there[n].tensors[n].size) for n in (table, name))
+def _fill(
+    leaves: dict[str, Any],
+    plan: dict[str, list[str]],
+    there: dict[str, TensorFile],
+    dtype: np.dtype,
+    shown: Any,
+) -> dict[str, jax.Array]:
+    """Read the leaves, one tensor at a time; `shown` is the name on the bar, if there is one."""
+    filled: dict[str, jax.Array] = {}
+    # Largest first: what is in memory twice is large only while there is little else.
+    order = sorted(leaves, key=lambda leaf: -leaves[leaf].size)
+    for leaf in tqdm(order, desc=f"loading {shown}", disable=None if shown else True):
+        rows = (_whole(there, name) for name in plan[leaf])
+        rows = (row.T if is_turned(leaf) else row for row in rows)
+        if is_stacked(leaf):
+            array: np.ndarray = np.empty(leaves[leaf].shape, dtype)
+            for place, row in zip(array, rows, strict=True):
+                place[...] = row
+        else:
+            array = next(rows).astype(dtype, copy=False)
+        filled[leaf] = jax.block_until_ready(jax.device_put(array))
+    return filled
+
+
+def _whole(there: dict[str, TensorFile], name: str) -> np.ndarray:
+    tensor = there[name].tensors[name]
+    return there[name].read(name, 0, tensor.size).reshape(tensor.shape)
+
+
+def _check_tied(there: dict[str, TensorFile], table: str, name: str) -> None:
+    one, two = _whole(there, table), _whole(there, name)
     if one.tobytes() != two.tobytes():
-        raise ValueError(f"{folder}: the config ties {name!r} to {table!r}, they differ")
+        raise ValueError(f"the config ties {name!r} to {table!r}, they differ")
 
 
 def save_pretrained(
@@ -337,19 +298,30 @@ def save_pretrained(
 ) -> None:
     """Write a folder that ``transformers`` and `from_pretrained` load back.
 
-    Tokenizer and other small files of the folder that the model came from go with it.
+    Tokenizer and other small files of the folder that the model came from go with it, and what
+    its config.json says, but for the dtype.
 
     Args:
       model: gives the config and the tensors that were not used.
-      folder: made if absent; its config.json and model.safetensors are replaced.
+      folder: made if absent; its config.json and model.safetensors are replaced, and the index
+        and the files of older weights in several files are removed.
       params: what to write instead of ``model.params``, same structure.
+
+    Raises:
+      ValueError: `params` are not those of this model, or `folder` is a file.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder to write into, found a file")
     leaves = trees.named(model.params if params is None else params)
+    like = {n: x.shape for n, x in trees.named(model.params).items()}
+    if wrong := sorted({*like.items()} ^ {(n, x.shape) for n, x in leaves.items()}):
+        raise ValueError(f"params: expected the leaves of the model, other: {wrong[:4]}")
+    config = configs.written(model.config, model.raw, str(next(iter(leaves.values())).dtype))
     tensors = {n: Tensor(x.dtype, x.shape) for n, x in model.untouched.items()}
     parts: dict[str, tuple[str, int]] = {}
     for leaf, array in leaves.items():
-        shape = array.shape[1:] if _stacked(leaf) else array.shape
+        shape = array.shape[1:] if is_stacked(leaf) else array.shape
         for i, name in enumerate(tensor_names(leaf, model.config.num_hidden_layers)):
             own, name = shape[::-1] if is_turned(leaf) else shape, model.renamed.get(name, name)
             tensors[name], parts[name] = Tensor(np.dtype(array.dtype), own), (leaf, i)
@@ -358,15 +330,26 @@ def save_pretrained(
             for name, x in model.untouched.items():
                 file.write(name, 0, x.reshape(-1))
             for name, (leaf, i) in parts.items():
-                x = np.asarray(leaves[leaf][i] if _stacked(leaf) else leaves[leaf])
+                x = np.asarray(leaves[leaf][i] if is_stacked(leaf) else leaves[leaf])
                 file.write(name, 0, (x.T if is_turned(leaf) else x).reshape(-1))
-    config = json.loads(model.config.to_json_string())
-    config["dtype"] = str(next(iter(leaves.values())).dtype)
-    for small in model.source.iterdir() if model.source else ():
-        # The index is that of the files the weights came in, not of the one they are in now.
-        wanted = small.is_file() and small.suffix in SMALL_FILES
-        if wanted and not small.name.endswith(".index.json"):
-            if small.resolve().parent != folder.resolve():
-                shutil.copy(small, folder / small.name)
+    folders.remove_shards(folder)
     with files.whole(folder / "config.json") as part:
-        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        part.write_text(json.dumps(config, indent=2) + "\n")
+    _copy_small(model.source, folder)
+
+
+def _copy_small(source: Path | None, folder: Path) -> None:
+    """Copy the small files of the folder a model came from, which may be gone by now."""
+    if source is None or source.resolve() == folder.resolve():
+        return
+    if not source.is_dir():
+        warnings.warn(f"{source} is gone: the tokenizer does not go with the weights to {folder}",
+                      stacklevel=3)  # fmt: skip
+        return
+    for small in source.iterdir():
+        # Written anew; or of the files the weights came in, not of the one they are in now.
+        own = small.name in ("config.json", "adapter_config.json")
+        own |= small.name.endswith(".index.json")
+        if small.is_file() and small.suffix in SMALL_FILES and not own:
+            with files.whole(folder / small.name) as part:
+                shutil.copyfile(small, part)  # without its mode, which some mounts refuse
