@@ -275,7 +275,12 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
         else:
             saved = settings.read(options.out)
             rates = saved["learning_rates"]
-        settings.check(options, problem)
+        settings.check(options)
+        if options.clients_per_round > (there := len(problem.clients)):
+            raise ValueError(
+                f"--clients-per-round: expected at most {there}, for there are {there} clients; got "
+                f"{options.clients_per_round}"
+            )
         for method, rate in rates.items():
             algorithm(dataclasses.replace(options, method=method), problem, rate)
         if options.mesh:
@@ -336,5 +341,6 @@ def main(
 
     options = settle(tyro.cli(kind))
     with door():
+        settings.check(options)
         problem = build(options)
     run(options, problem, learning_rates)

@@ -190,10 +190,11 @@ def show_data(problem: Problem) -> None:
     rows = counts(problem)
     if rows:
         out = Table(title="labels")
-        for name in rows[0]:
+        shown = [name for name in rows[0] if name != "word" or any(row["word"] for row in rows)]
+        for name in shown:
             out.add_column(name, justify="left" if name in ("label", "word") else "right")
         for row in rows[:MOST]:
-            out.add_row(*(escape(str(value)) for value in row.values()))
+            out.add_row(*(escape(str(row[name])) for name in shown))
         console.print(out)
     if len(rows) > MOST:
         say(f"and {len(rows) - MOST} more labels, all in labels.json")

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import jax
 
 from experiments import report
-from experiments.problem import Problem
 from experiments.report import console
 from hiso_jax import checks, directions
 
@@ -175,17 +174,11 @@ COUNTS = ("rounds", "clients_per_round", "batch_size", "local_steps", "num_pertu
           "upper_layers", "eval_every", "snapshot_every")  # fmt: skip
 
 
-def check(options: Options, problem: Problem) -> None:
-    """Raise unless the options make a run of this problem; the message names the option."""
+def check(options: Options) -> None:
+    """Raise unless the options are in their ranges; the message names the option."""
     name = lambda field: f"--{field.replace('_', '-')}"  # noqa: E731
     for field in COUNTS:
         checks.count(name(field), getattr(options, field))
-    clients = len(problem.clients)
-    if options.clients_per_round > clients:
-        raise ValueError(
-            f"--clients-per-round: expected at most {clients}, for there are {clients} clients; "
-            f"got {options.clients_per_round}"
-        )
     checks.number("--seed", options.seed, 0, 2**32 - 1)
     checks.number("--dropout", options.dropout, 0, 1)
     checks.number("--smoothing", options.smoothing, 0, above=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import runpy
 import subprocess
@@ -51,6 +52,38 @@ def assert_same_bits(first: Any, second: Any) -> None:
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(first)]
     pairs = zip(names, bits(first), bits(second), strict=True)
     assert [name for name, a, b in pairs if a != b] == []
+
+
+REVIEWS = [
+    {"review": f"{'good fine lovely' if i % 3 else 'bad awful poor'} film number {i}",
+     "mood": "up" if i % 3 else "down", "who": f"w{i % 4}"}
+    for i in range(120)
+]  # fmt: skip
+
+
+"""Rows with a text, a label and a client."""
+
+
+def tiny_model(path: Path) -> Path:
+    """Write a small random OPT with a byte-level BPE of its own, as a Hugging Face folder."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import OPTConfig, PreTrainedTokenizerFast
+
+    from hiso_jax import models
+
+    bpe = ByteLevelBPETokenizer()
+    corpus = [json.dumps(row) + " up down great terrible" for row in REVIEWS]
+    bpe.train_from_iterator(corpus, vocab_size=400, special_tokens=["<s>", "<pad>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(path)
+    config = OPTConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4,
+        max_position_embeddings=80, word_embed_proj_dim=32, init_std=0.2,
+    )  # fmt: skip
+    models.save_pretrained(models.from_config(config, jax.random.key(0)), path)
+    return path
 
 
 ROOT = Path(__file__).parents[1]

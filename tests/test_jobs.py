@@ -21,7 +21,7 @@ def test_digits_leaves_its_folder(tmp_path: Path):
     output = finish(start("digits", *options, "--out", str(tmp_path)))
     assert "test accuracy after" in output and "FedAvg would have moved" in output
     assert {p.name for p in tmp_path.iterdir()} == {
-        "curve.png", "ledger.safetensors", "ledger.sqlite", "metrics.jsonl",
+        ".lock", "curve.png", "labels.json", "ledger.safetensors", "ledger.sqlite", "metrics.jsonl",
         "model.safetensors", "options.json", "snapshots", "split.png", "summary.json"}  # fmt: skip
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -60,11 +60,14 @@ def test_compare_draws_both(tmp_path: Path):
 
 
 def test_divergence_is_said(tmp_path: Path):
-    output = finish(
-        start("digits", "--learning-rate", "1e6", "--rounds", "50", "--out", str(tmp_path))
-    )
-    assert "sent NaN or infinite" in output
-    assert json.loads((tmp_path / "summary.json").read_text())["rounds"] < 50
+    """And seen by scripts: the exit code is 1, and the JSON has no word that is not JSON."""
+    options = ("--learning-rate", "1e6", "--rounds", "50", "--out", str(tmp_path))
+    output = finish(start("digits", *options), code=1)
+    assert "sent NaN or infinite" in output and "of 50 rounds: NaN" in output
+    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["rounds"] < 50 and summary["accuracy"] is None and summary["stopped"]
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize("job, option", [

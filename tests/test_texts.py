@@ -15,42 +15,14 @@ from experiments import finetune, methods, problem
 from hiso_jax import models, simulation, trees
 from hiso_jax.tasks import data, splits, text
 from hiso_jax.tasks.prompts import TASKS, Task
-from tests.helpers import finish, refuse, start
-
-ROWS = [
-    {"review": f"{'good fine lovely' if i % 3 else 'bad awful poor'} film number {i}",
-     "mood": "up" if i % 3 else "down", "who": f"w{i % 4}"}
-    for i in range(120)
-]  # fmt: skip
-
+from tests.helpers import REVIEWS as ROWS
+from tests.helpers import finish, start
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: Any) -> Path:
-    """A small random OPT with a byte-level BPE of its own, as a Hugging Face folder."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import OPTConfig, PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("opt")
-    bpe = ByteLevelBPETokenizer()
-    corpus = [json.dumps(row) + " up down great terrible" for row in ROWS]
-    bpe.train_from_iterator(corpus, vocab_size=400, special_tokens=["<s>", "<pad>", "</s>"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>"
-    )
-    tokenizer.save_pretrained(path)
-    config = OPTConfig(
-        vocab_size=400, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4,
-        max_position_embeddings=80, word_embed_proj_dim=32, init_std=0.2,
-    )  # fmt: skip
-    models.save_pretrained(models.from_config(config, jax.random.key(0)), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Any:
+def tokenizer(tiny: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(tiny)
 
 
 @settings(deadline=None, max_examples=50)
@@ -222,10 +194,10 @@ def test_f1_and_perplexity_are_those_of_the_libraries():
     *(pytest.param(n, marks=pytest.mark.slow) for n in ("norms", "biases")),
     "lora", "last-1", "prefix-3",
 ])  # fmt: skip
-def test_subsets_move_nothing_else(train: str, folder: Path, tmp_path: Path):
+def test_subsets_move_nothing_else(train: str, tiny: Path, tmp_path: Path):
     """Two rounds of a batch's own scalars: what is not trained stays; what is saved loads back."""
     built = finetune.build(finetune.Options(
-        model=str(folder), data=write(tmp_path / "reviews.csv", ROWS), text="review", label="mood",
+        model=str(tiny), data=write(tmp_path / "reviews.csv", ROWS), text="review", label="mood",
         num_clients=3, train=train, lora_rank=2, length=24,
     ))  # fmt: skip
     alg = hj.decomfl(built.loss_fn, 1e-2, trainable=built.trainable)
@@ -235,7 +207,7 @@ def test_subsets_move_nothing_else(train: str, folder: Path, tmp_path: Path):
         state, metrics = jax.jit(alg.round)(state, batch)
     assert np.isfinite(metrics.loss) and np.abs(metrics.record).max() > 0
     built.save(tmp_path, state.params)
-    tuned, base = (models.from_pretrained(f, progress=False) for f in (tmp_path / "model", folder))
+    tuned, base = (models.from_pretrained(f, progress=False) for f in (tmp_path / "model", tiny))
     pairs = zip(trees.named(tuned.params).items(), trees.named(base.params).values(), strict=True)
     moved = {name: np.asarray(a != b) for (name, a), b in pairs}
     wanted = {
@@ -254,10 +226,10 @@ def test_subsets_move_nothing_else(train: str, folder: Path, tmp_path: Path):
     assert before["loss"] != after["loss"]
 
 
-def test_a_pass_that_starts_at_the_last_layer(folder: Path, tmp_path: Path):
+def test_a_pass_that_starts_at_the_last_layer(tiny: Path, tmp_path: Path):
     """With activations of the parameters as they were, the loss of parameters moved above them."""
     built = finetune.build(finetune.Options(
-        model=str(folder), data=write(tmp_path / "reviews.csv", ROWS), text="review", label="mood",
+        model=str(tiny), data=write(tmp_path / "reviews.csv", ROWS), text="review", label="mood",
         num_clients=3, length=24,
     ))  # fmt: skip
     assert built.upper is not None
@@ -288,23 +260,22 @@ def test_a_pass_that_starts_at_the_last_layer(folder: Path, tmp_path: Path):
     pytest.param(("--task", "lm", "--text", "review", "--split", "column",
                   "--client-column", "who"), marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_decoder_is_fine_tuned_shipped_and_loaded(options: Any, folder: Path, tmp_path: Path):
+def test_a_decoder_is_fine_tuned_shipped_and_loaded(options: Any, tiny: Path, tmp_path: Path):
     """The way of a new user with a checkpoint and a file."""
     reviews, run, out = write(tmp_path / "reviews.csv", ROWS), tmp_path / "run", tmp_path / "out"
     finish(start(
-        "finetune", "--model", str(folder), "--data", str(reviews), *options, "--num-clients", "4",
+        "finetune", "--model", str(tiny), "--data", str(reviews), *options, "--num-clients", "4",
         "--clients-per-round", "3", "--rounds", "25", "--learning-rate", "3e-3", "--out", str(run),
     ))  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
     assert summary["rounds"] == 25 and summary["loss"] < summary["loss_before"]
     assert {"split.png", "curve.png", "ledger.safetensors"} <= {p.name for p in run.iterdir()}
-    output = finish(start("replay", str(run / "ledger.safetensors"), str(folder), str(out)))
+    output = finish(start("replay", str(run / "ledger.safetensors"), str(tiny), str(out)))
     assert f"digest {summary['digest']}: equal to the ledger's" in output
-    if "--train" not in options:
-        ours = (run / "model/model.safetensors").read_bytes()
-        assert (out / "model.safetensors").read_bytes() == ours
+    ours = {p.name: p.read_bytes() for p in (run / "model").glob("*.safetensors")}
+    assert {p.name: p.read_bytes() for p in out.glob("*.safetensors")} == ours
     names = ("config.json", "tokenizer.json")
-    assert all((out / n).read_bytes() == (folder / n).read_bytes() for n in names)
+    assert all((out / n).read_bytes() == (tiny / n).read_bytes() for n in names)
 
 
 @pytest.mark.slow
@@ -367,20 +338,3 @@ def test_an_encoder_tells_words_by_its_mask(tmp_path: Path):
     after = simulation.evaluate(score, state.params, built.test, 8, built.prepare)
     assert after["loss"] < 0.9 * before["loss"]
 
-
-def test_bad_options_are_named(folder: Path, tmp_path: Path):
-    reviews = write(tmp_path / "reviews.csv", ROWS)
-    base = ("--model", str(folder), "--data", str(reviews), "--out", str(tmp_path / "run"))
-    cases = [
-        (("--task", "nothing"), "--task: expected docstrings or one of"),
-        (("--text", "review", "--label", "nobody"), "lacks columns ['nobody']"),
-        (("--text", "review", "--label", "mood", "--words", "a"), "--words: expected 2"),
-        (("--text", "review", "--label", "mood", "--train", "lora", "--lora-targets", "x"),
-         "targets: expected some of"),
-        (("--text", "review", "--label", "mood", "--train", "some"), "--train: expected all"),
-        (("--text", "review", "--label", "mood", "--train", "last-9"), "expected 1 to 2 layers"),
-    ]  # fmt: skip
-    for options, message in cases:
-        output = refuse("finetune", *base, *options)
-        assert message in output and "exit 1" in output
-    assert not (tmp_path / "run").exists()

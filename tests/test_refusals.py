@@ -1,0 +1,245 @@
+"""What is asked for and cannot be had: one line, exit code 1, nothing written or moved."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments import digits, finetune, report, settings
+from hiso_jax.tasks.prompts import TASKS
+from tests.helpers import REVIEWS, refuse
+
+OWN = ("--text", "review", "--label", "mood")
+FILE = "reviews.csv"
+
+
+def csv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, a file of reviews, and a run that must stay where it is."""
+    monkeypatch.chdir(tmp_path)
+    csv(tmp_path / FILE, REVIEWS)
+    (tmp_path / "model").symlink_to(tiny)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/options.json").write_text("{}")
+    return tmp_path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    found = (p for p in folder.rglob("*") if p.is_file() and "model" not in p.parts)
+    return {str(p): p.read_bytes() for p in found}
+
+
+def refused(*options: str) -> str:
+    before = tree(Path())
+    said = refuse("finetune", "--model", "model", "--out", "run", *options)
+    assert said.endswith("exit 1") and "Traceback" not in said, said
+    assert tree(Path()) == before  # nothing is written, nothing is moved aside
+    return said
+
+
+@pytest.mark.parametrize("options, said", [
+    (("--task", "nothing"), "--task: expected docstrings or one of"),
+    (("--text", "review", "--label", "nobody"), "lacks columns ['nobody']"),
+    (("--text", "nobody", "--label", "mood"), "lacks columns ['nobody']; it has ['review'"),
+    ((*OWN, "--words", "a"), "--words: expected 2"), ((*OWN, "--words", "a", ""), "words: expected none"),
+    ((*OWN, "--words", "up", "up"), "not told apart"),
+    ((*OWN, "--train", "some"), "--train: expected all"), ((*OWN, "--train", "last-0"), "--train: expected"),
+    ((*OWN, "--train", "last-9"), "expected 1 to 2 layers"),
+    ((*OWN, "--train", "lora", "--lora-targets", "x"), "targets: expected some of"),
+    ((*OWN, "--train", "lora", "--lora-rank", "0"), "--lora-rank: expected an int >= 1"),
+    ((*OWN, "--length", "4"), "--length: expected at least 8"),
+    ((*OWN, "--length", "81"), "--length: expected at most 80 tokens, the model's positions; got 81"),
+    ((*OWN, "--length", "80", "--train", "prefix-3"), "at most 77 tokens"),
+    ((*OWN, "--num-clients", "85"), "--num-clients: expected at most 84"),
+    ((*OWN, "--num-clients", "4"), "--clients-per-round: expected at most 4"),
+    ((*OWN, "--split", "column", "--client-column", "nobody"), "--client-column: train has no column 'nobody'"),
+    ((*OWN, "--client-column", "who"), "--client-column who: needs --split column"),
+    ((*OWN, "--split", "column", "--client-column", "who"), "--clients-per-round: expected at most 4"),
+    (("--prompt", "{} It was", "--label", "mood"), "prompt: no column between '{}'"),
+    (("--prompt", "{review", "--label", "mood"), "prompt: no partner for '{'"),
+    (("--prompt", "{reviw} It was", "--label", "mood"), "lacks columns ['reviw']"),
+    (("--prompt", "It was", "--label", "mood"), "--prompt: 'It was' names no column"),
+    ((*OWN, "--prompt", "{who} It was"), "--text: 'review' is not in --prompt"),
+    (("--task", "sst2", "--text", "review", "--label", "mood"), "train, row 1: column 'mood': expected one of (0, 1)"),
+    (("--task", "sst2", "--text", "review", "--words", "a", "b", "c"), "--words: expected 2, one a label of sst2"),
+    (("--task", "squad", "--text", "review"), "--text: squad reads the columns"),
+    (("--task", "lm", "--text", "review", "--words", "a"), "--words: --task lm reads plain text"),
+    (("--label", "mood"), "--text: needed with --data"), ((*OWN, "--columns", "a", "b"), "columns: line 1"),
+    ((*OWN, "--rounds", "0"), "--rounds: expected an int >= 1"), ((*OWN, "--batch-size", "-1"), "--batch-size"),
+    ((*OWN, "--eval-every", "0"), "--eval-every: expected"), ((*OWN, "--snapshot-every", "0"), "--snapshot-every"),
+    ((*OWN, "--local-steps", "0"), "--local-steps"), ((*OWN, "--num-perturbations", "0"), "--num-perturbations"),
+    ((*OWN, "--clients-per-round", "0"), "--clients-per-round"), ((*OWN, "--dropout", "2"), "--dropout"),
+    ((*OWN, "--smoothing", "0"), "--smoothing"), ((*OWN, "--decay", "2"), "--decay"),
+    ((*OWN, "--seed", "-1"), "--seed"), ((*OWN, "--alpha", "0"), "--alpha"),
+    ((*OWN, "--learning-rate", "nan"), "--learning-rate"), ((*OWN, "--learning-rate", "-1"), "--learning-rate"),
+    ((*OWN, "--method", "best"), "--method: expected one of"), ((*OWN, "--method", "rms"), "--learning-rate: none"),
+    ((*OWN, "--compare", "--method", "rms", "--learning-rate", "1"), "--method: --compare runs"),
+    ((*OWN, "--mesh", "900", "1"), "mesh: 900 x 1 devices"), ((*OWN, "--upper-directions", "9"), "--upper-directions"),
+    ((*OWN, "--upper-directions", "1", "--upper-layers", "2"), "count: expected 1 to 1 of 2 layers"),
+    ((*OWN, "--out", FILE), "--out: reviews.csv is a file"),
+])  # fmt: skip
+def test_options(options: tuple[str, ...], said: str, place: Path):
+    some = ("--num-clients", "9") if "--num-clients" not in options and "column" not in options else ()
+    if {"docstrings", "column"} & set(options) or "--client-column" in options:
+        some = ()
+    assert said in refused("--data", FILE, *some, *options)
+
+
+@pytest.mark.parametrize("options", [
+    OWN, ("--words", "a", "b"), ("--columns", "a"), ("--prompt", "{a}"), ("--num-clients", "3"),
+    ("--split", "iid"),
+])  # fmt: skip
+def test_options_that_would_be_passed_over(options: tuple[str, ...], place: Path):
+    assert "--data" in refused(*options)  # without it the docstrings would be run
+
+
+@pytest.mark.parametrize("rows, options, said", [
+    ([row | {"mood": "up"} for row in REVIEWS], OWN, "--label: column 'mood' has one class only"),
+    ([row | {"mood": f"m{i}"} for i, row in enumerate(REVIEWS)], OWN, "120 different values in 120 rows"),
+    ([row | {"mood": ""} for row in REVIEWS], OWN, "no row of train has a label, column 'mood'"),
+    (REVIEWS[:2], OWN, "2 rows with labels are too few"),
+    ([row | {"who": ""} for row in REVIEWS],
+     (*OWN, "--split", "column", "--client-column", "who"), "column 'who' is empty in all rows"),
+    ([row | {"review": "x"} for row in REVIEWS], ("--task", "lm", "--text", "review"), "no client has a text of two tokens"),
+])  # fmt: skip
+def test_data(rows: Any, options: tuple[str, ...], said: str, place: Path):
+    csv(place / "other.csv", rows)
+    assert said in refused("--data", "other.csv", *options)
+
+
+@pytest.mark.parametrize("broken, said", [
+    ("tokenizer.json", "tokenizer"), ("model.safetensors", "model.safetensors"), ("config.json", "config.json"),
+])  # fmt: skip
+def test_a_model_that_lacks_a_file(broken: str, said: str, place: Path, tiny: Path):
+    (place / "model").unlink()
+    shutil.copytree(tiny, place / "model")
+    for name in {broken, "tokenizer_config.json" if broken == "tokenizer.json" else broken}:
+        (place / "model" / name).unlink()
+    assert said in refused("--data", FILE, *OWN, "--num-clients", "9")
+
+
+def test_a_tokenizer_of_another_model(place: Path, tiny: Path):
+    from transformers import OPTConfig
+
+    from hiso_jax import models
+
+    (place / "model").unlink()
+    shutil.copytree(tiny, place / "model")
+    config = OPTConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4,
+        max_position_embeddings=80, word_embed_proj_dim=32,
+    )  # fmt: skip
+    models.save_pretrained(models.from_config(config, jax.random.key(0)), place / "model")
+    assert "the model has 300 rows" in refused("--data", FILE, *OWN, "--num-clients", "9")
+
+
+def test_a_file_of_numbers_for_weights(place: Path):
+    """Weights that overflow say so before a run, instead of an accuracy."""
+    problem = digits.digits(5)
+    broken = problem._replace(params=jax.tree.map(lambda x: x * np.nan, problem.params))
+    out = place / "new[1]"
+    options = digits.Options(out=out, rounds=2, clients=5, clients_per_round=2)
+    from experiments import job
+
+    with pytest.raises(SystemExit) as end:
+        job.run(options, broken, digits.LEARNING_RATES)
+    assert end.value.code == 1 and not out.exists()
+
+
+@pytest.mark.parametrize("saved, said", [
+    (None, "no run to resume"), ("", "not the options of a run"), ("[]", "not the options of a run"),
+    ('{"job": "digits"}', "not the options of a run"),
+    ('{"job": "digits", "options": {}, "learning_rates": {}}', "is a run of experiments.digits"),
+])  # fmt: skip
+def test_runs_that_are_none(saved: str | None, said: str, tmp_path: Path):
+    if saved is not None:
+        (tmp_path / "options.json").write_text(saved)
+    assert said in refuse("finetune", "--resume", str(tmp_path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Elsewhere(digits.Options):
+    """Options of a job with data and a model."""
+
+    data: Path | None = None
+    model: str | None = None
+
+
+def test_options_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Absolute paths, infinity, tuples; data and model may be elsewhere when it goes on."""
+    monkeypatch.chdir(csv(tmp_path / "a[1]" / "x.csv", REVIEWS).parent)
+    given = Elsewhere(out=tmp_path / "run", alpha=float("inf"), mesh=(8, 1), data=Path("x.csv"),
+                      model="org/name", learning_rate=0.5)  # fmt: skip
+    given.out.mkdir()
+    settings.write(given, {"hiso": 0.5}, {})
+    json.loads((given.out / "options.json").read_text(), parse_constant=pytest.fail)
+    monkeypatch.chdir(tmp_path)
+    back = settings.settle(Elsewhere(resume=Path("run")))
+    wanted = dataclasses.replace(
+        given, data=tmp_path / "a[1]/x.csv", out=Path("run"), resume=Path("run")
+    )
+    assert back == wanted
+    moved = settings.settle(Elsewhere(resume=Path("run"), data=Path("y.csv"), model="z"))
+    assert moved == dataclasses.replace(wanted, data=Path("y.csv"), model="z")
+    with pytest.raises(SystemExit, match="--rounds, --alpha cannot be given with it|--alpha, --rounds"):
+        settings.settle(Elsewhere(resume=Path("run"), rounds=3, alpha=2.0, data=Path("y.csv")))
+
+
+JSONS = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(),
+              st.floats(width=32).map(np.float32)),
+    lambda own: st.one_of(st.lists(own, max_size=3), st.dictionaries(st.text(), own, max_size=3)),
+    max_leaves=10,
+)  # fmt: skip
+
+
+@given(JSONS)
+def test_json_is_what_every_reader_takes(content: Any):
+    json.loads(report.dumps(content), parse_constant=pytest.fail)
+
+
+@given(st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1))
+def test_paths_are_printed_as_they_are(name: str):
+    from rich.console import Console
+
+    console = Console(emoji=False, highlight=False, width=20, force_terminal=False, record=True)
+    before, report.console = report.console, console
+    try:
+        with console.capture() as got:
+            report.say("In ", name, "/")
+            report.fail(ValueError(f"{name}:\n no"))
+    finally:
+        report.console = before
+    assert got.get() == f"In {name}/\n{name}: no\n"
+
+
+def test_labels_are_shown_with_words_and_counts(place: Path):
+    rows = [dict(r, mood={"up": 10, "down": 9}[r["mood"]] if i % 10 else "") for i, r in enumerate(REVIEWS)]
+    csv(place / "train.csv", rows)
+    csv(place / "test.csv", [dict(rows[1], mood=11), *rows[1:9]])
+    (place / FILE).unlink()
+    built = finetune.build(finetune.Options(
+        model="model", data=place, text="review", label="mood", num_clients=3, length=24,
+        words=("down", "up", "great"),
+    ))  # fmt: skip
+    table = report.counts(built)
+    assert [(row["label"], row["word"]) for row in table] == [("9", "down"), ("10", "up"), ("11", "great")]
+    total = [sum(row[name] for row in table) for name in ("train", "dev", "test")]
+    assert total == [89, 19, 9] and table[2]["train"] == 0
+    assert "train: 12 of 120 rows have no mood, left out" in built.notes
+    assert built.name.startswith(place.name) and "docstring" not in built.name
+    assert TASKS["sst2"].classes == (0, 1)
