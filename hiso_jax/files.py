@@ -1,17 +1,26 @@
 """Files are written whole or not at all."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# What a file system that cannot do something says; anything else is a fault of the disk.
+_NOT_THERE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path in the same folder; rename it to `path` on success.
 
-    On an error or an interrupt the temporary file is removed and `path` is what it was.
+    On an error or an interrupt the temporary file is removed and `path` is what it was. Network
+    and FUSE mounts that know no permissions or no fsync are written to like any other.
+
+    Raises:
+      IsADirectoryError: `path` is a folder.
+      OSError: it cannot be written or put in its place; the path is in the message.
 
     Example:
       >>> import tempfile, pathlib
@@ -22,19 +31,38 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
       'all of it'
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a file's path, got a folder's", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Matplotlib and others choose the format by the suffix, so it stays.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    # Matplotlib and others choose the format by the suffix, so it stays. A name may be as long
+    # as the file system allows, and this one is longer.
+    prefix = f".{path.stem[:32]}-"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
     os.close(handle)
     part = Path(name)
     try:
         yield part
-        with open(part, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(part, 0o666 & ~_umask())
-        os.replace(part, path)
+        _sync(part)
+        with contextlib.suppress(OSError):  # permissions are a courtesy to others
+            os.chmod(part, 0o666 & ~_umask())
+        try:
+            os.replace(part, path)
+        except OSError as error:
+            why = error.strerror or error
+            text = f"the file system does not rename the finished file to its place: {why}"
+            raise OSError(error.errno, text, str(path)) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before says more
+            part.unlink(missing_ok=True)
+
+
+def _sync(part: Path) -> None:
+    with open(part, "rb") as written:
+        try:
+            os.fsync(written.fileno())
+        except OSError as error:
+            if error.errno not in _NOT_THERE:  # no room, say: the file is not whole
+                raise
 
 
 def _umask() -> int:
