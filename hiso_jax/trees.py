@@ -7,7 +7,7 @@ another, and a subtree can be worked on alone.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,9 +33,25 @@ def leaf_hash(name: str) -> int:
 
 
 def named(params: Params) -> dict[str, Any]:
-    """Every leaf of a pytree by name, trainable or not, in tree order."""
+    """Every leaf of a pytree by name, trainable or not, in tree order.
+
+    Raises:
+      ValueError: two leaves have one name, as ``{"a": {"b": x}, "a/b": y}`` has, or a name has
+        the character NUL in it, with which the names of packed leaves begin.
+    """
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {leaf_name(path): leaf for path, leaf in flat}
+    paths: dict[str, tuple[Any, ...]] = {}
+    for path, _ in flat:
+        name = leaf_name(path)
+        if "\0" in name:
+            raise ValueError(f"params: the name of leaf {name!r} has a NUL in it; rename it")
+        if name in paths:
+            first, second = (jax.tree_util.keystr(p) for p in (paths[name], path))
+            raise ValueError(
+                f"params: leaves {first} and {second} have the same name {name!r}; rename one"
+            )
+        paths[name] = path
+    return {name: leaf for name, (_, leaf) in zip(paths, flat, strict=True)}
 
 
 def _is_float(leaf: Any) -> bool:
@@ -83,10 +99,9 @@ def select(params: Params, trainable: Trainable = None) -> Leaves:
       ['a/w']
     """
     leaves: Leaves = {}
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
     hashes: dict[int, str] = {}
-    for (path, leaf), keep in zip(flat, _mask(params, trainable), strict=True):
-        name = leaf_name(path)
+    # Frozen leaves are named too: one with the name of a trainable one would move with it.
+    for (name, leaf), keep in zip(named(params).items(), _mask(params, trainable), strict=True):
         if not keep:
             continue
         if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
@@ -95,8 +110,8 @@ def select(params: Params, trainable: Trainable = None) -> Leaves:
             continue
         if leaf_hash(name) in hashes:
             raise ValueError(
-                f"params: leaves {name!r} and {hashes[leaf_hash(name)]!r} have the same name or "
-                "name hash and would get the same noise; rename one"
+                f"params: leaves {name!r} and {hashes[leaf_hash(name)]!r} have the same hash of "
+                "their names and would get the same noise; rename one"
             )
         hashes[leaf_hash(name)] = name
         leaves[name] = jnp.asarray(leaf)
@@ -112,12 +127,29 @@ def merge(params: Params, leaves: Mapping[str, Any]) -> Params:
     )
 
 
-def nodes(tree: Any, names: Collection[str]) -> tuple[list[Any], Any]:
-    """Flatten a tree, but for the dicts of leaves in it: those with exactly these keys.
+def nodes(tree: Any, leaves: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """Flatten a rule's state, but for the dicts of leaves in it: an array of its shape for each.
+
+    Keys alone do not tell: a state may be a dict whose keys are the names of leaves as well.
+
+    Args:
+      tree: the state.
+      leaves: name -> anything with a shape.
 
     Example:
-      >>> nodes({"curvature": {"a": 1, "b": 2}, "count": 3}, ["a", "b"])[0]
-      [3, {'a': 1, 'b': 2}]
+      >>> import jax.numpy as jnp
+      >>> leaves = {"curvature": jnp.ones(2), "count": jnp.ones(3)}
+      >>> state = {"curvature": leaves, "count": jnp.ones(())}
+      >>> [sorted(x) if isinstance(x, dict) else x.shape for x in nodes(state, leaves)[0]]
+      [(), ['count', 'curvature']]
     """
-    every = set(names)
-    return jax.tree.flatten(tree, lambda x: isinstance(x, dict) and x.keys() == every)
+
+    def own(x: Any) -> bool:
+        return (
+            isinstance(x, dict)
+            and x.keys() == leaves.keys()
+            and all(jax.tree_util.all_leaves([y]) for y in x.values())
+            and all(jnp.shape(y) == jnp.shape(leaves[n]) for n, y in x.items())
+        )
+
+    return jax.tree.flatten(tree, own)
