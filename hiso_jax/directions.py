@@ -174,7 +174,8 @@ def draw(
         drawn = _pairs(key, count, start)
     else:
         # Fused with what follows, a CPU would compute the word of every sign anew.
-        cipher = lambda data, start: words(jax.random.wrap_key_data(data), count, start)  # noqa: E731
+        wrap = functools.partial(jax.random.wrap_key_data, impl="threefry2x32")
+        cipher = lambda data, start: words(wrap(data), count, start)  # noqa: E731
         signs = jax.lax.platform_dependent(
             jax.random.key_data(key),
             start >> 5,
@@ -284,8 +285,11 @@ def rounding_keys(key: jax.Array, round: Any, names: Sequence[str]) -> jax.Array
 
 
 def round_to(key: jax.Array, x: jax.Array, dtype: Any, start: Any = 0) -> jax.Array:
-    """Round float32 to `dtype`, stochastically; `key` and `start` as of `draw`."""
-    if dtype == jnp.float32:
+    """Round float32 to a narrower `dtype`, stochastically; `key` and `start` as of `draw`.
+
+    What is of that type already, float64 included, stays as it is.
+    """
+    if dtype == x.dtype:
         return x
     drawn = words(key, x.size, start).reshape(x.shape)
     return exact.stochastic_round(drawn, x, dtype)

@@ -74,15 +74,32 @@ def seal(x: jax.Array) -> jax.Array:
 def flush(x: jax.Array) -> jax.Array:
     """Make the subnormal numbers of a float32 array zero of the same sign, uncontractable.
 
+    Those of a float64 array likewise.
+
     Example:
       >>> import numpy as np
       >>> flush(np.array([1e-40, 1e-30, -2.0], np.float32)).tolist() == [0.0, np.float32(1e-30), -2]
       True
     """
-    pattern = lax.bitcast_convert_type(x, jnp.int32)
-    zero = pattern & jnp.int32(-(2**31))
-    kept = jnp.where(pattern & jnp.int32(0x7F800000) == 0, zero, pattern)
-    return lax.bitcast_convert_type(kept, jnp.float32)
+    double = x.dtype == jnp.float64
+    whole, exponent, sign = (
+        (jnp.int64, 0x7FF << 52, -(2**63)) if double else (jnp.int32, 0x7F800000, -(2**31))
+    )
+    pattern = lax.bitcast_convert_type(x, whole)
+    zero = pattern & whole(sign)
+    kept = jnp.where(pattern & whole(exponent) == 0, zero, pattern)
+    return lax.bitcast_convert_type(kept, jnp.float64 if double else jnp.float32)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """Return an array in the type that its updates are added in: float64 stays, others float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> wide(jnp.ones(2, jnp.bfloat16)).dtype
+      dtype('float32')
+    """
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def mul(a: jax.typing.ArrayLike, b: jax.typing.ArrayLike) -> jax.Array:
@@ -93,12 +110,15 @@ def mul(a: jax.typing.ArrayLike, b: jax.typing.ArrayLike) -> jax.Array:
       >>> float(mul(jnp.float32(3.0), jnp.float32(0.5)))
       1.5
     """
-    return flush(jnp.multiply(a, b))
+    # With 64-bit types a float64 number of NumPy's, unlike Python's, would make float64 of it all.
+    return flush(jnp.asarray(a, jnp.float32) * jnp.asarray(b, jnp.float32))
 
 
 def move(x: jax.Array, scale: Any, direction: jax.Array) -> jax.Array:
     """Return ``x + scale * direction`` in the dtype of `x`, computed in float32 at least."""
-    return (x + seal(jnp.asarray(scale, jnp.float32) * direction)).astype(x.dtype)
+    start = wide(x)
+    step = seal(jnp.asarray(scale, jnp.float32) * direction)
+    return (start + step.astype(start.dtype)).astype(x.dtype)
 
 
 def rsqrt(x: jax.Array) -> jax.Array:
@@ -231,7 +251,9 @@ def stochastic_round(words: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Ar
     """
     nearest = x.astype(dtype)
     error = x - nearest.astype(jnp.float32)  # exact: both have few bits
-    towards = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
+    # Not towards infinity, which JAX's debug modes would take for a fault; it is the same step.
+    limit = jnp.finfo(dtype).max
+    towards = jnp.where(error > 0, limit, -limit).astype(dtype)
     neighbour = jnp.nextafter(nearest, towards)
     gap = jnp.abs(neighbour.astype(jnp.float32) - nearest.astype(jnp.float32))
     # 24 random bits make a uniform number in [0, 1) without rounding.

@@ -183,7 +183,7 @@ def scalar_algorithm(
         if own_directions is not None and not 0 <= place <= places - count:
             raise ValueError(f"batches: {count} clients from place {place} on, but "
                              f"own_directions={own_directions}")  # fmt: skip
-        starts = perturbations * (place + jnp.arange(count)) * (own_directions is not None)
+        starts = perturbations * (place + jnp.arange(count)) * int(own_directions is not None)
         return meshes.over_clients(evaluate_some, state, (starts, batches))
 
     def measure(
@@ -248,7 +248,7 @@ def scalar_algorithm(
                 )
                 return moved, (loss, scalars)
 
-            wide = {n: x.astype(jnp.float32) for n, x in leaves.items()}
+            wide = {n: exact.wide(x) for n, x in leaves.items()}
             return lax.scan(step, (wide, rule_state), (jnp.arange(steps), data))[1]
 
         return lax.map(client, clients)

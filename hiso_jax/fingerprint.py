@@ -9,6 +9,7 @@ whoever may write the parameters can also look for another set with the same dig
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -93,9 +94,11 @@ def part(x: Any, salts: Any, start: Any = 0, size: Any = None, skip: Any = 0) ->
     Returns:
       uint32 [2].
     """
-    bits = _patterns(jnp.asarray(x))
+    x = jnp.asarray(x)
+    bits = _patterns(x)
+    words = math.prod(bits.shape[x.ndim :])  # of an element: two of float64, of a key
     bits = bits.reshape(1) if bits.ndim == 0 else bits
-    place, stride = jnp.uint32(start), 1
+    place, stride = jnp.uint32(start) * np.uint32(words), 1
     for axis in reversed(range(bits.ndim)):
         index = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         place, stride = place + index * np.uint32(stride % 2**32), stride * bits.shape[axis]
@@ -107,6 +110,7 @@ def part(x: Any, salts: Any, start: Any = 0, size: Any = None, skip: Any = 0) ->
     if size is not None:
         index = lax.iota(jnp.uint32, bits.shape[0]) - jnp.asarray(skip, jnp.uint32)
         inside = index < jnp.asarray(size, jnp.uint32)  # below `skip` it wraps around to large
+        inside = inside.reshape(-1, *[1] * (bits.ndim - 1))
         first, second = jnp.where(inside, first, 0), jnp.where(inside, second, 0)
     # Both sums in one reduction read the leaf once, and run many times faster than two sums.
     zero = np.uint32(0)
@@ -126,6 +130,8 @@ def _patterns(x: jax.Array) -> jax.Array:
         x = jnp.stack([x.real, x.imag], -1)
     if x.dtype == bool:
         return x.astype(jnp.uint32)
+    if str(x.dtype) in ("int2", "int4", "uint2", "uint4"):  # too narrow to be viewed as anything
+        return x.astype(jnp.int32).astype(jnp.uint32)
     if x.dtype.itemsize >= 4:
         return lax.bitcast_convert_type(x, jnp.uint32)
     return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)

@@ -47,7 +47,8 @@ class Replay:
       ledger: open; all its records are used.
 
     Raises:
-      ValueError: the ledger's rule is not one of `hiso_jax.rules.RULES`.
+      ValueError: the ledger's rule is not one of `hiso_jax.rules.RULES`, or a leaf has a 64-bit
+        type and JAX's are switched off.
 
     Example:
       >>> import hiso_jax as hj, jax, jax.numpy as jnp, numpy as np
@@ -72,6 +73,12 @@ class Replay:
             name: Leaf(name, jnp.dtype(dtype), tuple(shape), trainable)
             for name, dtype, shape, trainable, *_ in header["leaves"]
         }
+        for leaf in self.leaves.values():
+            if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+                raise ValueError(
+                    f"ledger: leaf {leaf.name!r} is {leaf.dtype}, which JAX makes 32 bits wide "
+                    "unless it is told otherwise; set jax_enable_x64 (JAX_ENABLE_X64=1)"
+                )
         self.base = header["base"]
         self.wanted = records.digests[-1] if ledger.rounds else None
         rates = records.learning_rates
@@ -223,7 +230,7 @@ def _replay(
 
         usable = jnp.isfinite(record).all()
         record = exact.seal(jnp.where(usable, record, 0))
-        wide = {"x": x.astype(jnp.float32)}
+        wide = {"x": exact.wide(x)}
         leaves, new = updates.local_steps(rule, noise, state, wide, state, record, rate)
         moved = directions.round_to(rounding_key, leaves["x"], x.dtype, start)
         kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hiso_jax import checks, directions, estimators, exact, federated, rules, trees
@@ -45,7 +46,7 @@ def _transform(
         return ZerothOrderState(
             count=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
-            value=jnp.full((), jnp.nan, jnp.float32),
+            value=jax.device_put(np.float32(np.nan)),  # computed, debug modes would refuse it
             rule=rule.init(trees.select(params, trainable)),
         )
 
@@ -82,20 +83,17 @@ def _transform(
         if learning_rate is not None:
             rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
             rate = jnp.asarray(rate, jnp.float32)
-            wide = {n: x.astype(jnp.float32) for n, x in leaves.items()}
-            moved = {n: x - exact.mul(rate, step[n]) for n, x in wide.items()}
-            keys = directions.rounding_keys(key, state.count, list(moved))
-            rounded = {
-                n: directions.round_to(keys[i], x, leaves[n].dtype)
-                for i, (n, x) in enumerate(moved.items())
-            }
-            # float32: the plain product, so that nothing is lost in adding and subtracting x.
-            step = {
-                n: -exact.mul(rate, step[n])
-                if x.dtype == jnp.float32
-                else rounded[n].astype(jnp.float32) - wide[n]
-                for n, x in leaves.items()
-            }
+            keys = directions.rounding_keys(key, state.count, list(leaves))
+
+            def moves(number: int, x: jax.Array, step: jax.Array) -> jax.Array:
+                wide, shift = exact.wide(x), exact.mul(rate, step)
+                # The plain product, so that nothing is lost in adding and subtracting x.
+                if wide.dtype == x.dtype:
+                    return -shift
+                rounded = directions.round_to(keys[number], wide - shift, x.dtype)
+                return rounded.astype(wide.dtype) - wide
+
+            step = {n: moves(i, x, step[n]) for i, (n, x) in enumerate(leaves.items())}
         new_updates = trees.merge(
             jax.tree.map(jnp.zeros_like, params),
             {n: step[n].astype(x.dtype) for n, x in leaves.items()},

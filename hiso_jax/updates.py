@@ -82,13 +82,14 @@ def local_steps(
     rate: jax.Array,
     lasts: Any = None,
 ) -> tuple[trees.Leaves, Any]:
-    """Move float32 leaves, or parts of them, by a record [K, P].
+    """Move float32 or float64 leaves, or parts of them, by a record [K, P].
 
     Args:
       rule: see `hiso_jax.rules`.
       noise: local step -> perturbation -> u of the leaves.
       entering: the rule's state that entered the round; directions come from it.
-      leaves: name -> float32 array.
+      leaves: name -> float32 array; or float64, which keeps its digits and takes the same float32
+        shift.
       state: the rule's state so far.
       record: float32 [K, P], finite; [K, 2 P] if the rule takes second differences.
       rate: learning rate, float32.
@@ -103,7 +104,7 @@ def local_steps(
         (leaves, state), (k, scalars, last) = carry, inputs
         delta = ascent(rule, entering, scalars, noise(k), leaves)
         move, state = rule.update(state, delta, scalars, last)
-        shift = {n: exact.mul(rate, move[n]) for n in leaves}
+        shift = {n: exact.mul(rate, move[n]).astype(x.dtype) for n, x in leaves.items()}
         return ({n: exact.flush(exact.flush(x) - shift[n]) for n, x in leaves.items()}, state), None
 
     return lax.scan(step, (leaves, state), (jnp.arange(len(record)), record, lasts))[0]
@@ -136,7 +137,8 @@ def apply_record(
       usable: bool; if False, nothing changes.
       wanted: bool; if False, nothing is even computed.
       frozen: the state is not needed afterwards: it is returned as it was, and no copy is made.
-      narrow: (leaf, float32 block, number of its first element) -> block in the leaf's dtype.
+      narrow: (leaf, block as of `exact.wide`, number of its first element) -> block in the leaf's
+        dtype.
 
     Returns:
       The moved leaves and the rule's new state.
@@ -170,7 +172,7 @@ def apply_record(
             then = now
             if entering is not None:
                 then = part(first, lambda j: at(first[j][name].reshape(shape), i))
-            wide = {name: at(x, i).astype(jnp.float32)}
+            wide = {name: exact.wide(at(x, i))}
             end, new = local_steps(rule, draw, then, wide, now, record, rate, lasts)
             put = lambda x, n: lax.dynamic_update_index_in_dim(x, kept(n, at(x, i)), i, 0)  # noqa: E731
             if frozen:

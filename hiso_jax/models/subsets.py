@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiso_jax import checks, trees
+from hiso_jax import checks, exact, trees
 
 MASKS = {"all": "", "norms": r"norm", "biases": r"(^|/)bias$"}
 """Patterns of leaf names in lower case, by the name of a subset."""
@@ -84,7 +84,8 @@ def last_zeros(params: trees.Params, count: int) -> trees.Leaves:
 def merge_last(params: trees.Params, changes: trees.Leaves) -> trees.Params:
     """Return params with the changes added to the last layers."""
     leaves: Any = trees.named(params)
-    return trees.merge(params, {n: leaves[n].at[-len(x) :].add(x) for n, x in changes.items()})
+    added = {n: jnp.asarray(leaves[n]).at[-len(x) :].add(x) for n, x in changes.items()}
+    return trees.merge(params, added)
 
 
 def lora_zeros(params: trees.Params, rank: int, targets: Sequence[str]) -> trees.Leaves:
@@ -119,17 +120,23 @@ def lora_zeros(params: trees.Params, rank: int, targets: Sequence[str]) -> trees
 def merge_lora(params: trees.Params, adapters: trees.Leaves, alpha: float) -> trees.Params:
     """Return params with ``kernel + alpha / rank * (a_0 + a) @ b`` in place of adapted kernels.
 
-    ``a_0`` is N(0, 1 / rank), drawn anew from the kernel's name wherever it is needed.
+    ``a_0`` is N(0, 1 / rank), drawn anew from the kernel's name wherever it is needed. No digest
+    covers it, so it must not depend on JAX's flags either: on how threefry counts, on 64-bit
+    types, on the precision of products.
     """
     leaves = trees.named(params)
     merged = {}
     for name in (n.removesuffix("/a") for n in adapters if n.endswith("/a")):
-        a, b = adapters[f"{name}/a"], adapters[f"{name}/b"]
-        rank = a.shape[-1]
-        key = jax.random.key(np.uint32(trees.leaf_hash(name)), impl="threefry2x32")
-        # Drawn flat: the same numbers, for a quarter of the compile time.
-        start = jax.random.normal(key, (a.size,)).reshape(a.shape) / rank**0.5
-        change = alpha / rank * ((start + a) @ b.astype(jnp.float32))
         kernel: Any = leaves[f"{name}/kernel"]
-        merged[f"{name}/kernel"] = (kernel + change).astype(kernel.dtype)
+        a, b = (exact.wide(jnp.asarray(adapters[f"{name}/{part}"])) for part in "ab")
+        rank = a.shape[-1]
+        seed = jnp.asarray(np.array([0, trees.leaf_hash(name)], np.uint32))
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        # Drawn flat: the same numbers, for a quarter of the compile time.
+        with jax.threefry_partitionable(True):
+            start = jax.random.normal(key, (a.size,), jnp.float32).reshape(a.shape) / rank**0.5
+        product = jnp.matmul(start.astype(a.dtype) + a, b, precision=jax.lax.Precision.HIGHEST)
+        wide = exact.wide(jnp.asarray(kernel))
+        change = (jnp.asarray(alpha / rank, product.dtype) * product).astype(wide.dtype)
+        merged[f"{name}/kernel"] = (wide + change).astype(kernel.dtype)
     return trees.merge(params, merged)
