@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -57,6 +57,41 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
     return value
+
+
+def client(argument: str, value: Any) -> str:
+    """Return a client's name as text, which is what ledgers and servers keep.
+
+    Raises:
+      ValueError: `value` stands for a missing one: None, NaN or empty text.
+    """
+    try:
+        missing = value is None or bool(value != value)  # NaN, and pandas' NaT
+    except (TypeError, ValueError):  # pandas' NA; an array
+        missing = True
+    if missing or not (text := str(value)):
+        raise ValueError(f"{argument}: expected a client's name, got {value!r}")
+    return text
+
+
+def clients(argument: str, values: Iterable[Any]) -> list[str]:
+    """Return clients' names as text, in their order.
+
+    Raises:
+      TypeError: `values` is one text instead of several names.
+      ValueError: there is none, one is missing, or two are the same text.
+    """
+    if isinstance(values, (str, bytes)):
+        raise TypeError(f"{argument}: expected a list of names, got the text {values!r}")
+    given: dict[str, Any] = {}
+    for value in values:
+        if (text := client(argument, value)) in given:
+            raise ValueError(f"{argument}: expected different names of clients, got {text!r} twice "
+                             f"(as {given[text]!r} and {value!r})")  # fmt: skip
+        given[text] = value
+    if not given:
+        raise ValueError(f"{argument}: expected at least one client, got none")
+    return list(given)
 
 
 def batches(loss_fn: Callable[..., Any], params: Any, batches: Any, steps: int) -> None:

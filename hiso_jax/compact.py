@@ -1,7 +1,8 @@
 """A run as one small file to send: scalars and header, in the safetensors format.
 
 Tensors: ``scalars`` float32 [R, K, P], NaN in the rounds nobody answered; ``learning_rates``
-float32 [R] if they follow a schedule; ``header`` the ledger's header as compressed JSON;
+float32 [R] if they follow a schedule; ``header`` the ledger's header as compressed JSON (of its
+``about`` no more than ``train``, and ``about`` only where there is one);
 ``digest`` uint32 [2] of the last state; ``sha256`` of all of these. A file has one way to
 be written only, so any byte that has changed is found.
 """

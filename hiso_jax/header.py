@@ -54,7 +54,7 @@ def describe(
     )
     try:
         return json.loads(canonical(header))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: NaN, which JSON has no word for
         raise ValueError(f"about: expected plain data (JSON): {error}") from None
 
 
@@ -126,7 +126,7 @@ def match_state(
     Args:
       header: of the run.
       state: fresh from init, or later.
-      algorithm: to compare what is trainable, if given.
+      algorithm: to compare what is trained, if given.
       rounds: how long the run is.
       digest: the run's after as many rounds as `state` has, if it is known.
     """
@@ -134,14 +134,17 @@ def match_state(
         raise Mismatch(f"another root key: {header['key']} there, {_key(state)} here")
     if (done := int(state.round)) > rounds:
         raise Mismatch(f"it has {rounds} rounds, the state {done}")
+    # Of later states too: a digest says nothing of leaves without elements, nor of which are
+    # trained where the rule keeps nothing for them.
+    ours = {entry[0]: entry[1:] for entry in header["leaves"]}
+    _match_leaves(ours, state, algorithm)
     if not done:
-        _match_base(header, state, algorithm)
+        _match_base(header, ours, state)
     elif digest not in (None, here := fingerprint.text(fingerprint.digest(state))):
         raise Mismatch(f"its digest after {done} rounds is {digest}, the state's {here}")
 
 
-def _match_base(header: Mapping[str, Any], state: State, algorithm: Algorithm | None) -> None:
-    ours = {entry[0]: entry[1:] for entry in header["leaves"]}
+def _match_leaves(ours: Mapping[str, list[Any]], state: State, algorithm: Algorithm | None) -> None:
     given = trees.named(state.params)
     if ours.keys() != given.keys():
         there, here = sorted(ours.keys() - given.keys()), sorted(given.keys() - ours.keys())
@@ -149,11 +152,16 @@ def _match_base(header: Mapping[str, Any], state: State, algorithm: Algorithm | 
     for name, leaf in given.items():
         kind = [str(jnp.result_type(leaf)), list(jnp.shape(leaf))]
         if ours[name][:2] != kind:
-            raise Mismatch(f"leaf {name!r} is {ours[name][:2]} there and {kind} here")
+            wide = ("float64", "int64", "uint64")
+            hint = "; set jax_enable_x64" if ours[name][0] in wide and kind[0] not in wide else ""
+            raise Mismatch(f"leaf {name!r} is {ours[name][:2]} there and {kind} here{hint}")
     if algorithm is not None:
         trained = algorithm.trainable(state.params)
         if wrong := [n for n in ours if ours[n][2] != (n in trained)]:
             raise Mismatch(f"other leaves are trainable there: {_few(wrong)}")
+
+
+def _match_base(header: Mapping[str, Any], ours: Mapping[str, list[Any]], state: State) -> None:
     digests = fingerprint.by_leaf(state.params)
     if fingerprint.text(fingerprint.total(digests.values())) != header["base"]:
         # A compact file has no digests of single leaves.

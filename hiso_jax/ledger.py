@@ -6,46 +6,29 @@ header and records: a byte of them that has changed is found when the file is op
 is a record that has gone.
 """
 
-import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from hiso_jax import checks, compact, files, fingerprint
+from hiso_jax import checks, compact, files, fingerprint, ledgerfile
 from hiso_jax import header as headers
+from hiso_jax.ledgerfile import CorruptLedger, LedgerError, LedgerMismatch, LedgerWriteError
 from hiso_jax.protocol import Algorithm, State
 
-FORMAT = 1
-_APPLICATION = 0x4869536F  # "HiSo", in the file's own header
-_TABLES = """
-CREATE TABLE header (json TEXT NOT NULL, sha256 BLOB NOT NULL);
-CREATE TABLE records (
-  round INTEGER PRIMARY KEY, scalars BLOB NOT NULL, learning_rate REAL NOT NULL,
-  digest TEXT, reported TEXT NOT NULL, chain BLOB NOT NULL);
-CREATE TABLE head (rounds INTEGER NOT NULL, chain BLOB NOT NULL);
-"""
-
-
-class LedgerError(Exception):
-    """Something is wrong with a ledger; what and where is in the message."""
-
-
-class CorruptLedger(LedgerError):
-    """The file is not a ledger, or not as it was written."""
-
-
-class LedgerMismatch(LedgerError):
-    """The ledger belongs to another base model, algorithm or state."""
-
-
-class LedgerWriteError(LedgerError):
-    """A record could not be written; the ledger is as it was before."""
+__all__ = [
+    "CorruptLedger",
+    "Ledger",
+    "LedgerError",
+    "LedgerMismatch",
+    "LedgerWriteError",
+    "Records",
+]
 
 
 class Records(NamedTuple):
@@ -92,7 +75,7 @@ class Ledger:
 
     def __init__(self, path: str, connection: sqlite3.Connection):
         self.path, self._connection = path, connection
-        self.header, self.rounds, self._chain = self._verify()
+        self.header, self.rounds, self._chain = ledgerfile.verify(path, connection)
         self.shape = headers.shape(self.header)
 
     @classmethod
@@ -109,7 +92,8 @@ class Ledger:
           path: of a file that is not there yet.
           algorithm: whose records will be kept.
           state: fresh from ``algorithm.init``.
-          about: anything else worth keeping in the header, as plain data.
+          about: anything else worth keeping in the header, as plain data. What it says under
+            ``"train"`` also goes into the compact file of `export`.
 
         Raises:
           FileExistsError: a ledger is never written over.
@@ -123,25 +107,11 @@ class Ledger:
     @classmethod
     def _make(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Self:
         text = headers.canonical(header)
-        memory = str(path) == ":memory:"
-
-        def fill(name: str) -> sqlite3.Connection:
-            connection = sqlite3.connect(name, isolation_level=None)
-            connection.executescript(
-                f"PRAGMA application_id={_APPLICATION}; PRAGMA user_version={FORMAT};"
-                + ("" if memory else "PRAGMA journal_mode=WAL;")
-                + f"BEGIN;{_TABLES}"
-            )
-            connection.execute("INSERT INTO header VALUES (?, ?)", (text, _start(text)))
-            connection.execute("INSERT INTO head VALUES (0, ?)", (_start(text),))
-            connection.execute("COMMIT")
-            return connection
-
-        if memory:
-            return cls(":memory:", fill(":memory:"))
+        if str(path) == ":memory:":
+            return cls(":memory:", ledgerfile.create(":memory:", text))
         try:
             with files.whole(path) as part:
-                fill(str(part)).close()
+                ledgerfile.create(str(part), text).close()
         except (sqlite3.Error, OSError) as error:
             raise LedgerWriteError(f"{path}: the ledger cannot be written: {error}") from error
         return cls.open(path)
@@ -164,17 +134,18 @@ class Ledger:
           read_only: do not ask for the right to append.
 
         Raises:
-          FileNotFoundError: no such file.
+          FileNotFoundError, IsADirectoryError: no such file.
           CorruptLedger: it is not a ledger, or truncated, or edited.
+          LedgerError: it cannot be read now, since another process writes, say.
           LedgerMismatch: it belongs to another algorithm or base model; says which field or leaf.
           LedgerWriteError: it cannot be written to, and `read_only` is not set.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: {path}: no such ledger")
-        ledger = cls(str(path), _connect(Path(path), read_only))
+        ledgerfile.check_path(path, "ledger")
+        ledger = cls(str(path), ledgerfile.connect(Path(path), read_only))
         try:
             ledger.match(algorithm, state)
             if not read_only:
+                ledgerfile.make_one_file(ledger.path, ledger._connection)
                 with ledger._writing("anything"):
                     pass
         except BaseException:
@@ -220,20 +191,45 @@ class Ledger:
             raise ValueError(f"learning_rate: the ledger's is {constant}, got {learning_rate!r}")
         text = digest if isinstance(digest, str) else fingerprint.text(digest)
         fingerprint.parse(text)
-        weights = {str(n): float(w) for n, w in (reported or {}).items()}
-        return self._append(record, rate, text, json.dumps(weights))
+        reported = {} if reported is None else reported
+        names = checks.clients("reported", reported) if reported else []
+        weights = [float(checks.number("reported", w, 0)) for w in reported.values()]
+        return self._append(record, rate, text, json.dumps(dict(zip(names, weights, strict=True))))
 
     def _append(self, record: np.ndarray, rate: float, digest: str | None, reported: str) -> int:
         scalars = b"" if np.isnan(record).all() else record.astype("<f4").tobytes()
-        chain = _link(self._chain, self.rounds, scalars, rate, digest, reported)
+        chain = ledgerfile.link(self._chain, self.rounds, scalars, rate, digest, reported)
         with self._writing(f"round {self.rounds}") as connection:
             connection.execute(
                 "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)",
                 (self.rounds, scalars, rate, digest, reported, chain),
             )
             connection.execute("UPDATE head SET rounds = ?, chain = ?", (self.rounds + 1, chain))
+            ledgerfile.clear_places(connection)
         self.rounds, self._chain = self.rounds + 1, chain
         return self.rounds - 1
+
+    def open_round(self, names: Sequence[str]) -> dict[str, list[int]]:
+        """Note in which place clients are asked for the next round, until that is recorded.
+
+        For clients with directions of their own: their scalars are those of a place, and nothing
+        else would tell a server that was started again in what place it had asked.
+
+        Args:
+          names: of the clients, in the order of their places.
+
+        Returns:
+          Name -> all the places that this client has been asked in for this round.
+
+        Raises:
+          LedgerWriteError: they cannot be written.
+        """
+        with self._writing(f"the opening of round {self.rounds}") as connection:
+            known = ledgerfile.places(connection, self.rounds, self._chain)
+            for place, name in enumerate(names):
+                known[name] = sorted({*known.get(name, ()), place})
+            ledgerfile.put_places(connection, self.rounds, self._chain, known)
+        return known
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[sqlite3.Connection]:
@@ -285,7 +281,9 @@ class Ledger:
         """Write header, scalars and last digest to one compact file; return its bytes.
 
         It takes the bytes of the scalars (and learning rates) and less than 4 KiB more; who
-        reported, and the digests between, stay behind. `hiso_jax.compact` is its format.
+        reported, the digests between, and all of ``about`` but what it says under ``"train"``
+        (a few words of what was trained, without which no model can be made of it) stay behind.
+        `hiso_jax.compact` is its format.
 
         Args:
           path: of a ``.safetensors`` file, replaced if it is there.
@@ -293,7 +291,8 @@ class Ledger:
         records = self.records()
         header = dict(self.header)
         header["leaves"] = [entry[:4] for entry in header["leaves"]]
-        header.pop("about")
+        if kept := {k: v for k, v in header.pop("about").items() if k == "train"}:
+            header["about"] = kept
         last = records.digests[-1] if self.rounds else None
         return compact.write(path, header, records.scalars, records.learning_rates, last)
 
@@ -310,13 +309,12 @@ class Ledger:
         """
         if str(to) != ":memory:" and Path(to).exists():
             raise FileExistsError(f"to: {to} exists; a ledger is never written over")
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: {path}: no such file")
+        ledgerfile.check_path(path, "file")
         try:
             header, scalars, rates, last = compact.read(path)
         except compact.BadFile as error:
-            raise CorruptLedger(f"{path}: {error}") from error
-        ledger = cls._make(to, header | {"about": {}})
+            raise CorruptLedger(f"{path}: {error}{ledgerfile.hint(path)}") from error
+        ledger = cls._make(to, {"about": {}} | header)
         constant = header["algorithm"]["learning_rate"]
         for i, record in enumerate(scalars):
             rate = float(np.float32(constant) if rates is None else rates[i])
@@ -333,49 +331,6 @@ class Ledger:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _verify(self) -> tuple[dict[str, Any], int, bytes]:
-        """Read everything once; raise CorruptLedger at the first thing that is not as written."""
-        path, get = self.path, lambda sql: self._connection.execute(sql).fetchall()
-        where = "the header"
-        try:
-            # One transaction: a process that appends meanwhile is not mistaken for an editor.
-            self._connection.execute("BEGIN")
-            found = (get("PRAGMA application_id"), get("PRAGMA user_version"))
-            if found != ([(_APPLICATION,)], [(FORMAT,)]):
-                raise ValueError(f"expected a ledger of format {FORMAT}")
-            if (faults := get("PRAGMA quick_check(1)")) != [("ok",)]:
-                raise ValueError(f"SQLite finds {faults[0][0]!r}")
-            tables = {sql for (sql,) in get("SELECT sql FROM sqlite_schema")}
-            if tables != {sql.strip() for sql in _TABLES.split(";")[:-1]}:
-                raise ValueError("the tables are not those of a ledger")
-            ((text, total),) = get("SELECT * FROM header")
-            if total != _start(text):
-                raise ValueError("it is not as it was written")
-            header = json.loads(text)
-            headers.check(header)
-            chain, count = _start(text), 0
-            size = 4 * int(np.prod(headers.shape(header)))
-            for row in get("SELECT * FROM records ORDER BY round"):
-                where = f"the record of round {count}"
-                number, scalars, rate, digest, reported, link = row
-                if number != count:
-                    raise ValueError(f"it is missing, the next is that of round {number}")
-                chain = _link(chain, number, scalars, rate, digest, reported)
-                if link != chain or len(scalars) not in (0, size):
-                    raise ValueError("it is not as it was written")
-                if digest is not None:
-                    fingerprint.parse(digest)
-                count += 1
-            where = "the end"
-            ((rounds, head),) = get("SELECT * FROM head")
-            if (rounds, head) != (count, chain):
-                raise ValueError(f"{rounds!r} records were written, {count} are left")
-            self._connection.execute("ROLLBACK")
-        except (sqlite3.Error, ValueError, TypeError, LookupError, AttributeError) as error:
-            self._connection.close()
-            raise CorruptLedger(f"{path}: {where}: {error}") from error
-        return header, count, chain
-
     def match(self, algorithm: Algorithm | None, state: State | None) -> None:
         """Raise LedgerMismatch unless the ledger is of this algorithm and state."""
         try:
@@ -387,31 +342,3 @@ class Ledger:
                 headers.match_state(self.header, state, algorithm, self.rounds, known)
         except headers.Mismatch as error:
             raise LedgerMismatch(f"{self.path}: {error}") from None
-
-
-def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
-    mode = "mode=rw"
-    if not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
-        if not read_only:
-            raise LedgerWriteError(f"{path}: file or folder cannot be written to")
-        # SQLite would make a file beside it, unless it is told that nobody writes.
-        log = Path(f"{path}-wal")
-        mode = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
-    try:
-        uri = f"{path.resolve().as_uri()}?{mode}"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA synchronous=FULL")
-    except (sqlite3.Error, ValueError) as error:  # ValueError: text that is not UTF-8
-        raise CorruptLedger(f"{path}: not a readable ledger: {error}") from error
-    return connection
-
-
-def _start(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _link(
-    chain: bytes, number: int, scalars: bytes, rate: float, digest: str | None, reported: str
-) -> bytes:
-    row = json.dumps([number, rate, digest, reported]).encode()
-    return hashlib.sha256(chain + row + scalars).digest()

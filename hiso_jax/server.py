@@ -4,7 +4,7 @@ What a network does to replies (loses, delays, repeats them) ends here: a reply 
 once, while its round is open. Everything that counted is in the ledger before `close` returns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -84,6 +84,7 @@ class Server:
         self.state = catch_up(algorithm, state, ledger.records(int(state.round)))
         self._advance = jax.jit(algorithm.advance, compiler_options=exact.compiler_options())
         self._asked: list[str] = []
+        self._places: dict[str, list[int]] = {}
         self._replies: dict[str, tuple[np.ndarray, float]] = {}
 
     @property
@@ -91,39 +92,49 @@ class Server:
         """Number of the round that is open, or will be next."""
         return self.ledger.rounds
 
-    def open(self, names: Sequence[str]) -> int:
+    def open(self, names: Iterable[Any]) -> int:
         """Ask clients for a round; return its number.
 
         With `own_directions`, a client's number among them is the `place` that it probes with.
+        The ledger keeps it until the round is closed. After a restart ask the same clients in
+        the same order: whoever has had another place in this round does not count in it, since
+        nobody could tell for which of the two its scalars are.
+
+        Args:
+          names: of the clients, different; ``str`` of each is its name.
 
         Raises:
-          ValueError: nobody is asked, or one twice.
+          ValueError: nobody is asked, one twice, or one without a name.
           RuntimeError: the last round has not been closed.
+          LedgerWriteError: places cannot be written down; no round is open.
         """
         if self._asked:
             raise RuntimeError(f"open: round {self.round} is open; close it first")
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"names: expected different clients, at least one; got {list(names)}")
-        most = self.algorithm.recipe.get("own_directions", len(names))
-        if len(names) > most:
-            raise ValueError(f"names: expected at most own_directions={most}, got {len(names)}")
-        self._asked = [str(name) for name in names]
+        asked = checks.clients("names", names)
+        most = self.algorithm.recipe.get("own_directions")
+        if most is not None:
+            if len(asked) > most:
+                raise ValueError(f"names: expected at most own_directions={most}, got {len(asked)}")
+            self._places = self.ledger.open_round(asked)
+        self._asked = asked
         return self.round
 
-    def reply(self, name: str, round: int, scalars: Any, weight: float = 1.0) -> bool:
+    def reply(self, name: Any, round: int, scalars: Any, weight: float = 1.0) -> bool:
         """Take a client's scalars [K, P]; return whether they count.
 
-        A reply to a round that is closed, a second one of the same client, and one with NaN
-        or infinite scalars where the algorithm excludes those, do not count.
+        A reply to a round that is closed, a second one of the same client, one of a client whose
+        place has changed (see `open`), and one with NaN or infinite scalars where the algorithm
+        excludes those, do not count.
 
         Raises:
           ValueError: the client was not asked, or scalars or weight are out of range.
         """
         if round < self.round:
             return False
+        name = checks.client("name", name)
         if round > self.round or name not in self._asked:
             raise ValueError(f"reply: client {name!r} was not asked in round {round}")
-        if name in self._replies:
+        if name in self._replies or len(self._places.get(name, ())) > 1:
             return False
         recipe = self.algorithm.recipe
         # With directions of their own, each sends its part of the record.
@@ -168,5 +179,5 @@ class Server:
         state = self._advance(self.state, record, rate)
         reported = {name: self._replies[name][1] for name in names}
         self.ledger.append(record, fingerprint.digest(state), rate, reported)
-        self.state, self._asked, self._replies = state, [], {}
+        self.state, self._asked, self._places, self._replies = state, [], {}, {}
         return record

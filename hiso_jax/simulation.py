@@ -24,11 +24,14 @@ Arrays = dict[str, np.ndarray]
 class Clients:
     """Clients by name, each with columns of its own examples.
 
+    Names are text, as in a ledger: ``str`` of what is given, which any method may be given again.
+
     Args:
       data: name -> columns; every column of a client has its number of examples first.
 
     Raises:
-      ValueError: no client, a client without examples, or columns that do not match.
+      ValueError: no client, a client without examples, columns that do not match, or names that
+        are missing or the same text.
 
     Example:
       >>> import numpy as np
@@ -38,10 +41,12 @@ class Clients:
       {'x': (1, 1, 2), 'weight': (1, 1, 2)}
     """
 
-    def __init__(self, data: Mapping[str, Mapping[str, np.ndarray]]):
-        if not data:
-            raise ValueError("data: expected at least one client, got none")
-        clients = {name: {k: np.asarray(v) for k, v in d.items()} for name, d in data.items()}
+    def __init__(self, data: Mapping[Any, Mapping[str, np.ndarray]]):
+        names = checks.clients("data", data)
+        clients = {
+            name: {k: np.asarray(v) for k, v in own.items()}
+            for name, own in zip(names, data.values(), strict=True)
+        }
         columns = {(k, v.shape[1:], v.dtype) for k, v in next(iter(clients.values())).items()}
         sizes = []
         for name, own in clients.items():
@@ -63,17 +68,17 @@ class Clients:
 
     @classmethod
     def joined(
-        cls, names: Sequence[str], sizes: Sequence[int], columns: Mapping[str, np.ndarray]
+        cls, names: Sequence[Any], sizes: Sequence[int], columns: Mapping[str, np.ndarray]
     ) -> "Clients":
         """Clients whose examples lie one client after the other; nothing is copied.
 
         Args:
-          names: of the clients.
+          names: of the clients, different.
           sizes: examples of each, >= 1.
           columns: name -> array [sum(sizes), ...].
 
         Raises:
-          ValueError: names, sizes and columns do not match.
+          ValueError: names, sizes and columns do not match, or names are missing or the same.
 
         Example:
           >>> Clients.joined(["a", "b"], [2, 1], {"x": np.arange(3)})["b"]["x"]
@@ -86,7 +91,7 @@ class Clients:
                 f"{len(names)} names, {len(sizes)} sizes and lengths {sorted(lengths)}"
             )
         clients = cls.__new__(cls)
-        clients._hold(list(names), np.asarray(sizes), dict(columns))
+        clients._hold(checks.clients("names", names), np.asarray(sizes), dict(columns))
         return clients
 
     def _hold(self, names: list[str], sizes: np.ndarray, columns: Arrays) -> None:
@@ -108,9 +113,9 @@ class Clients:
         """Examples of each client."""
         return dict(zip(self.names, self._sizes.tolist(), strict=True))
 
-    def __getitem__(self, name: str) -> Arrays:
+    def __getitem__(self, name: Any) -> Arrays:
         """A client's own columns."""
-        i = self._index[name]
+        i = self._index[str(name)]
         own = slice(self._starts[i], self._starts[i] + self._sizes[i])
         return {k: v[own] for k, v in self._columns.items()}
 
@@ -133,7 +138,7 @@ class Clients:
         return [self.names[i] for i in rng.choice(len(self), count, replace=False, p=shares)]
 
     def batches(
-        self, names: Sequence[str], round: int, batch_size: int, local_steps: int = 1, seed: int = 0
+        self, names: Sequence[Any], round: int, batch_size: int, local_steps: int = 1, seed: int = 0
     ) -> Arrays:
         """Draw the batches of a round, leaves [C, K, B, ...].
 
@@ -143,7 +148,7 @@ class Clients:
         shape = (len(names), local_steps, batch_size)
         picks, weight = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         for c, name in enumerate(names):
-            i = self._index[name]
+            i = self._index[str(name)]
             size, kept = int(self._sizes[i]), min(int(self._sizes[i]), batch_size)
             rng = np.random.default_rng([seed, round, 1, i])
             for k in range(local_steps):
@@ -250,8 +255,9 @@ def run(
       mesh: devices to work on, from `hiso_jax.meshes.make`; C must be a multiple of its rows.
 
     Raises:
-      FloatingPointError: clients sent NaN or infinite scalars, by name. It is raised after
-        the report of that round, which moved nothing, so the last good state is at hand.
+      FloatingPointError: clients sent NaN or infinite scalars, by name, and whether their loss
+        was so before any step. It is raised after the report of that round, which moved nothing,
+        so the last good state is at hand.
     """
     checks.count("rounds", rounds)
     checks.count("batch_size", batch_size)
@@ -282,8 +288,27 @@ def run(
         if stuck:
             raise FloatingPointError(
                 f"round {round}: clients {bad} sent NaN or infinite scalars; the round moved "
-                "nothing. Lower the learning rate or the smoothing"
+                f"nothing{_advice(algorithm, metrics, round, names, bad)}"
             )
+
+
+def _advice(
+    algorithm: Algorithm, metrics: Metrics, round: int, names: list[str], bad: list[str]
+) -> str:
+    """What may have made the scalars of the clients `bad` NaN or infinite."""
+    first = dict(zip(names, np.asarray(metrics.losses)[:, 0].tolist(), strict=True))
+    broken = [name for name in bad if not np.isfinite(first[name])]
+    if not broken:
+        return ". Lower the learning rate or the smoothing"
+    kind = "NaN" if all(np.isnan(first[name]) for name in broken) else "NaN or infinite"
+    # Other estimators take no loss at the parameters themselves.
+    bases = ("forward", "forward_difference", "three_point")
+    place = "at" if algorithm.recipe.get("estimator", "forward") in bases else "near"
+    earlier = ", and at the learning rate of the rounds before" if round else ""
+    return (
+        f": the loss of clients {broken} is {kind} {place} the model's own parameters, before "
+        f"any step of this round: look at their data and at the model{earlier}"
+    )
 
 
 def evaluate(

@@ -17,7 +17,7 @@ FLOORS = [
     {"protocol"},
     {"federated"},
     {"algorithms", "transform", "header"},
-    {"compact"},
+    {"compact", "ledgerfile"},
     {"ledger"},
     {"pool", "replay", "server", "snapshots"},
     {"models", "tasks"},

@@ -108,7 +108,7 @@ def test_the_header_says_what_the_run_was_made_of(written: dict[str, Any]):
 def test_other_tools_can_read_it(written: dict[str, Any]):
     connection = sqlite3.connect(written["path"])
     rows = connection.execute("SELECT round, digest, reported FROM records").fetchall()
-    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
     connection.close()
     assert rows[3][0] == 3 and json.loads(rows[3][2]) == {"ann": 1.0, "bob": 1.5}
 

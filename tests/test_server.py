@@ -114,10 +114,10 @@ class Federation(RuleBasedStateMachine):
 
     @rule(at=st.integers(0, 30))
     def crash_and_reopen(self, at: int) -> None:
-        """What lies on disk at this moment, the log of SQLite included, is opened again."""
+        """What lies on disk at this moment, SQLite's journal included, is opened again."""
         old = self.path
         self.generation += 1
-        for suffix in ("", "-wal"):
+        for suffix in ("", "-journal"):
             if Path(f"{old}{suffix}").exists():
                 shutil.copy(f"{old}{suffix}", f"{self.path}{suffix}")
         self.server.ledger.close()
