@@ -1,4 +1,13 @@
-"""Federated zeroth-order fine-tuning in which clients send only scalars."""
+"""Federated zeroth-order fine-tuning in which clients send only scalars.
+
+Modules that are not imported here (``models``, ``tasks``, ``simulation``, ``replay`` and more) are
+when they are first asked for: those of models and tasks take seconds.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+from types import ModuleType
 
 from hiso_jax import (
     aggregators,
@@ -60,3 +69,15 @@ __all__ = [
     "value_and_grad",
     "zo_sgd",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a module of this package that is not imported yet (PEP 562)."""
+    path = f"{__name__}.{name}"
+    if name.isidentifier() and not name.startswith("_") and importlib.util.find_spec(path):
+        return importlib.import_module(path)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(module.name for module in pkgutil.iter_modules(__path__))})
