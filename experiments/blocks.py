@@ -18,7 +18,6 @@ beside what a pass from there on costs (`hiso_jax.Upper`).
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +28,7 @@ import numpy as np
 from rich.console import Console
 
 import hiso_jax as hj
-from experiments import compare, finetune, job, methods, results
+from experiments import compare, finetune, job, methods, report, results
 from experiments.curvature import gain
 from experiments.problem import Problem
 from hiso_jax import files, trees
@@ -268,16 +267,16 @@ def main(options: Blocks) -> None:
         kept.append(figures | {"blocks": each})
         # After every look, since each takes minutes.
         with files.whole(options.out) as part:
-            part.write_text(json.dumps(kept, indent=1) + "\n")
+            part.write_text(report.dumps(kept, 1) + "\n")
         console.print({k: round(v, 4) for k, v in figures.items()})
 
     if 0 in options.rounds:
         note(state)
     last = max(options.rounds)
     rounds = dataclasses.replace(settings, rounds=last)
-    for report in job.rounds(rounds, problem, alg, state) if last else ():
-        if report.round in options.rounds:
-            note(report.state)
+    for step in job.rounds(rounds, problem, alg, state) if last else ():
+        if step.round in options.rounds:
+            note(step.state)
     results.show(list(TITLES.values()), [[f"{row[k]:.3g}" for k in TITLES] for row in rows])
     for row, table in zip(rows, tables, strict=True):
         console.print(f"Round {row['round']}, by layer:")
@@ -287,4 +286,5 @@ def main(options: Blocks) -> None:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Blocks))
+    with report.door():
+        main(tyro.cli(Blocks))

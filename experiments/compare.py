@@ -21,10 +21,9 @@ from typing import Any, Literal, get_args, get_type_hints
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
-from experiments import digits, finetune, folders, job, methods, mnist, results
+from experiments import digits, finetune, folders, job, methods, mnist, report, results
 from experiments.problem import Problem
 from hiso_jax import simulation
 
@@ -130,11 +129,11 @@ def one(task: str, options: job.Options, start: float | None = None) -> dict[str
             f"at {curve[0][1]:.4g}: another model, or other data; give it a file of its own"
         )
     try:
-        for report in job.rounds(options, problem, alg, state):
-            state = report.state
-            diverged = not float(report.metrics.loss) <= DIVERGED
-            if diverged or report.round % options.eval_every == 0 or report.round == options.rounds:
-                curve.append((report.round, *evaluate(problem.dev)))
+        for step in job.rounds(options, problem, alg, state):
+            state = step.state
+            diverged = not float(step.metrics.loss) <= DIVERGED
+            if diverged or step.round % options.eval_every == 0 or step.round == options.rounds:
+                curve.append((step.round, *evaluate(problem.dev)))
             if diverged:
                 break
     except FloatingPointError:
@@ -233,11 +232,11 @@ def run(options: Compare) -> list[dict[str, Any]]:
         for future in track(concurrent.futures.as_completed(runs), "runs", len(runs)):
             try:
                 row = runs[future] | future.result()
-            except OtherStart as error:
+            except (OtherStart, OSError, ValueError) as error:
                 pool.shutdown(cancel_futures=True)
                 sys.exit(str(error))
             rows.append(row)
-            file.write(json.dumps(row) + "\n")
+            file.write(report.dumps(row) + "\n")
             file.flush()
     asked = {named(name) for name, _ in wanted}
     return [row for row in rows if wanted[0][0].keys() <= row.keys() and named(row) in asked]
@@ -246,4 +245,5 @@ def run(options: Compare) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     import tyro
 
-    Console().print(results.table(run(tyro.cli(Compare))))
+    with report.door():
+        report.console.print(results.table(run(tyro.cli(Compare))))

@@ -13,7 +13,6 @@ theirs, so that their gain is C times the one over the other.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +167,7 @@ def main(options: Curvature) -> None:
     """Measure, print the table, as Markdown too, write and draw."""
     rows, pairs = measure(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    report.write_json(options.out, rows)
     cells = [[f"{row[k]:.3g}" for k in TITLES] for row in rows]
     results.show(list(TITLES.values()), cells)
     if options.picture:
@@ -178,4 +177,5 @@ def main(options: Curvature) -> None:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Curvature))
+    with report.door():
+        main(tyro.cli(Curvature))

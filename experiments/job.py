@@ -256,20 +256,10 @@ def _rates(options: Options, learning_rates: dict[str, float]) -> dict[str, floa
     return {method: learning_rates[method] if given is None else given for method in chosen}
 
 
-@contextlib.contextmanager
-def door() -> Iterator[None]:
-    """End with one line and exit code 1 on what was asked for and cannot be had."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, hj.LedgerError) as error:
-        report.fail(error)
-        sys.exit(1)
-
-
 def run(options: Options, problem: Problem, learning_rates: dict[str, float]) -> None:
     """Run what the options ask for, print the table, and say where the files are."""
     saved: dict[str, Any] | None = None
-    with door():  # nothing is written or moved before all of it holds
+    with report.door():  # nothing is written or moved before all of it holds
         if options.resume is None:
             rates = _rates(options, learning_rates)
         else:
@@ -278,8 +268,8 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
         settings.check(options)
         if options.clients_per_round > (there := len(problem.clients)):
             raise ValueError(
-                f"--clients-per-round: expected at most {there}, for there are {there} clients; got "
-                f"{options.clients_per_round}"
+                f"--clients-per-round: expected at most {there}, for there are {there} clients; "
+                f"got {options.clients_per_round}"
             )
         for method, rate in rates.items():
             algorithm(dataclasses.replace(options, method=method), problem, rate)
@@ -340,7 +330,7 @@ def main(
     import tyro
 
     options = settle(tyro.cli(kind))
-    with door():
+    with report.door():
         settings.check(options)
         problem = build(options)
     run(options, problem, learning_rates)

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from experiments import report
 from hiso_jax import files
 
 
@@ -30,11 +31,14 @@ def main(
       source: the plays.
       out: a .jsonl file, replaced if it is there.
     """
-    rows = speeches(source.read_text("utf-8"))
+    rows = speeches(source.read_text("utf-8-sig"))
+    if not rows:
+        raise ValueError(f"{source}: no speeches; expected 'NAME:' on a line, and the speech below")
     with files.whole(out) as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"{len(rows)} speeches of {len({row['client'] for row in rows})} speakers: {out}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))
+    with report.door():
+        tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))

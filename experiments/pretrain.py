@@ -7,7 +7,6 @@ python -m experiments.finetune --model runs/pretrain
 import ast
 import contextlib
 import dataclasses
-import json
 import sysconfig
 import time
 from pathlib import Path
@@ -104,10 +103,15 @@ def run(options: Options) -> dict[str, float]:
     """Train, save, and return the perplexity on held-out pieces before and after."""
     from transformers import OPTConfig
 
+    if not 2 <= options.length <= 512:
+        raise ValueError(f"--length: expected 2 to 512 tokens, got {options.length}")
     if options.data is None:
         texts = corpus()
     else:
-        texts = [str(row["text"]) for row in data.read_file(options.data)]
+        rows = data.read_file(options.data)
+        if not rows or "text" not in rows[0]:
+            raise ValueError(f"--data: {options.data} has no column 'text', or no rows")
+        texts = [str(row["text"]) for row in rows if row["text"] not in (None, "")]
     tokenizer = tokenizer_of(texts, options.vocabulary, 512)
     # One long text, documents apart: short ones would be mostly padding.
     ids = np.concatenate([[*tokenizer(t, verbose=False)["input_ids"], 2] for t in texts]).astype(
@@ -158,17 +162,18 @@ def run(options: Options) -> dict[str, float]:
             rows = train[rng.integers(0, len(train), options.batch_size)]
             params, state, loss = step(params, state, batch(rows))
             bar.update(task, completed=done, status=f"loss {float(loss):.3f}")
+    models.save_pretrained(model, options.out, params)  # before it is measured
+    tokenizer.save_pretrained(options.out)
     result = dict(
         parameters=sum(x.size for x in jax.tree.leaves(params)), tokens=len(ids),
         perplexity_before=before, perplexity=perplexity(params), seconds=time.time() - begin,
     )  # fmt: skip
-    models.save_pretrained(model, options.out, params)
-    tokenizer.save_pretrained(options.out)
     report.write_json(options.out / "pretrain.json", result)
-    console.print(json.dumps(result, indent=2))
-    console.print(f"Written to [bold]{options.out}/[/bold]")
+    report.say(report.dumps(result, 2))
+    report.say("Written to ", f"{options.out}/")
     return result
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Options))
+    with report.door():
+        run(tyro.cli(Options))

@@ -1,8 +1,10 @@
 """What a person sees of a run: bars, tables, curves."""
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from rich.text import Text
 
 from experiments.methods import title
 from experiments.problem import Problem
-from hiso_jax import files
+from hiso_jax import LedgerError, files
 
 MOST = 40
 """Labels that are printed; the file has all."""
@@ -31,6 +33,16 @@ def say(*parts: str, style: str = "") -> None:
 def fail(error: BaseException | str) -> None:
     """Print what went wrong, in one line."""
     say(" ".join(str(error).split()) or repr(error), style="red")
+
+
+@contextlib.contextmanager
+def door() -> Iterator[None]:
+    """End with one line and exit code 1 on what was asked for and cannot be had."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LedgerError) as error:
+        fail(error)
+        sys.exit(1)
 
 
 def progress(count: str = "{task.completed}/{task.total}") -> Progress:

@@ -315,4 +315,5 @@ def main(options: Results) -> None:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Results))
+    with report.door():
+        main(tyro.cli(Results))

@@ -7,7 +7,6 @@ clip their scalars and add noise. Both on the handwritten digits, where a run ta
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -178,7 +177,7 @@ def run(options: Robustness) -> list[dict[str, Any]]:
     with folders.append(options.out) as file:
         for point in track([p for p in wanted if p not in done], "runs"):
             rows.append(point | {"accuracy": _one(options, point, point["seed"])})
-            file.write(json.dumps(rows[-1]) + "\n")
+            file.write(report.dumps(rows[-1]) + "\n")
             file.flush()
     return [row for row in rows if named(row) in wanted]
 
@@ -244,4 +243,5 @@ def main(options: Robustness) -> None:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Robustness))
+    with report.door():
+        main(tyro.cli(Robustness))

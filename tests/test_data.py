@@ -76,7 +76,7 @@ def test_labels_have_one_spelling_and_an_order(values: list[Any]):
     for value in values:
         text, number = labels.spell(value), labels.find(value, known)
         if text is None:
-            assert value is None or number is None and (value != value or not str(value).strip())
+            assert value is None or (number is None and (value != value or not str(value).strip()))
             continue
         assert number is not None and labels.key(known[number]) == labels.key(text)
     numbers = [float(k) for k in known if labels._NUMBER.fullmatch(k)]
@@ -321,7 +321,11 @@ def test_datasets_are_read_as_they_are():
     made = datasets.Dataset.from_list(ROWS)
     whole = datasets.DatasetDict({"train": made, "validation": made.select(range(9))})
     found = data.read(TASK, whole).parts
-    assert found["test"] == ROWS[:9] and data.read(TASK, made).parts.keys() == {"train", "dev", "test"}
+    assert found["test"] == ROWS[:9] and data.read(TASK, made).parts.keys() == {
+        "train",
+        "dev",
+        "test",
+    }
     with pytest.raises(ValueError, match="expected a split 'train'"):
         data.read(TASK, {"all": ROWS})
 
@@ -352,6 +356,7 @@ def test_natural_clients_are_who_they_are_called(names: list[Any]):
 
 def test_many_clients_take_time_in_proportion():
     """By the number of operations, not of seconds: no client looks at all rows."""
+
     class Counted(str):
         hashed = 0
 

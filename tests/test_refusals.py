@@ -93,7 +93,9 @@ def refused(*options: str) -> str:
     ((*OWN, "--out", FILE), "--out: reviews.csv is a file"),
 ])  # fmt: skip
 def test_options(options: tuple[str, ...], said: str, place: Path):
-    some = ("--num-clients", "9") if "--num-clients" not in options and "column" not in options else ()
+    some = (
+        ("--num-clients", "9") if "--num-clients" not in options and "column" not in options else ()
+    )
     if {"docstrings", "column"} & set(options) or "--client-column" in options:
         some = ()
     assert said in refused("--data", FILE, *some, *options)
@@ -195,7 +197,9 @@ def test_options_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.Monk
     assert back == wanted
     moved = settings.settle(Elsewhere(resume=Path("run"), data=Path("y.csv"), model="z"))
     assert moved == dataclasses.replace(wanted, data=Path("y.csv"), model="z")
-    with pytest.raises(SystemExit, match="--rounds, --alpha cannot be given with it|--alpha, --rounds"):
+    with pytest.raises(
+        SystemExit, match="--rounds, --alpha cannot be given with it|--alpha, --rounds"
+    ):
         settings.settle(Elsewhere(resume=Path("run"), rounds=3, alpha=2.0, data=Path("y.csv")))
 
 
@@ -228,7 +232,10 @@ def test_paths_are_printed_as_they_are(name: str):
 
 
 def test_labels_are_shown_with_words_and_counts(place: Path):
-    rows = [dict(r, mood={"up": 10, "down": 9}[r["mood"]] if i % 10 else "") for i, r in enumerate(REVIEWS)]
+    rows = [
+        dict(r, mood={"up": 10, "down": 9}[r["mood"]] if i % 10 else "")
+        for i, r in enumerate(REVIEWS)
+    ]
     csv(place / "train.csv", rows)
     csv(place / "test.csv", [dict(rows[1], mood=11), *rows[1:9]])
     (place / FILE).unlink()
@@ -237,7 +244,11 @@ def test_labels_are_shown_with_words_and_counts(place: Path):
         words=("down", "up", "great"),
     ))  # fmt: skip
     table = report.counts(built)
-    assert [(row["label"], row["word"]) for row in table] == [("9", "down"), ("10", "up"), ("11", "great")]
+    assert [(row["label"], row["word"]) for row in table] == [
+        ("9", "down"),
+        ("10", "up"),
+        ("11", "great"),
+    ]
     total = [sum(row[name] for row in table) for name in ("train", "dev", "test")]
     assert total == [89, 19, 9] and table[2]["train"] == 0
     assert "train: 12 of 120 rows have no mood, left out" in built.notes

@@ -18,6 +18,7 @@ from hiso_jax.tasks.prompts import TASKS, Task
 from tests.helpers import REVIEWS as ROWS
 from tests.helpers import finish, start
 
+
 @pytest.fixture(scope="module")
 def tokenizer(tiny: Path) -> Any:
     from transformers import AutoTokenizer
@@ -337,4 +338,3 @@ def test_an_encoder_tells_words_by_its_mask(tmp_path: Path):
         state = report.state
     after = simulation.evaluate(score, state.params, built.test, 8, built.prepare)
     assert after["loss"] < 0.9 * before["loss"]
-
