@@ -59,10 +59,6 @@ def disguise(begin: bytes) -> str | None:
         return "a GGUF file, which is not supported; use the checkpoint it was made from"
     if begin.startswith(b"\x89HDF"):
         return "an HDF5 file (TensorFlow), which is not supported; use safetensors"
-    if begin.startswith((b"PK", b"\x80\x02")):
-        return "in PyTorch's own format: it should be called pytorch_model.bin"
-    if begin[8:9] == b"{":
-        return "a safetensors file: it should be called model.safetensors"
     return None
 
 
@@ -103,13 +99,16 @@ class TensorFile:
             begin, size = os.pread(self._file, 64, 0), os.fstat(self._file).st_size
             length = struct.unpack("<Q", begin[:8])[0]
             if length > size - 8:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
+                cut = "truncated, " if begin[8:9] == b"{" else ""
+                raise ValueError(f"{cut}a header of {length:,} bytes in a file of {size:,}")
             header = json.loads(os.pread(self._file, length, 8))
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self.tensors = _entries(header, 8 + length)
         except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
             os.close(self._file)
             text = str(error)
+            if begin.startswith((b"PK", b"\x80\x02")):
+                text = "in PyTorch's own format: it should be called pytorch_model.bin"
             if QUANTISED not in text:  # a sound file, of what nothing here can use
                 text = f"not a safetensors file: {disguise(begin) or text}"
             raise ValueError(f"{path}: {text}") from error

@@ -1,5 +1,6 @@
 """Configs of transformers in and out: what others wrote into a config.json stays in it."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def written(config: Any, raw: dict[str, Any] | None, dtype: str) -> dict[str, An
     if raw is None:
         out = json.loads(config.to_json_string()) | _older(now.get("rope_parameters") or {})
     else:
-        was = _plain(type(config).from_dict(dict(raw)))
+        was = _plain(type(config).from_dict(copy.deepcopy(raw)))  # it writes into what it is given
         changed = {k: x for k, x in now.items() if k not in was or was[k] != x}
         out = {k: x for k, x in raw.items() if k not in was.keys() - now.keys()} | changed
         out |= _older(changed.get("rope_parameters") or {})

@@ -39,8 +39,9 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
         if not any(folder.glob("*.safetensors")):  # an old one
             folder = Path(snapshot_download(str(path), allow_patterns=[*small, "pytorch_*.bin"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        why = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"{path}: no such folder here, and the hub does not give it: {error}"
+            f"{path}: no such folder here, and the hub does not give it: {why}"
         ) from error
     return folder
 
@@ -55,7 +56,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         read = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {stand_in(content[:64]) or error}") from None
+        raise ValueError(
+            f"{path}: not JSON: {stand_in(content[:64]) or f'{error}; fetch it again'}"
+        ) from None
     if not isinstance(read, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(read).__name__}")
     return read

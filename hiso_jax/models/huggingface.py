@@ -251,7 +251,7 @@ def _plan(
         tensor, shape = there[own].tensors[own], leaves[leaf].shape[is_stacked(leaf) :]
         shape = shape[::-1] if is_turned(leaf) else shape
         if tensor.shape != shape:
-            raise ValueError(f"{own!r} has shape {tensor.shape}, expected {shape}")
+            raise ValueError(f"{own!r} has shape {tensor.shape}, expected {shape} by the config")
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise ValueError(f"{own!r} is of type {tensor.dtype} where weights are expected, as in "
                              f"{QUANTISED}")  # fmt: skip
@@ -314,9 +314,12 @@ def save_pretrained(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder to write into, found a file")
     leaves = trees.named(model.params if params is None else params)
-    like = {n: x.shape for n, x in trees.named(model.params).items()}
-    if wrong := sorted({*like.items()} ^ {(n, x.shape) for n, x in leaves.items()}):
-        raise ValueError(f"params: expected the leaves of the model, other: {wrong[:4]}")
+    wanted, given = (
+        {(n, x.shape) for n, x in own.items()} for own in (trees.named(model.params), leaves)
+    )
+    if wanted != given:
+        raise ValueError(f"params: expected the leaves of the model, {sorted(wanted - given)[:2]} "
+                         f"among them, got {sorted(given - wanted)[:2]}")  # fmt: skip
     config = configs.written(model.config, model.raw, str(next(iter(leaves.values())).dtype))
     tensors = {n: Tensor(x.dtype, x.shape) for n, x in model.untouched.items()}
     parts: dict[str, tuple[str, int]] = {}

@@ -103,7 +103,7 @@ def missing(wanted: Collection[str], there: Collection[str]) -> str:
     text = f"tensors missing: {_few(wanted)}"
     if all(_HEAD.search(name) for name in wanted):
         return f"{text}: of the masked-language-model head only a part is there"
-    return f"{text}; it has {_few(there)}{_what(there)}"
+    return f"{text}{_what(there)}; it has {_few(there)}"
 
 
 def unknown(surplus: Collection[str]) -> str:
@@ -119,5 +119,5 @@ def _what(names: Collection[str]) -> str:
 
 
 def _few(names: Any) -> str:
-    first = sorted(names)[:6]
-    return f"{first}" + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    first = sorted(names)[:4]
+    return f"{first}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -40,8 +40,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     found = [name for name in _FILES if (folder / name).is_file()]
     for name in found:
         with open(folder / name, "rb") as file:
-            what = stand_in(file.read(64))
-        if what:
+            begin = file.read(64)
+        # Lists of words may be empty where another file has them.
+        if (begin or name.endswith(".json")) and (what := stand_in(begin)):
             raise ValueError(f"{folder / name}: {what}")
     copy = f"copy {_WANTED} from where the model came from"
     if "vocab.json" in found and not {"tokenizer.json", "merges.txt"} & set(found):
@@ -50,14 +51,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
     except Exception as error:  # what broken files raise is of any type, even plain Exception
-        reason = " ".join(str(error).split())
-        what = f"no tokenizer loads from {', '.join(found) or 'a folder without one'}"
         if "tokenizer.model" in found and "tokenizer.json" not in found:
-            reason = (
-                "tokenizer.model alone needs the packages sentencepiece and protobuf; " + reason
-            )
+            copy += "; tokenizer.model alone needs the packages sentencepiece and protobuf"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        what = ", ".join(found) or "it, it has no files of one"
         raise ValueError(
-            f"{folder}: {what}: {type(error).__name__}: {reason:.300}; {copy}"
+            f"{folder}: no tokenizer loads from {what}; {copy} ({reason:.200})"
         ) from error
     if not words:
         # Some classes make a tokenizer of nothing, which reads every text as unknown.

@@ -142,7 +142,8 @@ def _views(content: Any) -> Mapping[str, _View]:
       ValueError: there are none, or several, or entries that are no tensors, by name.
     """
     if not isinstance(content, dict):
-        raise ValueError(f"expected a dict of tensors, found a {type(content).__name__}")
+        what = "tensor" if isinstance(content, _View) else type(content).__name__
+        raise ValueError(f"expected a dict of tensors, found a {what}")
     has = lambda own: isinstance(own, dict) and any(isinstance(x, _View) for x in own.values())  # noqa: E731
     if not has(content):
         inner = [key for key, own in content.items() if has(own)]
@@ -185,8 +186,10 @@ class TorchFile(TensorFile):
                 if not _contiguous(view.shape, view.stride):
                     self._strides[name] = view.stride
         except (*_BROKEN, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            text = disguise(begin) if not begin.startswith((b"PK", b"\x80\x02")) else None
-            if isinstance(error, zipfile.BadZipFile | EOFError):
+            text = disguise(begin)
+            if begin[8:9] == b"{":
+                text = "a safetensors file: it should be called model.safetensors"
+            if isinstance(error, zipfile.BadZipFile | EOFError | struct.error):
                 text = f"truncated or damaged: {error or 'it ends too early'}; fetch it again"
             raise ValueError(
                 f"{path}: not a dict of tensors saved by PyTorch: {text or error}"
