@@ -3,6 +3,7 @@
 import json
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from transformers import BertConfig, OPTConfig
+from transformers import BertConfig, LlamaConfig, OPTConfig, RobertaConfig
 
 from experiments import finetune
 from hiso_jax import models, trees
@@ -260,3 +261,107 @@ def test_a_pickle_runs_nothing(tmp_path: Path, capsys: Any):
     with pytest.raises(ValueError, match="not a dict of tensors saved by PyTorch"):
         torchfile.TorchFile(path)
     assert "has run" not in capsys.readouterr().out
+
+
+def test_an_old_pickle_runs_nothing(tmp_path: Path, capsys: Any):
+    path = tmp_path / "pytorch_model.bin"
+    start = [pickle.dumps(x, 2) for x in (torchfile._MAGIC, 1001, {"little_endian": True})]
+    for bad in range(4):
+        parts = [*start, pickle.dumps({"w": 3}, 2)]
+        parts[bad] = pickle.dumps(Evil(), 2)
+        path.write_bytes(b"".join(parts))
+        with pytest.raises(ValueError, match="print has no place in a dict of tensors"):
+            torchfile.TorchFile(path)
+    path.write_bytes(b"".join(start).replace(b"\x88", b"\x89") + parts[3])
+    with pytest.raises(ValueError, match="big-endian"):
+        torchfile.TorchFile(path)
+    assert "has run" not in capsys.readouterr().out
+
+
+SMALL = dict(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+             max_position_embeddings=16)  # fmt: skip
+SORTS: dict[str, Any] = {
+    "OPT": OPTConfig(**SMALL, ffn_dim=8, word_embed_proj_dim=8, init_std=0.2),
+    "Llama": LlamaConfig(**SMALL, intermediate_size=8, initializer_range=0.2),
+    "BERT": BertConfig(**SMALL, intermediate_size=8, initializer_range=0.2),
+    "RoBERTa": RobertaConfig(**SMALL, intermediate_size=8, pad_token_id=1, initializer_range=0.2),
+}
+LIMITS = {"OPT": 16, "Llama": None, "BERT": 16, "RoBERTa": 14}
+
+
+@pytest.fixture(scope="module", params=SORTS)
+def model(request: Any) -> tuple[str, models.Model]:
+    return request.param, models.from_config(SORTS[request.param], jax.random.key(0))
+
+
+def test_tokens_that_a_model_has_no_rows_for(model: Any):
+    name, m = model
+    ids, mask = np.full((2, 6), 5, np.int32), np.ones((2, 6), np.int32)
+    limit = LIMITS[name]
+    assert models.positions(m.config) == limit
+    calls: list[Callable[..., Any]] = [
+        m.apply, m.hidden, lambda p, i, k: m.lower(p, i, k, 1), lambda p, i, k: m.generate(p, i, k, 1)]  # fmt: skip
+    calls = calls if name in ("OPT", "Llama") else calls[:3]
+    for call in calls:
+        for wrong in (20, -1, -100):
+            bad = ids.copy()
+            bad[1, 2] = wrong
+            with pytest.raises(ValueError, match=f"id {wrong} .*table of 20 rows"):
+                call(m.params, bad, mask)
+        for shapes in ((ids[0], mask[0]), (ids, mask[:, :3]), (ids, mask[:, None])):
+            with pytest.raises(ValueError, match="expected (the )?shape"):
+                call(m.params, *shapes)
+        with pytest.raises(ValueError, match="expected integers"):
+            call(m.params, ids.astype(np.float32), mask)
+        if limit is not None:
+            wide = np.full((1, limit + 1), 5, np.int32)
+            text = f"need {limit + 1} positions, the model's table holds {limit}; cut"
+            for form in (call, jax.jit(call)):
+                with pytest.raises(ValueError, match=text):
+                    form(m.params, wide, np.ones_like(wide))
+
+
+def test_what_is_padding_never_matters(model: Any):
+    name, m = model
+    run = jax.jit(m.apply)
+    ids = np.random.default_rng(0).integers(3, 20, (2, 6)).astype(np.int32)
+    mask = np.ones_like(ids)
+    mask[0, :2], mask[1, 4:] = 0, 0
+    wanted = np.asarray(run(m.params, ids, mask)) * mask[..., None]
+    for padding in (0, 1, 20, 2**30, -1, -100):
+        got = np.asarray(run(m.params, np.where(mask > 0, ids, padding), mask)) * mask[..., None]
+        np.testing.assert_array_equal(got, wanted)
+    # Nor does how much of it there is, of a text that the table is long enough for (which is seen
+    # inside jit as well, where the tokens are known).
+    side = (0, 20) if name == "BERT" else (20, 0)
+    known = [np.pad(x, ((0, 0), side)) for x in (ids, mask)]
+    wide = np.asarray(jax.jit(lambda params: m.apply(params, *known))(m.params))
+    cut = wide[:, side[0] : side[0] + 6] * mask[..., None]
+    np.testing.assert_allclose(cut, wanted, atol=1e-5)
+    # A token that the table lacks cannot be refused inside jit: NaN, not another token's row.
+    for wrong in (20, -1):
+        bad = ids.copy()
+        bad[0, 3] = wrong
+        assert np.isnan(np.asarray(run(m.params, bad, mask))[0, 3]).all()
+
+
+def test_prefixes_and_new_tokens_need_positions_too():
+    m = models.from_config(SORTS["OPT"], jax.random.key(0))
+    ids, mask = np.full((1, 6), 5, np.int32), np.ones((1, 6), np.int32)
+    with pytest.raises(ValueError, match="6 tokens, 12 new ones need 17 positions"):
+        m.generate(m.params, ids, mask, 12)
+    assert jax.eval_shape(lambda p: m.generate(p, ids, mask, 11), m.params).shape == (1, 11)
+    prefix = (jnp.zeros((1, 6, 2, 4)),) * 2  # of six tokens
+    with pytest.raises(ValueError, match="6 tokens, 6 of a prefix, 6 new ones need 17 positions"):
+        m.generate(m.params, ids, mask, 6, prefix=prefix)
+    long = np.concatenate([ids, ids], 1)
+    with pytest.raises(ValueError, match="12 tokens, 6 of a prefix need 18 positions"):
+        m.hidden(m.params, long, np.ones_like(long), prefix)
+    with pytest.raises(ValueError, match="17 tokens need 17 positions"):
+        m.prefix(m.params, np.full(17, 5))
+    with pytest.raises(ValueError, match=r"expected shape \[n\]"):
+        m.prefix(m.params, ids)
+    bert = models.from_config(SORTS["BERT"], jax.random.key(0))
+    with pytest.raises(ValueError, match="generate: only decoders have it, not bert"):
+        bert.generate(bert.params, ids, mask, 1)
+    assert m.has_head and not bert.has_head

@@ -3,12 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from hiso_jax import models, trees
+from tests.test_checkpoints import LFS, load, refused
+from tests.test_models import random_folder
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity': pip install torch==2.13.0")
 transformers = pytest.importorskip("transformers")
@@ -206,3 +210,48 @@ def test_masked_language_model_head(name: str, tmp_path: Path):
     models.save_pretrained(ours, tmp_path / "out")
     back = type(theirs).from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(value, back[key]) for key, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_pytorch_files_new_and_old(archive: bool, tmp_path: Path):
+    path = random_folder(tmp_path) / "pytorch_model.bin"
+    plain = load_file(tmp_path / "model.safetensors")
+    wanted = load(tmp_path).params
+    (tmp_path / "model.safetensors").unlink()
+    tensors = {n: torch.tensor(x) for n, x in plain.items()}
+
+    def save(content: Any) -> None:
+        torch.save(content, path, _use_new_zipfile_serialization=archive)
+
+    flat, views, start = torch.cat([x.reshape(-1) for x in tensors.values()]), {}, 0
+    for name, x in tensors.items():
+        views[name], start = flat[start : start + x.numel()].view(x.shape), start + x.numel()
+    kept = {"epoch": 3, "optimizer": {"state": {0: {"m": flat}}, "param_groups": [{"lr": 0.1}]}}
+    turned = {n: x.t().contiguous().t() if x.ndim == 2 else x for n, x in tensors.items()}
+    parameters = {n: torch.nn.Parameter(x) for n, x in tensors.items()}
+    for content in (tensors, parameters, views, turned, {"state_dict": tensors} | kept):
+        save(content)
+        chex.assert_trees_all_equal(load(tmp_path).params, wanted)
+    one = "encoder.layer.1.output.dense.bias"
+    save(tensors | {one: torch.ones(1).expand(24)})
+    assert (load(tmp_path).params["encoder"]["layer"]["output"]["dense"]["bias"][1] == 1).all()
+    for content, text in {
+        "mixed": (tensors | {"epoch": 3}, "'epoch'. are no named tensors"),
+        "two": ({"model": tensors, "ema": tensors}, "several dicts of tensors, .'model', 'ema'"),
+        "none": (kept, "no tensors"),
+        "tensor": (flat, "expected a dict of tensors, found a tensor"),
+        "module": (torch.nn.Linear(2, 2), "Linear has no place"),
+        "bytes": ({n: x.to(torch.int8) for n, x in tensors.items()}, "int8.*quantised"),
+        "small": ({n: x.to(torch.float8_e4m3fn) for n, x in tensors.items()}, "a quantised"),
+    }.values():
+        save(content)
+        refused(tmp_path, text)
+    save(tensors)
+    whole = path.read_bytes()
+    for count in (len(whole) - 3, len(whole) // 2, 300, 20):
+        path.write_bytes(whole[:count])
+        refused(tmp_path, "truncated")
+    path.write_bytes(LFS)
+    refused(tmp_path, "Git LFS pointer")
+    save_file(plain, path)
+    refused(tmp_path, "should be called model.safetensors")
