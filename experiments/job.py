@@ -332,5 +332,6 @@ def main(
     options = settle(tyro.cli(kind))
     with report.door():
         settings.check(options)
+        report.say("Reading data and model ...")
         problem = build(options)
     run(options, problem, learning_rates)

@@ -186,6 +186,8 @@ def run(ledger_path: Path, base_path: Path, out: Path) -> None:
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(open_ledger(ledger_path))
+        if not ledger.rounds:
+            raise ValueError(f"{ledger_path}: no rounds are in it, there is nothing to replay")
         replay = Replay(ledger)
         base = {path.name: stack.enter_context(kind(path)) for path in paths}
         if folder:

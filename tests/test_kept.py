@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -167,9 +168,7 @@ def test_a_prefix_begins_from_nobodys_text(tiny: Path, tmp_path: Path):
 def test_ledgers_that_do_not_say_how_to_merge(tmp_path: Path):
     """Of earlier versions: it is said that the weights are the base's."""
 
-    class Old:
-        header = {"about": {}}
-
+    old: Any = SimpleNamespace(header={"about": {}})
     (tmp_path / "extra.safetensors").write_bytes(b"")
-    said = replay_job._finish(Old(), tmp_path, tmp_path)  # pyright: ignore
+    said = replay_job._finish(old, tmp_path, tmp_path)
     assert "extra.safetensors" in said and "does not say how to merge" in said

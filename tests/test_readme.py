@@ -5,19 +5,22 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
-def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("page, least", [("README.md", 3), ("docs/data.md", 1)])
+def test_snippets_run(page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # they write files
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) >= 3
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len(snippets) >= least
     names: dict[str, object] = {}
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
+        exec(compile(snippet, page, "exec"), names)
 
 
-def test_every_picture_and_file_it_names_exists():
-    text = README.read_text()
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-        assert (README.parent / path).exists(), path
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_every_picture_and_file_it_names_exists(page: str):
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(path).exists(), path
