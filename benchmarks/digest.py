@@ -7,7 +7,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 
 import hiso_jax as hj
 from benchmarks import timing
@@ -28,8 +27,8 @@ class Options:
     """Times that each is timed, in turns."""
 
 
-def main(options: Options) -> None:
-    """Measure and print."""
+def measure(options: Options) -> dict[str, float]:
+    """Seconds of `advance` and of the digest, and bytes of what is fingerprinted."""
     n, w = options.layers, options.width
     shapes = [(30522, w), (n, w, 4 * w), (n, 4 * w, w), (n, w, w), (n, w, w), (n, w, w), (n, w, w)]
     params = {f"leaf{i}": jnp.zeros(shape) for i, shape in enumerate(shapes)}
@@ -48,12 +47,21 @@ def main(options: Options) -> None:
         {"advance": step, "digest": lambda: hj.digest(states[0])}, options.repeats
     )
     size = sum(x.size for x in jax.tree.leaves(params))
+    held = sum(x.nbytes for x in jax.tree.leaves(hj.fingerprint.content(states[0])))
+    return times | {"parameters": size, "bytes": held}
+
+
+def main(options: Options) -> None:
+    """Measure and print."""
+    from rich.console import Console
+
+    found = measure(options)
     console = Console()
     console.print(timing.machine())
     console.print(
-        f"{size:,} parameters, {options.distribution} noise, P = 5: advance "
-        f"{1e3 * times['advance']:.1f} ms, digest {1e3 * times['digest']:.1f} ms, "
-        f"{times['digest'] / times['advance']:.1%}"
+        f"{found['parameters']:,} parameters, {options.distribution} noise, P = 5: advance "
+        f"{1e3 * found['advance']:.1f} ms, digest {1e3 * found['digest']:.1f} ms, "
+        f"{found['digest'] / found['advance']:.1%}"
     )
 
 

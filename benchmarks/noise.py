@@ -4,12 +4,10 @@ python -m benchmarks.noise
 """
 
 import dataclasses
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 import hiso_jax as hj
 from benchmarks import timing
@@ -26,6 +24,8 @@ class Options:
     """Directions drawn in a program."""
     repeats: int = 9
     """Times that each program is timed, in turns."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights."""
 
 
 def measure(options: Options) -> dict[str, float]:
@@ -41,7 +41,7 @@ def measure(options: Options) -> dict[str, float]:
 
         return jax.jit(run, compiler_options=hj.compiler_options())
 
-    x, key = jnp.ones(options.numbers), jax.random.key(0)
+    x, key = jnp.ones(options.numbers, options.dtype), jax.random.key(0)
     each = {law: program(law) for law in get_args(directions.Distribution)}
     calls = {law: lambda run=run: run(x, key) for law, run in each.items()}
     seconds = timing.interleaved(calls, options.repeats)
@@ -50,6 +50,9 @@ def measure(options: Options) -> dict[str, float]:
 
 def main(options: Options) -> None:
     """Measure and print."""
+    from rich.console import Console
+    from rich.table import Table
+
     found = measure(options)
     table = Table("noise", "ns a number", "of normal")
     for law, each in found.items():

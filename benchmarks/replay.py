@@ -17,16 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 import hiso_jax as hj
 from benchmarks import timing
 from hiso_jax import directions, trees
 from hiso_jax.replay import LARGE, Replay
 from hiso_jax.tensorfile import Tensor, TensorFile
-
-console = Console()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +137,10 @@ def memory(options: Options) -> dict[str, float]:
 
 def main(options: Options) -> None:
     """Measure and print."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
     result: dict[str, Any] = {"machine": timing.machine()}
     table = Table(title=f"{options.rounds} rounds, P = {options.num_perturbations}")
     for column in ("noise", "bare, M numbers/s", "replay, M numbers/s", "replay / bare"):
