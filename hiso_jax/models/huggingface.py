@@ -31,6 +31,10 @@ _FAMILIES: dict[str, Any] = {"bert": bert.Bert, "roberta": bert.Bert} | dict.fro
 class Model(NamedTuple):
     """A pretrained model as data and pure functions.
 
+    Tokens that its tables have no rows for raise ValueError, and so do more of them than it has
+    positions (`hiso_jax.models.positions`); inside jit only their number is known. What the mask
+    says is padding never matters.
+
     Attributes:
       config: the transformers config.
       params: nested dict of arrays; layers are stacked along the first axis.
