@@ -94,7 +94,10 @@ def finish(adapter: dict[str, Any], base: Path, made: Path) -> str:
             start = jax.jit(source.prefix)(source.params, tokens)
             begun = dict(zip(("keys", "values"), start, strict=True))
         else:
-            tokenizer, sentences = models.load_tokenizer(base), adapter["sentences"]
+            try:
+                tokenizer, sentences = models.load_tokenizer(base), adapter["sentences"]
+            except ValueError as error:
+                return f"extra.safetensors has the labels' difference to their start, for {error}"
             begun = {kind: label_embeddings(source, tokenizer, sentences, adapter["length"])}
         own = {n: np.asarray(begun[n] + x) for n, x in own.items()}
     with files.whole(made / f"{kind}.safetensors") as part:

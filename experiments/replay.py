@@ -190,6 +190,8 @@ def run(ledger_path: Path, base_path: Path, out: Path) -> None:
             raise ValueError(f"{ledger_path}: no rounds are in it, there is nothing to replay")
         replay = Replay(ledger)
         base = {path.name: stack.enter_context(kind(path)) for path in paths}
+        for file in base.values():
+            file.check_length()
         if folder:
             config = json.loads((base_path / "config.json").read_text())
             pieces = folder_pieces(replay.leaves, base, config["num_hidden_layers"])
@@ -207,6 +209,8 @@ def run(ledger_path: Path, base_path: Path, out: Path) -> None:
         rebuild(replay, pieces, base, made, step)
         for small in base_path.iterdir() if folder else ():
             if small.is_file() and small.suffix in huggingface.SMALL_FILES:
+                if small.name.endswith(".index.json") and len(paths) == 1:
+                    continue  # a stale one: the weights are in a file of their own
                 if small.name.endswith(".index.json"):
                     index = as_safetensors(small.read_text())
                     (made / as_safetensors(small.name)).write_text(index)
