@@ -21,7 +21,7 @@ import numpy as np
 import hiso_jax as hj
 from benchmarks import timing
 from hiso_jax import directions, trees
-from hiso_jax.replay import LARGE, Replay
+from hiso_jax.replay import Replay, large
 from hiso_jax.tensorfile import Tensor, TensorFile
 
 
@@ -62,29 +62,29 @@ def bare(distribution: Any, keys: jax.Array) -> Any:
     @functools.partial(jax.jit, compiler_options=hj.compiler_options())
     def block(keys: jax.Array, start: jax.Array) -> jax.Array:
         def add(p: Any, total: jax.Array, own: jax.Array) -> jax.Array:
-            return total + directions.draw(own[p], (LARGE,), distribution, start)
+            return total + directions.draw(own[p], (large(),), distribution, start)
 
         def round(total: jax.Array, own: jax.Array) -> tuple[jax.Array, None]:
             return jax.lax.fori_loop(0, own.shape[0], lambda p, t: add(p, t, own), total), None
 
-        return jax.lax.scan(round, jnp.zeros(LARGE), keys)[0]
+        return jax.lax.scan(round, jnp.zeros(large()), keys)[0]
 
     return lambda start: np.asarray(block(keys, np.uint32(start)))
 
 
 def speed(options: Options, distribution: Any) -> dict[str, float]:
     """Seconds of replay and of the bare noise, both on all cores."""
-    size = options.blocks * LARGE
+    size = options.blocks * large()
     replay = Replay(ledger_of(options, distribution, size, options.rounds))
     keys = replay._keys(np.uint32(trees.leaf_hash("w")))[0][:, 0]
     draw, base = bare(distribution, keys), np.zeros(size, np.float32)
-    starts = range(0, size, LARGE)
+    starts = range(0, size, large())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         seconds = timing.interleaved(
             {
                 "bare": lambda: list(pool.map(draw, starts)),
                 "replay": lambda: list(
-                    pool.map(lambda i: replay.advance("w", i, base[i : i + LARGE]), starts)
+                    pool.map(lambda i: replay.advance("w", i, base[i : i + large()]), starts)
                 ),
             },
             options.repeats,
@@ -118,7 +118,7 @@ def memory(options: Options) -> dict[str, float]:
     """Peak of `experiments.replay` on a large and on a tiny model, two rounds each."""
     peaks = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, size in dict(tiny=LARGE, large=options.model_megabytes * 2**18).items():
+        for name, size in dict(tiny=large(), large=options.model_megabytes * 2**18).items():
             base, ledger_path = Path(folder) / f"{name}.safetensors", Path(folder) / f"{name}.l"
             TensorFile.create(base, {"w": Tensor(np.dtype(np.float32), (size,))}).__exit__()
             with ledger_of(options, "rademacher", size, 2) as ledger:

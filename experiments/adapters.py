@@ -13,21 +13,24 @@ from hiso_jax import files, models
 from hiso_jax.models import subsets
 from hiso_jax.simulation import Arrays
 
-STREAM = "stream "
-"""Column of a batch that has gone through the lower layers; then the number of the next."""
+STREAM = "stream"
+"""Column of a batch with its activations between two layers."""
 
 
-def hidden_states(model: models.Model, params: Any, batch: Any, *prefix: Any) -> jax.Array:
-    """Hidden states [B, T, D] of a batch, or of what an `upper_of` has made of it."""
-    streams = ((x, int(k.split()[1])) for k, x in batch.items() if k.startswith(STREAM))
-    stream, begin = next(streams, (None, 0))
+def hidden_states(
+    model: models.Model, params: Any, batch: Any, begin: int = 0, *prefix: Any
+) -> jax.Array:
+    """Hidden states [B, T, D] of a batch; from layer `begin` on, of the activations in it."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
+    stream = batch[STREAM] if begin else None
     return model.hidden(params, ids, mask, *prefix, stream=stream, begin=begin)
 
 
-def sentence_embedding(model: models.Model, params: Any, batch: Any) -> jax.Array:
+def sentence_embedding(
+    model: models.Model, params: Any, batch: Any, begin: int = 0
+) -> jax.Array:
     """Mean of the hidden states over the tokens of each text, [B, D]."""
-    hidden = hidden_states(model, params, batch)
+    hidden = hidden_states(model, params, batch, begin)
     mask = batch["attention_mask"][..., None].astype(hidden.dtype)
     return (hidden * mask).sum(1) / mask.sum(1).clip(1)
 

@@ -13,7 +13,7 @@ best of a hundred noisy ratios looks better than it is.
 
 A direction that moves a part of the model only makes the same progress with that part's sums in
 the place of all; the second table has it for every layer alone and with all that is above it,
-beside what a pass from there on costs (`hiso_jax.Upper`).
+beside what a pass from there on costs (`hiso_jax.Split`).
 """
 
 import dataclasses
@@ -254,7 +254,7 @@ def main(options: Blocks) -> None:
     look = Look(problem, settings, options.examples, options.probes)
     leaves = look.pick(state.params)
     names, tables = block_names(leaves), []
-    parts = parts_of(leaves, problem.upper(1)[1] if problem.upper else ())
+    parts = parts_of(leaves, problem.upper(1).leaves if problem.upper else ())
     cost = functools.cache(functools.partial(methods.share, problem))
     rows, kept, console = [], [], Console()
 

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from experiments import job
-from experiments.problem import Problem, classification, split
+from experiments.problem import Cut, Problem, classification, split
 from hiso_jax import checks, files, trees
 from hiso_jax.simulation import Arrays, Clients
 
@@ -82,29 +82,24 @@ def images(
         owners[own] = rng.choice(num_clients, len(own), p=shares)
     graph, state = nnx.split(model)
 
-    def logits_fn(params: Any, batch: Any) -> jax.Array:
-        if "image" in batch:
-            return nnx.merge(graph, params)(batch["image"])
-        ((begin, x),) = ((int(k), x) for k, x in batch.items() if k.isdecimal())
-        return nnx.merge(graph, params)(x, begin)
-
-    def upper(layers: int) -> tuple[Any, dict[str, int]]:
+    def upper(layers: int) -> Cut:
         if not 1 <= layers < len(model.names):
             raise ValueError(f"--upper-layers: expected 1 to {len(model.names) - 1}, got {layers}")
         end = len(model.names) - layers
 
-        def features(params: Any, batch: Any) -> Any:
+        def trunk(params: Any, batch: Any) -> Any:
             rest = {k: v for k, v in batch.items() if k != "image"}
-            return rest | {str(end): nnx.merge(graph, params)(batch["image"], 0, end)}
+            return rest | {"stream": nnx.merge(graph, params)(batch["image"], 0, end)}
 
+        head, _ = classification(lambda p, kept: nnx.merge(graph, p)(kept["stream"], end))
         above = tuple(f"{name}/" for name in model.names[end:])
-        return features, {n: 0 for n in trees.named(params) if n.startswith(above)}
+        return Cut(trunk, head, {n: 0 for n in trees.named(params) if n.startswith(above)})
 
     def save(folder: Path, params: Any) -> None:
         with files.whole(folder / "model.safetensors") as part:
             save_file({n: np.asarray(x) for n, x in trees.named(params).items()}, part)
 
-    loss_fn, score = classification(logits_fn)
+    loss_fn, score = classification(lambda p, batch: nnx.merge(graph, p)(batch["image"]))
     params = jax.tree.map(jnp.asarray, nnx.to_pure_dict(state))
     own = {f"client {i}": np.flatnonzero(owners == i) for i in range(num_clients)}
     take = lambda picks: {k: v[picks] for k, v in train.items()}  # noqa: E731

@@ -106,7 +106,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: Base)
         bar = stack.enter_context(report.progress())
         ledger, state, rows = resume.open_run(options, problem, alg, bar)
         stack.enter_context(ledger)
-        traffic = resume.account(options, problem, ledger, size)
+        traffic = resume.account(options, problem, alg, ledger, size)
         if not rows:
             rows.append({"round": 0, "dev_loss": base.dev[0], f"dev_{metric}": base.dev[1]})
         with files.whole(folder / "metrics.jsonl") as part:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,10 +101,10 @@ def build(
     return (SCALAR.get(method) or _yours(method))(loss_fn, learning_rate, **common)
 
 
-def _upper(options: Any, problem: Problem) -> hj.Upper:
+def _upper(options: Any, problem: Problem) -> hj.Split:
     if problem.upper is None:
         raise ValueError(f"--upper-directions: {problem.name} has no upper part of its own")
-    return hj.Upper(*problem.upper(options.upper_layers), directions=options.upper_directions)
+    return hj.Split(*problem.upper(options.upper_layers), options.upper_directions)
 
 
 def hiso_all(loss_fn: Any, learning_rate: Any, **options: Any) -> hj.Algorithm:
@@ -116,13 +117,14 @@ def forward_passes(algorithm: hj.Algorithm | Baseline, share: float = 1.0) -> fl
 
     One that starts at the upper layers counts as the `share` of one.
     """
-    recipe = algorithm.recipe
-    if "estimator" not in recipe:
-        return recipe["local_steps"] * recipe["forward_passes"]
-    each = estimators.forward_passes(recipe["estimator"], recipe["num_perturbations"])
-    if upper := recipe.get("upper"):
-        each -= upper["directions"] * (1 - share)
-    return recipe["local_steps"] * each
+    if isinstance(algorithm, Baseline):
+        return algorithm.recipe["local_steps"] * algorithm.recipe["forward_passes"]
+    spec = algorithm.spec
+    own = spec.directions
+    each = estimators.forward_passes(spec.estimator.recipe["estimator"], own.per_client)
+    if own.still is not None:
+        each -= (own.per_client - own.still.wholes(own.per_client)) * (1 - share)
+    return spec.steps * each
 
 
 def share(problem: Problem, layers: int) -> float:
@@ -132,15 +134,14 @@ def share(problem: Problem, layers: int) -> float:
     own = problem.clients[problem.clients.names[0]]
     few = {k: v[:1] for k, v in own.items()} | {"weight": np.ones(1, np.float32)}
     batch, params = problem.prepare(few), problem.params
-    kept = jax.eval_shape(problem.upper(layers)[0], params, batch)
-    upper, whole = (multiplications(problem.loss_fn, params, data) for data in (kept, batch))
-    return upper / whole
+    cut = problem.upper(layers)
+    kept = jax.eval_shape(cut.trunk, params, batch)
+    whole = multiplications(problem.loss_fn, params, batch)
+    return multiplications(cut.head, params, kept) / whole
 
 
 def floats(algorithm: hj.Algorithm | Baseline, problem: Problem) -> int:
     """Floats that a client sends up a round."""
     if isinstance(algorithm, Baseline):
         return sum(x.size for x in algorithm.trainable(problem.params).values())
-    recipe = algorithm.recipe
-    each = estimators.scalars_per_direction(recipe["estimator"])
-    return recipe["local_steps"] * recipe["num_perturbations"] * each
+    return math.prod(algorithm.spec.sent)

@@ -11,6 +11,14 @@ import numpy as np
 from hiso_jax.simulation import Arrays, Clients
 
 
+class Cut(NamedTuple):
+    """The last layers of a model, as of a `hiso_jax.Split`."""
+
+    trunk: Callable[[Any, Any], Any]  # (params, batch) -> kept
+    head: Callable[[Any, Any], jax.Array]  # (params, kept) -> loss
+    leaves: dict[str, int]  # that lie above -> first row
+
+
 class Problem(NamedTuple):
     """A problem over simulated clients."""
 
@@ -26,8 +34,7 @@ class Problem(NamedTuple):
     prepare: Callable[[Arrays], Arrays] = lambda batch: batch  # before a batch is computed with
     trainable: Any = None  # as in `hiso_jax.trees.select`
     lazy: bool = False  # the loss takes lazy leaves, see `hiso_jax.lazy`
-    # Number of layers -> features and leaves of a `hiso_jax.Upper` of so many.
-    upper: Callable[[int], tuple[Any, dict[str, int]]] | None = None
+    upper: Callable[[int], "Cut"] | None = None  # number of layers -> where they begin
     measure: Callable[[Any], dict[str, float]] = lambda params: {}  # more, of the test split
     classes: tuple[tuple[str, str], ...] = ()  # label and word of each, in the order of numbers
     notes: tuple[str, ...] = ()  # what was left out of the data, or done otherwise

@@ -26,7 +26,7 @@ import hiso_jax as hj
 from experiments import adapters, report
 from hiso_jax import files
 from hiso_jax.models import huggingface
-from hiso_jax.replay import LARGE, Leaf, Replay
+from hiso_jax.replay import Leaf, Replay, large
 from hiso_jax.tensorfile import Tensor, TensorFile
 
 
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(start, count) of what is worked on at a time; a turned tensor cannot be cut."""
         size = int(np.prod(self.shape, dtype=np.int64))
-        room = size if self.turned else LARGE
+        room = size if self.turned else large()
         for start in range(0, size, max(room, 1)):
             yield start, min(room, size - start)
 
@@ -127,8 +127,8 @@ def rebuild(
             made = TensorFile.create(target, tensors, file.metadata)
             written[path] = stack.enter_context(made)
             for name, tensor in file.tensors.items():
-                for start in range(0, 0 if (path, name) in types else tensor.size, LARGE):
-                    count = min(LARGE, tensor.size - start)
+                for start in range(0, 0 if (path, name) in types else tensor.size, large()):
+                    count = min(large(), tensor.size - start)
                     made.write(name, start, file.read(name, start, count))
         if extra:
             if not out.is_dir():

@@ -87,12 +87,11 @@ def data_digest(problem: Problem) -> str:
 
 
 def account(
-    options: Options, problem: Problem, ledger: hj.Ledger | baselines.Unrecorded, size: int
+    options: Options, problem: Problem, alg: Any, ledger: hj.Ledger | baselines.Unrecorded, size: int
 ) -> simulation.Traffic:
     """Account for the rounds that are done, of a method with `size` trained parameters."""
     if isinstance(ledger, hj.Ledger):
-        places = ledger.header["algorithm"].get("own_directions", 1)
-        traffic = simulation.Traffic(ledger.shape, True, places)
+        traffic = simulation.Traffic(ledger.shape, True, alg.spec.directions.clients or 1)
     else:
         traffic = baselines.Traffic(size)
     for round, reported in enumerate(ledger.records().reported):

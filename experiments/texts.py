@@ -1,7 +1,7 @@
 """Any text task on any supported checkpoint, as a problem over clients."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from experiments import adapters, problem
 from experiments.adapters import unit
-from experiments.problem import Problem
+from experiments.problem import Cut, Problem
 from hiso_jax import files, models, trees
 from hiso_jax.models import subsets
 from hiso_jax.simulation import Arrays, Clients
@@ -38,27 +38,29 @@ class Material(NamedTuple):
     length: int  # tokens a text is cut to
 
 
-def upper_of(model: models.Model, own: Any, prefix: str = "", above: Any = ()) -> Any:
+def upper_of(
+    model: models.Model, own: Any, losses: Any, prefix: str = "", above: Any = ()
+) -> Callable[[int], Cut]:
     """The `upper` of a `Problem`.
 
     Args:
       model: whose layers it is about.
       own: the problem's parameters -> the model's.
+      losses: number of the first layer -> (loss, score) from there on.
       prefix: of the names of the model's leaves in the problem's parameters.
       above: leaves of the problem that are part of any upper part.
     """
 
-    def upper(layers: int) -> tuple[Any, dict[str, int]]:
+    def upper(layers: int) -> Cut:
         rows = subsets.upper_rows(model.params, layers)
         end = model.config.num_hidden_layers - layers
 
-        def features(params: Any, batch: Any) -> Any:
+        def trunk(params: Any, batch: Any) -> Any:
             ids, mask = batch["input_ids"], batch["attention_mask"]
-            return batch | {f"{adapters.STREAM}{end}": model.lower(own(params), ids, mask, end)}
+            return batch | {adapters.STREAM: model.lower(own(params), ids, mask, end)}
 
-        return features, dict.fromkeys(above, 0) | {
-            prefix + name: row for name, row in rows.items()
-        }
+        leaves = {prefix + name: row for name, row in rows.items()}
+        return Cut(trunk, losses(end)[0], dict.fromkeys(above, 0) | leaves)
 
     return upper
 
@@ -82,15 +84,16 @@ def encoder_problem(material: Material) -> Problem:
     sentences = task.sentences or task.words or ()
     labels = adapters.label_embeddings(model, tokenizer, sentences, length)
 
-    def logits_fn(params: Any, batch: Any) -> jax.Array:
-        return SCALE * unit(embed(params["encoder"], batch)) @ unit(labels + params["labels"]).T
+    def logits_fn(params: Any, batch: Any, begin: int) -> jax.Array:
+        return SCALE * unit(embed(params["encoder"], batch, begin)) @ unit(labels + params["labels"]).T
 
     def save(folder: Path, params: Any) -> None:
         models.save_pretrained(model, folder / "model", params["encoder"])
         with files.whole(folder / "model" / "labels.safetensors") as part:
             save_file({"labels": np.asarray(labels + params["labels"])}, part)
 
-    loss_fn, score = problem.classification(logits_fn)
+    losses = lambda begin: problem.classification(lambda p, b: logits_fn(p, b, begin))  # noqa: E731
+    loss_fn, score = losses(0)
     train = columns(rows["train"])
     return Problem(
         name=name,
@@ -103,7 +106,7 @@ def encoder_problem(material: Material) -> Problem:
         save=save,
         metric=task.metric,
         lazy=True,
-        upper=upper_of(model, lambda params: params["encoder"], "encoder/", ("labels",)),
+        upper=upper_of(model, lambda params: params["encoder"], losses, "encoder/", ("labels",)),
         adapter={"kind": "labels", "sentences": list(sentences), "length": length},
     )
 
@@ -128,11 +131,12 @@ def masked_problem(material: Material) -> Problem:
             f"words: {task.words!r:.200} begin with the same token; choose others with --words"
         )
 
-    def logits_fn(params: Any, batch: Any) -> jax.Array:
-        x = adapters.hidden_states(model, params, batch)
+    def logits_fn(params: Any, batch: Any, begin: int) -> jax.Array:
+        x = adapters.hidden_states(model, params, batch, begin)
         return model.head(params, x[jnp.arange(len(x)), batch["place"]], tokens)
 
-    loss_fn, score = problem.classification(logits_fn)
+    losses = lambda begin: problem.classification(lambda p, b: logits_fn(p, b, begin))  # noqa: E731
+    loss_fn, score = losses(0)
     columns = functools.partial(text.masked, task, tokenizer, length=length)
     return Problem(
         name=name,
@@ -146,7 +150,7 @@ def masked_problem(material: Material) -> Problem:
         metric=task.metric,
         prepare=text.trim,
         lazy=True,
-        upper=upper_of(model, lambda params: params),
+        upper=upper_of(model, lambda params: params, losses),
     )
 
 
@@ -214,8 +218,8 @@ def decoder_problem(
             return None
         return start[0] + params["prefix"]["keys"], start[1] + params["prefix"]["values"]
 
-    def hidden(params: Any, batch: Any) -> jax.Array:
-        return adapters.hidden_states(model, whole(params), batch, prefix(params))
+    def hidden(params: Any, batch: Any, begin: int) -> jax.Array:
+        return adapters.hidden_states(model, whole(params), batch, begin, prefix(params))
 
     def head(params: Any, x: jax.Array, rows: Any = None) -> jax.Array:
         # The head is never adapted.
@@ -260,11 +264,17 @@ def decoder_problem(
         # Told once, by the training rows: the same for every split.
         shared, firsts = text.word_tokens(task, tokenizer, rows["train"])
         tokens = jnp.asarray(firsts)
-        loss_fn, score = problem.classification(lambda p, b: head(p, hidden(p, b)[:, -1], tokens))
+
+        def losses(begin: int) -> tuple[Any, Any]:
+            return problem.classification(lambda p, b: head(p, hidden(p, b, begin)[:, -1], tokens))
+
         own_columns = _clients(columns(rows["train"]), own)
     else:
-        plain = task.metric == "perplexity"
-        loss_fn, score = problem.language(hidden, head, None if plain else room)
+        last = None if task.metric == "perplexity" else room
+
+        def losses(begin: int) -> tuple[Any, Any]:
+            return problem.language(lambda p, b: hidden(p, b, begin), head, last)
+
         each = {n: columns([rows["train"][i] for i in picks]) for n, picks in own.items()}
         filled = {name: arrays for name, arrays in each.items() if len(arrays["input_ids"])}
         if len(filled) < len(each):
@@ -273,6 +283,7 @@ def decoder_problem(
         if not filled:
             raise ValueError(f"{task.label}: no client has a text of two tokens to learn from")
         own_columns = Clients(filled)
+    loss_fn, score = losses(0)
     held = {name: columns(rows[name]) for name in ("dev", "test")}
     if empty := [name for name, arrays in held.items() if not len(arrays["input_ids"])]:
         raise ValueError(f"{task.label}: {empty[0]} has no text of two tokens to measure on")
@@ -288,7 +299,7 @@ def decoder_problem(
         prepare=text.trim,
         trainable=trainable,
         lazy=kind in subsets.MASKS,
-        upper=upper_of(model, whole) if kind == "all" else None,
+        upper=upper_of(model, whole, losses) if kind == "all" else None,
         measure=measure if task.metric in metrics.METRICS else lambda params: {},
         notes=tuple(notes),
         adapter=None if kind in subsets.MASKS else adapter,

@@ -23,14 +23,23 @@ from hiso_jax import (
     server,
     trees,
 )
-from hiso_jax.algorithms import decomfl, federated_hiso, fedkseed, fzoo, hizoo, meazo, mezo
+from hiso_jax.algorithm import Spec
+from hiso_jax.algorithms import (
+    decomfl,
+    federated_hiso,
+    fedkseed,
+    fzoo,
+    hizoo,
+    meazo,
+    mezo,
+    scalar_algorithm,
+)
 from hiso_jax.exact import compiler_options
-from hiso_jax.federated import scalar_algorithm
 from hiso_jax.fingerprint import digest
 from hiso_jax.ledger import CorruptLedger, Ledger, LedgerError, LedgerMismatch, LedgerWriteError
 from hiso_jax.protocol import Algorithm, Metrics, State
+from hiso_jax.split import Split, Upper
 from hiso_jax.transform import hiso, scale_by_zeroth_order, value_and_grad, zo_sgd
-from hiso_jax.upper import Upper
 
 __all__ = [
     "Algorithm",
@@ -40,6 +49,8 @@ __all__ = [
     "LedgerMismatch",
     "LedgerWriteError",
     "Metrics",
+    "Spec",
+    "Split",
     "State",
     "Upper",
     "aggregators",

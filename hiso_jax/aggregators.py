@@ -1,23 +1,48 @@
 """Many clients' scalars [C, K, P] in, one record [K, P] out: all that the server sees.
 
-An aggregator is a function ``(scalars [C, K, P], weights [C]) -> record [K, P]``, pure and
-jittable. A client of weight 0 is absent: its scalars are finite but must not matter.
+An aggregator is a pure function ``(scalars [C, K, P], weights [C]) -> record [K, P]``. A client of
+weight 0 is absent: its scalars are finite but must not matter. One of your own is such a function;
+it needs a name for a ledger to write down: that of the function, or ``Aggregator(function, "name")``.
 """
 
-from collections.abc import Callable
+import ast
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hiso_jax import checks
-
-Aggregator = Callable[[jax.Array, jax.Array], jax.Array]
+from hiso_jax import checks, estimators
 
 
-def _named(aggregator: Aggregator, name: str) -> Aggregator:
-    """Give it the name that a ledger writes down."""
-    aggregator.__qualname__ = name
-    return aggregator
+# No tuple, since jax.jit takes a weak reference to what it compiles, and a tuple has none.
+@dataclasses.dataclass(frozen=True)
+class Aggregator:
+    """A function of scalars and weights, with a name.
+
+    Attributes:
+      function: ``(scalars [C, K, P], weights [C]) -> record [K, P]``.
+      recipe: what a ledger writes down, ``"trimmed_mean(0.1)"``; None if it has no name.
+    """
+
+    function: Callable[[jax.Array, jax.Array], jax.Array]
+    recipe: str | None
+
+    def __call__(self, scalars: jax.Array, weights: jax.Array) -> jax.Array:
+        """The record."""
+        return self.function(scalars, weights)
+
+
+def named(aggregator: Any) -> Aggregator:
+    """Return an aggregator as it is, a function under its own name."""
+    if isinstance(aggregator, Aggregator):
+        return aggregator
+    if not callable(aggregator):
+        raise TypeError(f"aggregator: expected a function (scalars, weights) -> record, got "
+                        f"{aggregator!r}")  # fmt: skip
+    return Aggregator(aggregator, estimators.called(aggregator))
 
 
 def mean() -> Aggregator:
@@ -33,7 +58,7 @@ def mean() -> Aggregator:
     def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
         return jnp.einsum("c,ckp->kp", weights / weights.sum(), scalars)
 
-    return _named(aggregate, "mean()")
+    return Aggregator(aggregate, "mean()")
 
 
 def side_by_side(places: int, outputs: int = 1) -> Aggregator:
@@ -64,7 +89,7 @@ def side_by_side(places: int, outputs: int = 1) -> Aggregator:
         parts = each.reshape(places, steps, outputs, width // outputs)
         return jnp.moveaxis(parts, 0, 2).reshape(steps, places * width)
 
-    return _named(aggregate, "side_by_side()")
+    return Aggregator(aggregate, "side_by_side()")
 
 
 def _sorted(scalars: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -89,7 +114,7 @@ def median() -> Aggregator:
         picked = jnp.take_along_axis(values, jnp.stack([low, high]), axis=0)
         return picked.mean(0)
 
-    return _named(aggregate, "median()")
+    return Aggregator(aggregate, "median()")
 
 
 def trimmed_mean(trim: float = 0.1) -> Aggregator:
@@ -110,7 +135,7 @@ def trimmed_mean(trim: float = 0.1) -> Aggregator:
         kept = jnp.where((rank >= cut) & (rank < present - cut), sorted_weights, 0)
         return (kept * values).sum(0) / kept.sum(0)
 
-    return _named(aggregate, f"trimmed_mean({trim})")
+    return Aggregator(aggregate, f"trimmed_mean({trim})")
 
 
 def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
@@ -149,4 +174,77 @@ def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
         kept = jnp.where(rank < num_selected, weights, 0)
         return jnp.einsum("c,ckp->kp", kept / kept.sum(), scalars)
 
-    return _named(aggregate, f"krum({num_byzantine}, {num_selected})")
+    return Aggregator(aggregate, f"krum({num_byzantine}, {num_selected})")
+
+
+AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
+    "mean": mean, "median": median, "trimmed_mean": trimmed_mean, "krum": krum,
+}  # fmt: skip
+"""By the name in a recipe."""
+
+
+class Combine(NamedTuple):
+    """What the server does with clients' scalars: who counts, and how they are put together.
+
+    Attributes:
+      aggregator: see this module.
+      nonfinite: what a client with a NaN or infinite scalar does, ``"raise"`` or ``"exclude"``.
+    """
+
+    aggregator: Aggregator
+    nonfinite: str = "raise"
+
+    def __call__(
+        self, scalars: jax.Array, weights: Any, sent: tuple[int, int]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return record, effective weights [C] and finite [C] of scalars [C, *sent].
+
+        Raises:
+          ValueError: wrong shapes or weights; a client's NaN, by its number, where it is known.
+        """
+        if scalars.ndim != 3 or scalars.shape[1:] != sent:
+            raise ValueError(f"scalars: expected shape [C, {sent[0]}, {sent[1]}] (clients, "
+                             f"local steps, perturbations), got {scalars.shape}")  # fmt: skip
+        weights = checks.weights(weights, scalars.shape[0])
+        finite = jnp.isfinite(scalars).all((1, 2))
+        counts = weights > 0
+        if checks.is_concrete((scalars, weights)) and self.nonfinite == "raise":
+            if bad := np.flatnonzero(~np.asarray(finite | ~counts)).tolist():
+                raise ValueError(
+                    f"scalars: clients {bad} (positions along the first axis) sent NaN or infinite "
+                    'scalars; lower the learning rate, or leave them out with nonfinite="exclude"'
+                )
+        weights = jnp.where(finite, weights, 0)
+        scalars = jnp.where((weights > 0)[:, None, None], scalars, 0)
+        # A record nobody may apply is NaN: `advance` then moves nothing.
+        usable = weights.sum() > 0
+        if self.nonfinite == "raise":
+            usable &= (finite | ~counts).all()
+        return jnp.where(usable, self.aggregator(scalars, weights), jnp.nan), weights, finite
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """As data."""
+        return {"aggregator": self.aggregator.recipe, "nonfinite": self.nonfinite}
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
+        """The inverse of `recipe`, which may hold more; an aggregator of yours is only a name."""
+        text = str(recipe.get("aggregator", "mean()"))
+        name, _, arguments = text.removesuffix(")").partition("(")
+        if recipe.get("own_directions") is not None:
+            outputs = estimators.scalars_per_direction(recipe.get("estimator", "forward"))
+            aggregator = side_by_side(int(recipe["own_directions"]), outputs)
+        elif name in AGGREGATORS:
+            aggregator = AGGREGATORS[name](*ast.literal_eval(f"({arguments},)") if arguments else ())
+        else:
+            aggregator = Aggregator(_unknown(text), text)
+        return cls(aggregator, recipe.get("nonfinite", "raise"))
+
+
+def _unknown(name: str) -> Callable[..., Any]:
+    def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
+        raise ValueError(f"aggregator: {name!r} is none of {tuple(AGGREGATORS)}; build the algorithm "
+                         "with yours to aggregate")  # fmt: skip
+
+    return aggregate

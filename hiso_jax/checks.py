@@ -122,6 +122,44 @@ def loss(value: Any) -> None:
         )
 
 
+def record(record: Any, shape: tuple[int, int]) -> jax.Array:
+    """Return a record as float32 [K, P]; finite, or NaN only for a round nobody answered."""
+    record = jnp.asarray(record, jnp.float32)
+    if record.shape != shape:
+        raise ValueError(f"record: expected shape {shape} (local steps, perturbations), got "
+                         f"{record.shape}")  # fmt: skip
+    if is_concrete(record):
+        values = np.asarray(record)
+        if not np.isfinite(values).all() and not np.isnan(values).all():
+            raise ValueError("record: expected finite scalars, or NaN only for a round nobody "
+                             f"answered, got {values.tolist()}")  # fmt: skip
+    return record
+
+
+def records(records: Any, rates: Any, shape: tuple[int, int]) -> tuple[jax.Array, Any]:
+    """Return records as float32 [R, K, P], and learning rates [R] if any are given."""
+    records = jnp.asarray(records, jnp.float32)
+    if records.ndim != 3 or records.shape[1:] != shape:
+        raise ValueError(f"records: expected shape [R, {shape[0]}, {shape[1]}] (rounds, "
+                         f"local steps, perturbations), got {records.shape}")  # fmt: skip
+    if is_concrete(records):
+        values = np.asarray(records)
+        bad = np.flatnonzero(~np.isfinite(values).all((1, 2)) & ~np.isnan(values).all((1, 2)))
+        if bad.size:
+            raise ValueError(f"records: NaN or infinite scalars in records {bad.tolist()}")
+    if rates is not None:
+        rates = jnp.asarray(rates, jnp.float32)
+        if rates.shape != records.shape[:1]:
+            raise ValueError(f"learning_rates: expected shape ({len(records)},), one a record, "
+                             f"got {rates.shape}")  # fmt: skip
+    return records, rates
+
+
+def rate(value: Any) -> jax.Array:
+    """Return a learning rate as float32."""
+    return jnp.asarray(number("learning_rate", value, 0), jnp.float32)
+
+
 def weights(weights: Any, clients: int) -> jax.Array:
     """Return the clients' weights as float32 [C]; by default all are 1."""
     if weights is None:

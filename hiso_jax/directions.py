@@ -1,20 +1,33 @@
-"""Shared keys in, noise out: the only file that draws random numbers for perturbations.
+"""Shared keys in, noise out: which directions a round has, and what the noise of a leaf is.
 
 The noise of a leaf is a function of (root key, round, local step, perturbation, leaf
 name) and of nothing else. Every party holds the root key, so a direction is never sent.
 """
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
-from hiso_jax import checks, exact, lazy, trees
+from hiso_jax import checks, exact, lazy, packing, trees
+from hiso_jax import still as stills
+from hiso_jax.prng import (  # noqa: F401  # what is drawn with, under the name it is looked for
+    Distribution,
+    check_distribution,
+    draw,
+    fold_in,
+    from_words,
+    round_to,
+    threefry,
+    words,
+    words_of,
+)
+from hiso_jax.still import Still
 
-Distribution = Literal["normal", "near_normal", "rademacher"]
+Noise = Callable[[str, Any, Any, tuple[int, ...], Any], jax.Array]
+"""(leaf or pack, local step, direction, shape, number of the first element) -> u."""
 
 # Step number of the stream that rounds narrow floats; no run has this many local steps.
 _ROUNDING = 2**32 - 1
@@ -47,11 +60,6 @@ def as_key(key: Any) -> jax.Array:
     return key
 
 
-def check_distribution(distribution: str) -> Distribution:
-    """Return `distribution`, or raise ValueError naming the choices."""
-    return checks.choice("distribution", distribution, get_args(Distribution))
-
-
 def direction_key(
     key: jax.Array, round: Any, step: Any, perturbation: Any, pool: int | None = None
 ) -> jax.Array:
@@ -74,144 +82,6 @@ def pool_pick(key: jax.Array, round: Any, step: Any, perturbation: Any, pool: in
 def pool_key(key: jax.Array, number: Any) -> jax.Array:
     """Key of direction `number` of the pool."""
     return fold_in(fold_in(key, _POOL), number)
-
-
-# Inlined, so it fuses as ever; jit keeps what was traced, a hundred operations for every leaf.
-@functools.partial(jax.jit, inline=True)
-def threefry(
-    key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds (Salmon et al. 2011), the cipher of ``jax.random``.
-
-    The same words as jax's own, written so that it fuses with what consumes it: several times
-    faster on CPU, quicker to compile, and no array of counters is ever in memory.
-
-    Args:
-      key, counter: pairs of uint32 arrays that broadcast together.
-
-    Returns:
-      A pair of uint32 arrays of random words.
-    """
-    schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
-    x, y = counter[0] + schedule[0], counter[1] + schedule[1]
-    for block in range(5):
-        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[block % 2]:
-            x = x + y
-            y = x ^ ((y << turn) | (y >> (32 - turn)))
-        x = x + schedule[(block + 1) % 3]
-        y = y + schedule[(block + 2) % 3] + jnp.uint32(block + 1)
-    return x, y
-
-
-def fold_in(key: jax.Array, counter: Any) -> jax.Array:
-    """``jax.random.fold_in``, bit for bit, in one piece of code instead of four loops.
-
-    Args:
-      key: a key, or an array of them.
-      counter: uint32, or an array of them, that broadcasts with `key`.
-
-    Returns:
-      Keys of the shape to which both broadcast.
-
-    Example:
-      >>> import jax
-      >>> key = jax.random.key(0)
-      >>> bool(fold_in(key, 7) == jax.random.fold_in(key, 7))
-      True
-    """
-    data, counter = jax.random.key_data(key), jnp.asarray(counter, jnp.uint32)
-    pair = threefry((data[..., 0], data[..., 1]), (jnp.zeros_like(counter), counter))
-    return jax.random.wrap_key_data(jnp.stack(pair, -1), impl="threefry2x32")
-
-
-def words(key: jax.Array, size: int, start: Any = 0) -> jax.Array:
-    """Random words: word i is the cipher of counter i, so any part can be drawn alone.
-
-    `start` may be an array: that many runs of `size` words, [*start.shape, size].
-    """
-    return _pairs(key, size, start)[0]
-
-
-def _pairs(key: jax.Array, size: int, start: Any) -> tuple[jax.Array, jax.Array]:
-    """`words`, and the second words of the same counters."""
-    data = jax.random.key_data(key)
-    if size > 2**32:
-        raise ValueError(f"params: a leaf needs {size} random words, more than its 2^32 counters")
-    start = jnp.asarray(start, jnp.uint32)[..., None]
-    low = start + jax.lax.broadcasted_iota(
-        jnp.uint32, (*(1,) * (start.ndim - 1), size), start.ndim - 1
-    )
-    return threefry((data[0], data[1]), (jnp.zeros_like(low), low))
-
-
-# Inlined where it is traced; by itself one program, instead of one for every operation.
-@functools.partial(jax.jit, static_argnames=("shape", "distribution"), inline=True)
-def draw(
-    key: jax.Array, shape: tuple[int, ...], distribution: Distribution, start: Any = 0
-) -> jax.Array:
-    """Draw zero-mean, unit-variance, independent float32 noise.
-
-    ``"normal"`` is N(0, 1), the paper's: number i, counted over the flattened leaf, comes from
-    word i. ``"near_normal"`` is N(0, 1) to 1.4e-4 in its distribution function, from -6.4 to
-    6.4, for a quarter of the price: see `from_words`. ``"rademacher"`` is +1 or -1, sign i
-    from bit 31 - i % 32 of word i // 32: integers only, and cheaper still.
-
-    Args:
-      key: of one leaf in one direction.
-      shape: of what is drawn.
-      distribution: one of `Distribution`.
-      start: number of the first element, a multiple of 32, to draw a part of a leaf; an array of
-        them gives as many runs, [*start.shape, *shape].
-
-    Example:
-      >>> import jax
-      >>> draw(jax.random.key(0), (2, 3), "rademacher").shape
-      (2, 3)
-    """
-    size, start = math.prod(shape), jnp.asarray(start, jnp.uint32)
-    (count,) = words_of([size], distribution)
-    if distribution != "rademacher":
-        drawn = _pairs(key, count, start)
-    else:
-        # Fused with what follows, a CPU would compute the word of every sign anew.
-        wrap = functools.partial(jax.random.wrap_key_data, impl="threefry2x32")
-        cipher = lambda data, start: words(wrap(data), count, start)  # noqa: E731
-        signs = jax.lax.platform_dependent(
-            jax.random.key_data(key),
-            start >> 5,
-            cpu=lambda *args: exact.apart(cipher, *args),
-            default=cipher,
-        )
-        drawn = (signs, signs)
-    return from_words(drawn, distribution)[..., :size].reshape(*start.shape, *shape)
-
-
-def words_of(sizes: Sequence[int], distribution: Distribution) -> list[int]:
-    """How many random words the noise of leaves of these sizes takes."""
-    return [-(-size // 32) if distribution == "rademacher" else size for size in sizes]
-
-
-def from_words(pairs: tuple[jax.Array, jax.Array], distribution: Distribution) -> jax.Array:
-    """Noise [..., N] of the two words of counters, [..., N] each or, for signs, [..., N / 32].
-
-    A near-normal number adds up 32 signs, the bits of the first word, and to be continuous the
-    difference of the second's halves; that has excess kurtosis -0.06, which a cubic
-    (Cornish-Fisher) takes away. Signs and normal numbers have no use for the second word.
-    """
-    words, others = pairs
-    if distribution == "normal":
-        whole = jax.lax.bitcast_convert_type(words, jnp.int32) >> 8
-        # Exact, symmetric and inside (-1, 1): 24 bits hold an odd multiple of 2^-24.
-        return exact.normal_quantile((whole.astype(jnp.float32) + 0.5) * jnp.float32(2**-23))
-    if distribution == "near_normal":
-        ones = jax.lax.population_count(words).astype(jnp.int32) - 16
-        halves = (others >> 16).astype(jnp.int32) - (others & 0xFFFF).astype(jnp.int32)
-        return exact.near_normal((ones << 16) + halves)
-    # Bit j becomes the sign bit of the j-th number: +1.0 is 0x3f800000.
-    places = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * words.ndim + (32,))
-    signs = (words[..., None] << places) & jnp.uint32(0x80000000)
-    ones = jax.lax.bitcast_convert_type(signs | jnp.uint32(0x3F800000), jnp.float32)
-    return ones.reshape(*words.shape[:-1], -1)
 
 
 def _leaf_keys(key: jax.Array, names: list[str]) -> jax.Array:
@@ -284,12 +154,75 @@ def rounding_keys(key: jax.Array, round: Any, names: Sequence[str]) -> jax.Array
     return _leaf_keys(rounding_key(key, round), list(names))
 
 
-def round_to(key: jax.Array, x: jax.Array, dtype: Any, start: Any = 0) -> jax.Array:
-    """Round float32 to a narrower `dtype`, stochastically; `key` and `start` as of `draw`.
+class Directions(NamedTuple):
+    """Which directions a round has: address in, noise out.
 
-    What is of that type already, float64 included, stays as it is.
+    Attributes:
+      per_client: P, directions that a client evaluates in a local step.
+      distribution: law of the noise, see `hiso_jax.prng.draw`.
+      clients: C, if each client of a round evaluates directions of its own: client c the numbers
+        c P to c P + P - 1. None: all evaluate the same.
+      pool: every direction is one of so many, picked by the shared key. None: no two are the same.
+      still: what some of a client's directions leave as it is.
     """
-    if dtype == x.dtype:
-        return x
-    drawn = words(key, x.size, start).reshape(x.shape)
-    return exact.stochastic_round(drawn, x, dtype)
+
+    per_client: int
+    distribution: Distribution = "normal"
+    clients: int | None = None
+    pool: int | None = None
+    still: Still | None = None
+
+    @property
+    def count(self) -> int:
+        """Directions of a local step, of all clients together."""
+        return self.per_client * (self.clients or 1)
+
+    def first(self, slot: Any) -> Any:
+        """Number of the first direction of the client in a slot."""
+        return 0 if self.clients is None else self.per_client * slot
+
+    def noise(self, laid: Any, key: jax.Array, round: Any, steps: int) -> Noise:
+        """The noise of the leaves and packs of a `hiso_jax.layout.Laid`.
+
+        Args:
+          laid: gives names, shapes and packs.
+          key: root key.
+          round: number of the round.
+          steps: K.
+        """
+        keys = round_keys(key, round, (steps, self.count), laid.names, self.pool)
+        drawn = packing.noise(keys, laid.names, laid.packs, self.distribution)
+        if self.still is None:
+            return drawn
+        return stills.masked(drawn, self.still, self.per_client, laid.shapes, laid.packs)
+
+    def check(self, leaves: trees.Leaves) -> None:
+        """Raise ValueError unless what moves is among the trainable leaves."""
+        if self.still is not None:
+            self.still.check(leaves)
+
+    def check_slots(self, slot: int, count: int) -> None:
+        """Raise ValueError unless `count` clients have directions from a slot on."""
+        if self.clients is not None and not 0 <= slot <= self.clients - count:
+            raise ValueError(f"batches: {count} clients from place {slot} on, but "
+                             f"own_directions={self.clients}")  # fmt: skip
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """As data; options that are not used are left out."""
+        given = {"seed_pool": self.pool, "own_directions": self.clients}
+        given |= {"upper": None if self.still is None else self.still.recipe}
+        whole = {"num_perturbations": self.per_client, "distribution": self.distribution}
+        return whole | {name: value for name, value in given.items() if value is not None}
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
+        """The inverse of `recipe`, which may hold more."""
+        upper = recipe.get("upper")
+        return cls(
+            int(recipe["num_perturbations"]),
+            check_distribution(recipe["distribution"]),
+            recipe.get("own_directions"),
+            recipe.get("seed_pool"),
+            None if upper is None else Still.from_recipe(upper),
+        )

@@ -1,7 +1,7 @@
 """Losses at a few points in, scalars out; and the gradient estimate the scalars stand for."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,22 @@ Loss = Callable[[trees.Params], jax.Array]
 """Parameters -> loss, any shape: one loss, or one per client."""
 Direction = Callable[[Any], trees.Leaves]
 """Number of a perturbation -> direction z (or noise u)."""
-Estimator = Callable[[Loss, trees.Params, Direction, int, Any], tuple[jax.Array, jax.Array]]
+Difference = Callable[[Loss, trees.Params, Direction, int, Any], tuple[jax.Array, jax.Array]]
 """(loss, params, direction, P, smoothing) -> (value [...], scalars [P, ...]); some give 2 P."""
+
+
+class Estimator(NamedTuple):
+    """How the losses of a client become its scalars.
+
+    Attributes:
+      scalars: ``(loss_fn, params, batch, direction) -> (value, scalars [S P])``.
+      per_direction: S, scalars of a direction; second ones come after all first ones.
+      recipe: as data: ``estimator``, None if it has no name, and ``smoothing``.
+    """
+
+    scalars: Callable[..., tuple[jax.Array, jax.Array]]
+    per_direction: int
+    recipe: Mapping[str, Any]
 
 
 def forward_difference(
@@ -111,32 +125,91 @@ def three_point(
     return base, pairs.reshape(-1, *pairs.shape[2:])
 
 
-ESTIMATORS: dict[str, Estimator] = {
+ESTIMATORS: dict[str, Difference] = {
     "forward": forward_difference,
     "central": central_difference,
     "three_point": three_point,
 }
+"""By the name in a recipe."""
 
 
-def scalars_per_direction(estimator: str | Estimator) -> int:
+def make(
+    estimator: str | Difference, num_perturbations: int, smoothing: Any, second: bool = False
+) -> Estimator:
+    """An estimator along P directions.
+
+    Args:
+      estimator: a name of `ESTIMATORS`, or a function as of `Difference`.
+      num_perturbations: P.
+      smoothing: finite-difference step mu > 0.
+      second: whether second differences are wanted.
+
+    Example:
+      >>> make(central_difference, 5, 1e-3).recipe
+      {'estimator': 'central', 'smoothing': 0.001}
+    """
+    difference = get(estimator, second)
+
+    def scalars(
+        loss_fn: Any, params: trees.Params, batch: Any, direction: Direction
+    ) -> tuple[jax.Array, jax.Array]:
+        # Closed over, since lazy leaves cannot be arguments; an array, since it may be a float.
+        loss = lambda x: jnp.asarray(loss_fn(x, batch))  # noqa: E731
+        return difference(loss, params, direction, num_perturbations, smoothing)
+
+    recipe = {"estimator": name_of(estimator), "smoothing": smoothing}
+    return Estimator(scalars, scalars_per_direction(estimator), recipe)
+
+
+def from_recipe(recipe: Mapping[str, Any]) -> Estimator:
+    """Build an estimator again from a recipe; one of your own only knows its shape."""
+    name, smoothing = recipe.get("estimator", "forward"), recipe.get("smoothing", 1e-3)
+    if name in ESTIMATORS:
+        second = scalars_per_direction(name) == 2
+        return make(name, int(recipe["num_perturbations"]), smoothing, second)
+
+    def unknown(*args: Any) -> Any:
+        raise ValueError(f"estimator: {name!r} is none of {tuple(ESTIMATORS)}; build the algorithm "
+                         "with yours to evaluate clients")  # fmt: skip
+
+    return Estimator(unknown, 1, {"estimator": name, "smoothing": smoothing})
+
+
+def name_of(estimator: str | Difference) -> str | None:
+    """The name of an estimator that a ledger writes down; None if it has none of its own."""
+    known = {difference: name for name, difference in ESTIMATORS.items()}
+    return estimator if isinstance(estimator, str) else known.get(estimator) or called(estimator)
+
+
+def called(function: Any) -> str | None:
+    """The name of a function, unless others may have the same: a lambda, one inside of another.
+
+    Example:
+      >>> called(called), called(lambda x: x)
+      ('called', None)
+    """
+    name = getattr(function, "__qualname__", "<")
+    return None if "<" in name else name
+
+
+def scalars_per_direction(estimator: str | Difference) -> int:
     """How many scalars a direction gives: 2 of `three_point`, else 1."""
     return 2 if estimator in ("three_point", three_point) else 1
 
 
-def forward_passes(estimator: str | Estimator, num_perturbations: int) -> int:
+def forward_passes(estimator: str | Difference, num_perturbations: int) -> int:
     """Forward passes of a local step: P + 1, 2 P, or 2 P + 1.
 
     Example:
       >>> forward_passes("forward", 5), forward_passes("three_point", 5)
       (6, 11)
     """
-    name = getattr(estimator, "__name__", estimator)
-    sides = 1 if name in ("forward", "forward_difference") else 2
-    base = name not in ("central", "central_difference")
+    name = name_of(estimator)
+    sides, base = 1 if name == "forward" else 2, name != "central"
     return sides * num_perturbations + base
 
 
-def get(estimator: str | Estimator, second: bool = False) -> Estimator:
+def get(estimator: str | Difference, second: bool = False) -> Difference:
     """Return an estimator by name, or the function itself.
 
     Raises:

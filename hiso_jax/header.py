@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiso_jax import estimators, fingerprint, trees
+from hiso_jax import directions, estimators, fingerprint, trees
 from hiso_jax.protocol import Algorithm, State
 
 
@@ -37,6 +37,12 @@ def describe(
             'algorithm: its rule has no recipe to write down; give it Rule(recipe={"rule": '
             '"name", argument: value, ...})'
         )
+    for choice in ("estimator", "aggregator"):
+        if algorithm.recipe[choice] is None:
+            raise ValueError(
+                f"algorithm: its {choice} has no name to write down, and another one would look "
+                "the same; give it a function with a name, at the top of a module"
+            )
     trained = algorithm.trainable(state.params)
     digests = fingerprint.by_leaf(state.params)
     leaves = [
@@ -81,14 +87,9 @@ def canonical(header: Mapping[str, Any]) -> str:
 
 def shape(header: Mapping[str, Any]) -> tuple[int, int]:
     """(K, P) of its records: C times as many with own directions, twice with second differences."""
-    algorithm = header["algorithm"]
-    each = estimators.scalars_per_direction(algorithm.get("estimator", "forward"))
-    return int(algorithm["local_steps"]), each * directions_of(algorithm)
-
-
-def directions_of(algorithm: Mapping[str, Any]) -> int:
-    """Directions of a local step, of all clients together."""
-    return int(algorithm["num_perturbations"]) * int(algorithm.get("own_directions", 1))
+    recipe = header["algorithm"]
+    each = estimators.scalars_per_direction(recipe.get("estimator", "forward"))
+    return int(recipe["local_steps"]), each * directions.Directions.from_recipe(recipe).count
 
 
 def check(header: Any) -> None:

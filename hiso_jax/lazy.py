@@ -16,16 +16,6 @@ import numpy as np
 
 from hiso_jax import exact
 
-LARGE = 2**16
-"""Numbers a leaf has at least for it to be worth the trouble."""
-
-
-def worthwhile(shape: tuple[int, ...]) -> bool:
-    """Whether a leaf is large, and has rows that its noise can be drawn from anywhere in."""
-    run = math.prod(shape[1:])
-    return len(shape) > 1 and shape[0] * run >= LARGE and run % 32 == 0
-
-
 Compute = Callable[[jax.Array, tuple[int, ...], tuple[jax.Array, ...]], jax.Array]
 """(starts [...], shape, parts [..., *shape]) -> array [..., *shape]."""
 
@@ -87,11 +77,6 @@ class Lazy:
         return Lazy(compute, x.shape, x.dtype, (x, *self.parts), self.start)
 
 
-def now(tree: Any) -> Any:
-    """Make arrays of the lazy leaves of a pytree."""
-    return jax.tree.map(lambda x: x[...] if isinstance(x, Lazy) else x, tree)
-
-
 def rows(table: Any, indices: jax.Array) -> jax.Array:
     """``table[indices]``, of an array or of a lazy leaf, of which only these rows are computed.
 
@@ -124,15 +109,20 @@ def scan(
     """
     leaves, tree = jax.tree.flatten(layers)
     stored = [x.parts if isinstance(x, Lazy) else x for x in leaves]
-    stored, others = jax.tree.map(lambda x: x[begin:end], (stored, others))
+    numbers = jnp.arange(leaves[0].shape[0], dtype=jnp.uint32)[begin:end]
+    some = len(numbers) < leaves[0].shape[0]
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
         number, own, other = inputs
+        if some:
+            # Looked up layer by layer: a slice of the stack would be a copy of all of them.
+            at = lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, keepdims=False)  # noqa: E731
+            own, other = jax.tree.map(at, (stored, others))
         arrays = [
             x.compute(x.starts(number), x.shape[1:], part) if isinstance(x, Lazy) else part
             for x, part in zip(leaves, own, strict=True)
         ]
         return layer(carry, (tree.unflatten(arrays), other))
 
-    numbers = jnp.arange(leaves[0].shape[0], dtype=jnp.uint32)[begin:end]
-    return jax.lax.scan(step, carry, (numbers, stored, others))
+    whole = (None, None) if some else (stored, others)
+    return jax.lax.scan(step, carry, (numbers, *whole))

@@ -12,18 +12,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hiso_jax import directions, exact, trees
+from hiso_jax import exact, prng, trees
 from hiso_jax.trees import Leaves
-
-SMALL, ROOM = 2**16, 2**18
-"""Numbers that a packed leaf has less than, and a pack at most."""
 
 Packs = dict[str, dict[str, tuple[int, ...]]]
 """Name of a pack -> leaf -> shape, in the order in which they lie."""
 
 
-def plan(leaves: Mapping[str, Any]) -> Packs:
+def plan(leaves: Mapping[str, Any], small: int = 2**16, room: int = 2**18) -> Packs:
     """Which leaves of one dtype to pack together; a pack of one is none.
+
+    Args:
+      leaves: name -> array.
+      small: leaves of fewer numbers are packed.
+      room: most numbers in a pack.
 
     Raises:
       ValueError: a leaf has more than 2^32 numbers.
@@ -38,10 +40,10 @@ def plan(leaves: Mapping[str, Any]) -> Packs:
     packs: list[dict[str, tuple[int, ...]]] = []
     last: dict[Any, dict[str, tuple[int, ...]]] = {}  # dtype -> the pack with room
     for name, x in leaves.items():
-        if x.size >= SMALL:
+        if x.size >= small:
             continue
         own = last.get(x.dtype)
-        if own is None or sum(map(math.prod, own.values())) + x.size > ROOM:
+        if own is None or sum(map(math.prod, own.values())) + x.size > room:
             own = last[x.dtype] = {}
             packs.append(own)
         own[name] = x.shape
@@ -101,26 +103,26 @@ def _pairs(keys: jax.Array, counts: Sequence[int]) -> tuple[jax.Array, jax.Array
     low = _laid([lax.iota(jnp.uint32, n) for n in counts])
     # Else the choice of the leaf would be made anew for every number.
     lanes, low = lax.optimization_barrier((lanes, low))
-    return directions.threefry((lanes[0], lanes[1]), (jnp.zeros_like(low), low))
+    return prng.threefry((lanes[0], lanes[1]), (jnp.zeros_like(low), low))
 
 
 def draw(
     keys: jax.Array,
     shapes: Sequence[tuple[int, ...]],
-    distribution: directions.Distribution,
+    distribution: prng.Distribution,
 ) -> jax.Array:
-    """The noise of several leaves end to end, of the keys and shapes given, as `directions.draw`.
+    """The noise of several leaves end to end, of the keys and shapes given, as `prng.draw`.
 
     Example:
       >>> import jax
       >>> keys = jax.random.split(jax.random.key(0))
       >>> both = draw(keys, [(3,), (40,)], "rademacher")
-      >>> bool((both[3:] == directions.draw(keys[1], (40,), "rademacher")).all())
+      >>> bool((both[3:] == prng.draw(keys[1], (40,), "rademacher")).all())
       True
     """
     sizes = [math.prod(shape) for shape in shapes]
-    counts = directions.words_of(sizes, distribution)
-    drawn = directions.from_words(_pairs(keys, counts), distribution)
+    counts = prng.words_of(sizes, distribution)
+    drawn = prng.from_words(_pairs(keys, counts), distribution)
     if drawn.size == sum(sizes):
         return drawn
     starts = [32 * sum(counts[:i]) for i in range(len(counts))]
@@ -131,14 +133,14 @@ def noise(
     keys: jax.Array,
     names: Sequence[str],
     packs: Packs,
-    distribution: directions.Distribution,
+    distribution: prng.Distribution,
 ) -> Callable[..., jax.Array]:
-    """The `hiso_jax.updates.Noise` of leaves and packs, of the keys [K, P, leaves] of `names`."""
+    """The `hiso_jax.directions.Noise` of leaves and packs, of the keys [K, P, leaves] of `names`."""
     number = {name: i for i, name in enumerate(names)}
 
     def one(name: str, k: Any, p: Any, shape: tuple[int, ...], start: Any) -> jax.Array:
         if name not in packs:
-            return directions.draw(keys[k, p, number[name]], shape, distribution, start)
+            return prng.draw(keys[k, p, number[name]], shape, distribution, start)
         own = packs[name]
         members = jnp.array([number[n] for n in own])
         return draw(keys[k, p][members], list(own.values()), distribution)
@@ -149,9 +151,9 @@ def noise(
 def rounding(
     keys: jax.Array, names: Sequence[str], packs: Packs, leaves: Mapping[str, Any]
 ) -> Callable[[str, jax.Array, Any], jax.Array]:
-    """The `narrow` of `hiso_jax.updates.apply_record` for packed `leaves`.
+    """The `cast` of `hiso_jax.layout.over_blocks` for packed `leaves`.
 
-    Stochastic, with the keys [leaves] of `names`: see `hiso_jax.directions.round_to`.
+    Stochastic, with the keys [leaves] of `names`: see `hiso_jax.prng.round_to`.
     """
     number = {name: i for i, name in enumerate(names)}
 
@@ -160,7 +162,7 @@ def rounding(
         if dtype == x.dtype:
             return x
         if name not in packs:
-            return directions.round_to(keys[number[name]], x, dtype, start)
+            return prng.round_to(keys[number[name]], x, dtype, start)
         own = packs[name]
         sizes = [math.prod(shape) for shape in own.values()]
         words, _ = _pairs(keys[jnp.array([number[n] for n in own])], sizes)

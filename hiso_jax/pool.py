@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hiso_jax import checks, directions, exact, trees
+from hiso_jax import checks, directions, exact, rules, trees
+from hiso_jax.algorithm import Spec
 from hiso_jax.ledger import Ledger
 
 
@@ -34,16 +35,15 @@ def accumulate(ledger: Ledger) -> np.ndarray:
       >>> bool(np.allclose(moved["w"], state.params["w"], atol=1e-6))
       True
     """
-    recipe, key = ledger.header["algorithm"], ledger.header["key"]
-    if (pool := recipe.get("seed_pool")) is None:
+    recipe, key = ledger.header["algorithm"]["rule"], ledger.header["key"]
+    if recipe != rules.identity().recipe:
+        raise ValueError(f"ledger: a pool adds up under the identity rule only, not {recipe}")
+    spec = Spec.from_header(ledger.header)
+    if (pool := spec.directions.pool) is None:
         raise ValueError(f"ledger: {ledger.path} is of a run without a seed pool")
-    if recipe["rule"] != {"rule": "identity"}:
-        raise ValueError(
-            f"ledger: a pool adds up under the identity rule only, not {recipe['rule']}"
-        )
     records = ledger.records()
     rates = records.learning_rates
-    rates = np.float32(recipe["learning_rate"]) if rates is None else rates[:, None, None]
+    rates = np.float32(spec.rate.value) if rates is None else rates[:, None, None]
     root = jax.random.wrap_key_data(jnp.array(key["data"], jnp.uint32), impl=key["implementation"])
     place = [x.ravel() for x in np.indices(records.scalars.shape)]
     pick = lambda r, k, p: directions.pool_pick(root, r, k, p, pool)  # noqa: E731

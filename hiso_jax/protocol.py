@@ -1,12 +1,15 @@
 """What a federated algorithm is: functions, the state they fold, and what may be looked at."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self, TypedDict
 
 import jax
+import jax.numpy as jnp
+import optax
 
-from hiso_jax import aggregators, estimators, trees
-from hiso_jax.upper import Upper
+from hiso_jax import aggregators, estimators, exact, trees
+from hiso_jax.split import Split
 
 LossFn = Callable[[trees.Params, Any], jax.Array]
 """(params, batch) -> scalar loss, pure; need not be differentiable."""
@@ -19,6 +22,37 @@ class State(NamedTuple):
     key: jax.Array  # root PRNG key, never changes
     round: jax.Array  # shape=(), dtype=int32: rounds advanced so far
     rule: Any  # the rule's state, float32 leaves by name
+
+
+@dataclasses.dataclass(frozen=True)  # what jax.jit may be given is no tuple
+class Rate:
+    """The learning rate of a round: a number, or an optax schedule.
+
+    Attributes:
+      value: the number or the schedule; None: a schedule that only its values are known of.
+    """
+
+    value: optax.ScalarOrSchedule | None
+
+    def __call__(self, round: jax.Array) -> jax.Array:
+        """The learning rate of a round, float32."""
+        if self.value is None:
+            raise ValueError("learning_rate: needed, since it follows a schedule; got None")
+        if not callable(self.value):
+            return jnp.asarray(self.value, jnp.float32)
+        schedule: Any = self.value
+        with exact.usual_types():
+            return exact.apart(lambda r: jnp.asarray(schedule(r), jnp.float32), round)
+
+    @property
+    def recipe(self) -> Any:
+        """The number; ``"schedule"`` for a schedule, whose values are in the records then."""
+        return "schedule" if self.value is None or callable(self.value) else self.value
+
+    @classmethod
+    def from_recipe(cls, recipe: Any) -> Self:
+        """The inverse of `recipe`."""
+        return cls(None if recipe == "schedule" else recipe)
 
 
 class Metrics(NamedTuple):
@@ -49,6 +83,7 @@ class Algorithm(NamedTuple):
       learning_rate: ``round -> float32``, what `advance` takes by default.
       recipe: every hyper-parameter by name, as data: what a `hiso_jax.Ledger` writes down.
       trainable: ``params -> Leaves``: the leaves that are trained, by name.
+      spec: what it was made of: a `hiso_jax.algorithm.Spec`, from which another can be made.
     """
 
     init: Callable[..., State]
@@ -60,13 +95,14 @@ class Algorithm(NamedTuple):
     learning_rate: Callable[[jax.Array], jax.Array]
     recipe: dict[str, Any]
     trainable: Callable[[trees.Params], trees.Leaves]
+    spec: Any = None
 
 
 class Options(TypedDict, total=False):
     """What every algorithm takes by keyword; explained at `scalar_algorithm`."""
 
-    estimator: str | estimators.Estimator
-    aggregator: aggregators.Aggregator | None
+    estimator: str | estimators.Difference
+    aggregator: aggregators.Aggregator | Callable[[jax.Array, jax.Array], jax.Array] | None
     local_steps: int
     num_perturbations: int
     smoothing: float
@@ -75,5 +111,5 @@ class Options(TypedDict, total=False):
     nonfinite: str
     seed_pool: int | None
     own_directions: int | None
-    upper: Upper | None
+    upper: Split | Sequence[Split] | None
     lazy: bool

@@ -2,7 +2,7 @@
 
 All rounds are applied to one block of one leaf before the next block is looked at. That
 is possible because rules work element by element and number i of a leaf's noise can be
-drawn alone; `hiso_jax.federated` does the same arithmetic on whole leaves, to the same bits.
+drawn alone; `hiso_jax.steps` is the arithmetic of both.
 """
 
 import functools
@@ -15,12 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hiso_jax import directions, exact, fingerprint, rules, trees, updates, upper
-from hiso_jax import header as headers
+from hiso_jax import directions, exact, fingerprint, rules, steps, still, trees
+from hiso_jax.algorithm import Spec
 from hiso_jax.ledger import Ledger, LedgerMismatch
 
-# Numbers a block: of a small leaf, of a large one; on a CPU the latter stays in its cache.
-SMALL, LARGE = 2**13, 2**18 if jax.default_backend() == "cpu" else 2**24
+SMALL = 2**13
+"""Numbers in a block of a small leaf."""
+
+
+@functools.cache
+def large() -> int:
+    """Numbers in a block of a large leaf; on a CPU it stays in its cache."""
+    # Asked when it is needed, not when it is imported: that would start the backend.
+    return 2**18 if jax.default_backend() == "cpu" else 2**24
 
 
 class Leaf(NamedTuple):
@@ -45,9 +52,10 @@ class Replay:
 
     Args:
       ledger: open; all its records are used.
+      rule: of yours, if the ledger's is none of `hiso_jax.rules.RULES`.
 
     Raises:
-      ValueError: the ledger's rule is not one of `hiso_jax.rules.RULES`, or a leaf has a 64-bit
+      ValueError: the ledger's rule is none of those and no other is given, or a leaf has a 64-bit
         type and JAX's are switched off.
 
     Example:
@@ -66,9 +74,9 @@ class Replay:
       (True, True)
     """
 
-    def __init__(self, ledger: Ledger):
+    def __init__(self, ledger: Ledger, rule: rules.Rule | None = None):
         header, records = ledger.header, ledger.records()
-        recipe, key = header["algorithm"], header["key"]
+        spec, key = Spec.from_header(header, rule=rule), header["key"]
         self.leaves = {
             name: Leaf(name, jnp.dtype(dtype), tuple(shape), trainable)
             for name, dtype, shape, trainable, *_ in header["leaves"]
@@ -83,25 +91,19 @@ class Replay:
         self.wanted = records.digests[-1] if ledger.rounds else None
         rates = records.learning_rates
         if rates is None:
-            rates = np.full(ledger.rounds, recipe["learning_rate"], np.float32)
+            rates = np.full(ledger.rounds, spec.rate.value, np.float32)
         data = jnp.array(key["data"], jnp.uint32)
         self._path, self._records = ledger.path, (records.scalars, rates)
-        self._rule = rules.from_recipe(recipe["rule"])
-        self._upper = recipe.get("upper")
-        perturbations = int(recipe["num_perturbations"])
-        wholes = perturbations - (self._upper["directions"] if self._upper else 0)
+        self._rule, self._still = spec.rule, spec.directions.still
+        firsts = () if self._still is None else self._still.firsts(spec.directions.per_client)
         self._program = jax.jit(
-            functools.partial(_replay, self._rule, recipe["distribution"], (perturbations, wholes)),
+            functools.partial(_replay, spec.rule, spec.directions, firsts),
             compiler_options=exact.compiler_options(),
         )
-        self._keys = functools.lru_cache(4)(
-            functools.partial(
-                _keys,
-                jax.random.wrap_key_data(data, impl=key["implementation"]),
-                (*records.scalars.shape[:2], headers.directions_of(recipe)),
-                recipe.get("seed_pool"),
-            )
-        )
+        root = jax.random.wrap_key_data(data, impl=key["implementation"])
+        shape = (ledger.rounds, spec.steps, spec.directions.count)
+        keys = functools.partial(_keys, root, shape, spec.directions.pool)
+        self._keys = functools.lru_cache(4)(keys)
         self._lock = threading.Lock()
         self._read, self._moved = np.zeros(2, np.uint32), np.zeros(2, np.uint32)
         self._shared: np.ndarray | None = None
@@ -111,9 +113,9 @@ class Replay:
         leaf = self._leaf(name, x)
         names = [name] if leaf.trainable else [name, f"params/{name}"]
         salts = np.stack([fingerprint.salts(n, leaf) for n in names])
-        for offset in range(0, x.size, LARGE):
-            own = x[offset : offset + LARGE]
-            block = np.zeros(SMALL if own.size <= SMALL else LARGE, leaf.dtype)
+        for offset in range(0, x.size, large()):
+            own = x[offset : offset + large()]
+            block = np.zeros(SMALL if own.size <= SMALL else large(), leaf.dtype)
             block[: own.size] = own
             digests = np.asarray(_digests(block, salts, np.uint32(start + offset), own.size))
             with self._lock:
@@ -139,7 +141,7 @@ class Replay:
         leaf = self._leaf(name, x)
         out = np.empty(x.shape, leaf.dtype)
         skip = start % 32  # noise can be drawn from multiples of 32 on
-        room = SMALL if x.size + skip <= SMALL else LARGE
+        room = SMALL if x.size + skip <= SMALL else large()
         for offset in range(-skip, x.size, room):
             own = x[max(offset, 0) : offset + room]
             before = max(-offset, 0)
@@ -170,12 +172,10 @@ class Replay:
         salts = np.stack([fingerprint.salts(n, x) for n, x in trees.named(state).items()])
         keys = self._keys(np.uint32(trees.leaf_hash(leaf.name)))
         place = (np.uint32(start), np.uint32(skip), np.uint32(size))
-        bound = 0
-        if self._upper is not None:
-            bound = upper.first(self._upper["leaves"], leaf.name, leaf.shape)
-        moved, digest, shared = self._program(
-            x, *place, np.uint32(bound), salts, keys, *self._records
-        )
+        bounds = np.zeros(0, np.uint32)
+        if self._still is not None:
+            bounds = self._still.bounds(leaf.name, leaf.shape)
+        moved, digest, shared = self._program(x, *place, bounds, salts, keys, *self._records)
         with self._lock:
             self._moved += np.asarray(digest)
             self._shared = np.asarray(shared)
@@ -200,20 +200,19 @@ def _keys(
 
 def _replay(
     rule: rules.Rule,
-    distribution: directions.Distribution,
-    split: tuple[int, int],
+    own: directions.Directions,
+    firsts: tuple[int, ...],
     x: jax.Array,
     start: jax.Array,
     skip: jax.Array,
     size: jax.Array,
-    bound: jax.Array,
+    bounds: jax.Array,
     salts: jax.Array,
     keys: tuple[jax.Array, jax.Array],
     records: jax.Array,
     rates: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """All rounds on one block; returns it, its digest, and that of state without elements."""
-    perturbations, wholes = split
 
     def round(carry: Any, inputs: Any) -> tuple[Any, None]:
         x, state = carry
@@ -221,27 +220,25 @@ def _replay(
 
         def noise(k: Any) -> Any:
             def draw(p: Any) -> Any:
-                drawn = directions.draw(noise_keys[k, p], x.shape, distribution, start)
-                if perturbations == wholes:
+                drawn = directions.draw(noise_keys[k, p], x.shape, own.distribution, start)
+                if not firsts:
                     return {"x": drawn}
-                return {"x": upper.only(drawn, p % perturbations < wholes, start, x.shape, bound)}
+                bound = still.bound_of(p % own.per_client, firsts, bounds)
+                return {"x": still.only(drawn, start, x.shape, bound)}
 
             return draw
 
-        usable = jnp.isfinite(record).all()
-        record = exact.seal(jnp.where(usable, record, 0))
-        wide = {"x": exact.wide(x)}
-        leaves, new = updates.local_steps(rule, noise, state, wide, state, record, rate)
-        moved = directions.round_to(rounding_key, leaves["x"], x.dtype, start)
-        kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731
-        return (kept(moved, x), jax.tree.map(kept, new, state)), None
+        cast = lambda wide: {"x": directions.round_to(rounding_key, wide["x"], x.dtype, start)}  # noqa: E731
+        record = steps.admit(record)
+        leaves, state = steps.advance(rule, noise, state, {"x": x}, state, record, rate, cast)
+        return (leaves["x"], state), None
 
     begin = (x, rule.init({"x": x}))
     x, state = lax.scan(round, begin, (keys, records, rates))[0]
     digest, shared = jnp.zeros(2, jnp.uint32), jnp.zeros(2, jnp.uint32)
-    for own, leaf in zip(salts, jax.tree.leaves({"params": x, "rule": state}), strict=True):
+    for salt, leaf in zip(salts, jax.tree.leaves({"params": x, "rule": state}), strict=True):
         if leaf.shape == x.shape:
-            digest += fingerprint.part(leaf, own, start, size, skip)
+            digest += fingerprint.part(leaf, salt, start, size, skip)
         else:
-            shared += fingerprint.part(leaf, own)
+            shared += fingerprint.part(leaf, salt)
     return x, digest, shared

@@ -111,7 +111,7 @@ class Server:
         if self._asked:
             raise RuntimeError(f"open: round {self.round} is open; close it first")
         asked = checks.clients("names", names)
-        most = self.algorithm.recipe.get("own_directions")
+        most = self.algorithm.spec.directions.clients
         if most is not None:
             if len(asked) > most:
                 raise ValueError(f"names: expected at most own_directions={most}, got {len(asked)}")
@@ -136,17 +136,13 @@ class Server:
             raise ValueError(f"reply: client {name!r} was not asked in round {round}")
         if name in self._replies or len(self._places.get(name, ())) > 1:
             return False
-        recipe = self.algorithm.recipe
-        # With directions of their own, each sends its part of the record.
-        steps, width = self.ledger.shape
-        shape = (steps, width // recipe.get("own_directions", 1))
-        scalars = np.asarray(scalars, np.float32)
+        shape, scalars = self.algorithm.spec.sent, np.asarray(scalars, np.float32)
         if scalars.shape != shape:
             raise ValueError(f"scalars: client {name!r}: expected shape {shape}, "
                              f"got {scalars.shape}")  # fmt: skip
         checks.number("weight", weight, 0, above=True)
         if not np.isfinite(scalars).all():
-            if recipe["nonfinite"] == "exclude":
+            if self.algorithm.spec.combine.nonfinite == "exclude":
                 return False
             raise ValueError(f"scalars: client {name!r}: expected finite ones, got "
                              f"{scalars.tolist()}")  # fmt: skip

@@ -302,8 +302,7 @@ def _advice(
         return ". Lower the learning rate or the smoothing"
     kind = "NaN" if all(np.isnan(first[name]) for name in broken) else "NaN or infinite"
     # Other estimators take no loss at the parameters themselves.
-    bases = ("forward", "forward_difference", "three_point")
-    place = "at" if algorithm.recipe.get("estimator", "forward") in bases else "near"
+    place = "near" if algorithm.recipe.get("estimator") == "central" else "at"
     earlier = ", and at the learning rate of the rounds before" if round else ""
     return (
         f": the loss of clients {broken} is {kind} {place} the model's own parameters, before "

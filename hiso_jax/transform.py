@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hiso_jax import checks, directions, estimators, exact, federated, rules, trees
-from hiso_jax.updates import ascent
+from hiso_jax import checks, directions, estimators, exact, rules, steps, trees
+from hiso_jax.protocol import LossFn, Rate
 
 ValueFn = Callable[[trees.Params], jax.Array]
 """params -> scalar loss, as in ``optax.lbfgs``."""
@@ -29,7 +29,7 @@ def _transform(
     rule: rules.Rule,
     num_perturbations: int,
     smoothing: float,
-    estimator: str | estimators.Estimator,
+    estimator: str | estimators.Difference,
     distribution: str,
     trainable: trees.Trainable,
     seed: Any,
@@ -78,11 +78,11 @@ def _transform(
         direction = lambda p: rule.direction(state.rule, noise(p))  # noqa: E731
         value, scalars = estimate(value_fn, params, direction, perturbations, smoothing)
         scalars = exact.seal(jax.lax.optimization_barrier(scalars))
-        delta = ascent(rule, state.rule, scalars, noise, leaves)
-        step, rule_state = rule.update(state.rule, delta, scalars, jnp.bool_(True))
+        step, rule_state = steps.move(
+            rule, state.rule, state.rule, scalars, noise, leaves, jnp.bool_(True)
+        )
         if learning_rate is not None:
-            rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-            rate = jnp.asarray(rate, jnp.float32)
+            rate = Rate(learning_rate)(state.count)
             keys = directions.rounding_keys(key, state.count, list(leaves))
 
             def moves(number: int, x: jax.Array, step: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ def scale_by_zeroth_order(
     *,
     num_perturbations: int = 5,
     smoothing: float = 1e-3,
-    estimator: str | estimators.Estimator = "forward",
+    estimator: str | estimators.Difference = "forward",
     distribution: str = "normal",
     trainable: trees.Trainable = None,
     seed: int = 0,
@@ -139,7 +139,7 @@ def hiso(
     smoothing: float = 1e-3,
     decay: float = 0.95,
     epsilon: float = 1e-8,
-    estimator: str | estimators.Estimator = "forward",
+    estimator: str | estimators.Difference = "forward",
     distribution: str = "normal",
     trainable: trees.Trainable = None,
     seed: int = 0,
@@ -189,7 +189,7 @@ def zo_sgd(
     *,
     num_perturbations: int = 1,
     smoothing: float = 1e-3,
-    estimator: str | estimators.Estimator = "central",
+    estimator: str | estimators.Difference = "central",
     distribution: str = "normal",
     trainable: trees.Trainable = None,
     seed: int = 0,
@@ -202,11 +202,11 @@ def zo_sgd(
 
 
 def value_and_grad(
-    loss_fn: federated.LossFn,
+    loss_fn: LossFn,
     *,
     num_perturbations: int = 5,
     smoothing: float = 1e-3,
-    estimator: str | estimators.Estimator = "forward",
+    estimator: str | estimators.Difference = "forward",
     distribution: str = "normal",
     trainable: trees.Trainable = None,
 ) -> Callable[[trees.Params, Any, jax.Array], tuple[jax.Array, trees.Params]]:

@@ -7,7 +7,7 @@ another, and a subtree can be worked on alone.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,6 +118,14 @@ def select(params: Params, trainable: Trainable = None) -> Leaves:
     if not leaves:
         raise ValueError("params: no trainable leaf (only float leaves can be trained)")
     return leaves
+
+
+def mask_of(entries: Sequence[Sequence[Any]]) -> Trainable:
+    """The mask of trainable leaves that a ledger's header lists as [name, dtype, shape, trainable]."""
+    trained = {entry[0] for entry in entries if entry[3]}
+    return lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: leaf_name(path) in trained, params
+    )
 
 
 def merge(params: Params, leaves: Mapping[str, Any]) -> Params:

@@ -9,7 +9,9 @@ import pytest
 from transformers import BertConfig, LlamaConfig, OPTConfig
 
 import hiso_jax as hj
-from hiso_jax import directions, lazy, models, packing, updates
+from hiso_jax import directions, lazy, models
+from hiso_jax.algorithm import algorithm
+from hiso_jax.layout import Layout
 from tests.helpers import assert_same_bits, odd_loss, odd_tree
 
 OPT = OPTConfig(vocab_size=640, hidden_size=64, num_hidden_layers=3, ffn_dim=128,
@@ -20,10 +22,10 @@ BERT = BertConfig(vocab_size=640, hidden_size=64, num_hidden_layers=3, intermedi
                   num_attention_heads=4, max_position_embeddings=32)  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch):
-    """What is large, here."""
-    monkeypatch.setattr(lazy, "LARGE", 2**11)
+def laid_out(alg: hj.Algorithm, **options: Any) -> hj.Algorithm:
+    """The same algorithm, with leaves cut in another way; what is large, here, is small."""
+    layout = alg.spec.layout._replace(**{"large": 2**11, **options})
+    return algorithm(alg.spec._replace(layout=layout))
 
 
 def loss_of(model: models.Model) -> Any:
@@ -50,9 +52,9 @@ def test_scalars_are_those_of_whole_copies(config: Any, steps: int, law: str):
     ids = np.random.default_rng(0).integers(3, 640, (3, steps, 2, 8), dtype=np.int32)
     found = {}
     for late in (False, True):
-        alg = hj.federated_hiso(
+        alg = laid_out(hj.federated_hiso(
             loss_of(model), 0.1, local_steps=steps, distribution=law, lazy=late, num_perturbations=2
-        )
+        ))  # fmt: skip
         state = alg.init(model.params, jax.random.key(1))
         state = jax.jit(alg.advance)(state, jnp.full((steps, 2), 0.5))  # so that H is not 1
         found[late] = jax.jit(alg.probe)(state, ids)
@@ -68,17 +70,13 @@ def test_lazy_leaf(law: Any):
     h = jnp.abs(x) + 0.1
     key, rule = jax.random.key(3), hj.rules.hiso()
     noise = lambda name, k, p, size, start: directions.draw(key, size, law, start)  # noqa: E731
-    leaves, state = {"w": x}, rule.init({"w": x})._replace(curvature={"w": h})
+    state = rule.init({"w": x})._replace(curvature={"w": h})
 
     def moved(late: bool) -> Any:
-        z = updates.directions_of(rule, noise, leaves, state, 0, late)(0)
-        return directions.perturb({"w": x}, z, 0.25)["w"]
+        laid = Layout(lazy=late, large=10, small=10).lay({"w": x}, state)
+        return directions.perturb({"w": x}, laid.direction(rule, noise, 0)(0), 0.25)["w"]
 
-    lazy.LARGE, before = 10, lazy.LARGE
-    try:
-        late, whole = moved(True), moved(False)
-    finally:
-        lazy.LARGE = before
+    late, whole = moved(True), moved(False)
     assert isinstance(late, lazy.Lazy) and isinstance(whole, jax.Array)
     z = directions.draw(key, x.shape, law) / np.sqrt(h)
     np.testing.assert_allclose(whole, x + 0.25 * z, rtol=1e-5, atol=1e-6)
@@ -90,7 +88,11 @@ def test_lazy_leaf(law: Any):
     scanned = lazy.scan(lambda i, inputs: (i + 1, inputs), 0, {"a": late, "b": x}, {"n": x})
     assert scanned[0] == 6
     assert_same_bits(scanned[1], ({"a": whole, "b": x}, {"n": x}))
-    assert_same_bits(lazy.now([late, x]), [whole, x])
+    for begin, end in ((2, None), (0, 4), (1, 3), (5, 5)):  # some of the layers
+        cut = lazy.scan(lambda i, own: (i + 1, own), 0, {"a": late, "b": x}, {"n": x}, begin, end)
+        wanted = ({"a": whole[begin:end], "b": x[begin:end]}, {"n": x[begin:end]})
+        assert cut[0] == len(x[begin:end])
+        assert_same_bits(cut[1], wanted)
 
 
 def test_a_loss_that_knows_nothing_of_lazy_leaves():
@@ -120,7 +122,7 @@ KINDS = {"blocks": (1024, 1, 1), "packs": (10**9, 10**9, 10**9), "neither": (10*
     ],
 )
 def test_blocks_and_packs_change_no_bit(
-    law: str, steps: int, dtype: str, kinds: Any, monkeypatch: pytest.MonkeyPatch
+    law: str, steps: int, dtype: str, kinds: Any
 ):
     leaves = odd_tree()["first"]
     params = {n: leaves[n].astype(dtype) for n in ("leaf0", "leaf12")}
@@ -130,23 +132,20 @@ def test_blocks_and_packs_change_no_bit(
     ends = {}
     for kind in kinds:
         block, small, room = KINDS[kind]
-        monkeypatch.setattr(updates, "BLOCK", block)
-        monkeypatch.setattr(updates, "_flat", lambda flat=kind != "layers": flat)
-        monkeypatch.setattr(packing, "SMALL", small)
-        monkeypatch.setattr(packing, "ROOM", room)
-        alg = hj.federated_hiso(odd_loss, 0.1, local_steps=steps, num_perturbations=4,
-                                distribution=law, update_steps="all")  # fmt: skip
-        assert bool(packing.plan(params)) == ("packs" in kind)
-        cut = [updates.block_shape(x.shape)[0] for x in params.values()]
+        options: Any = dict(block=block, flat=kind != "layers", small=small, room=room)
+        alg = laid_out(hj.federated_hiso(odd_loss, 0.1, local_steps=steps, num_perturbations=4,
+                                         distribution=law, update_steps="all"), **options)  # fmt: skip
+        laid = alg.spec.layout.lay(params, alg.spec.rule.init(params))
+        assert bool(laid.packs) == ("packs" in kind)
+        cut = [laid.layout.blocks(x.shape)[0] for x in params.values()]
         assert (max(cut) > 1) == (kind in ("blocks", "many packs", "layers"))
         ends[kind] = jax.jit(alg.replay)(alg.init(params, jax.random.key(0)), records)
     for kind in kinds:
         assert_same_bits(ends["neither"], ends[kind])
 
 
-def test_a_record_of_nan_moves_nothing_in_any_block(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(updates, "BLOCK", 1024)
-    alg = hj.federated_hiso(odd_loss, 0.1)
+def test_a_record_of_nan_moves_nothing_in_any_block():
+    alg = laid_out(hj.federated_hiso(odd_loss, 0.1), block=1024)
     state = alg.init(odd_tree(), jax.random.key(0))
     after = jax.jit(alg.advance)(state, jnp.full((1, 5), jnp.nan))
     assert_same_bits((state.params, state.rule), (after.params, after.rule))
@@ -161,7 +160,7 @@ def test_memory_of_a_round_is_that_of_a_layer():
     temp = []
     for clients in (1, 8):
         ids = np.ones((clients, 1, 1, 4), np.int32)
-        alg = hj.decomfl(loss_of(model), 0.1, lazy=True, distribution="rademacher")
+        alg = laid_out(hj.decomfl(loss_of(model), 0.1, lazy=True, distribution="rademacher"))
         state = jax.eval_shape(alg.init, model.params, jax.random.key(0))
         program = jax.jit(alg.round, donate_argnums=0).lower(state, ids).compile()
         temp.append(program.memory_analysis().temp_size_in_bytes / held)

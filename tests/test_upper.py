@@ -13,20 +13,29 @@ from transformers import OPTConfig
 import hiso_jax as hj
 from experiments import digits, methods, mnist
 from experiments.work import multiplications
-from hiso_jax import lazy, models, replay, rules, trees
+from hiso_jax import models, replay, rules, split, trees
+from hiso_jax.algorithm import algorithm
 from hiso_jax.models import subsets
 from tests.helpers import assert_same_bits, finish, odd_loss, start
-from tests.test_lazy import BERT, LLAMA, OPT
+from tests.test_lazy import BERT, LLAMA, OPT, laid_out
 from tests.test_rules import blocks_replay
 
 
-def lower(params: Any, batch: Any) -> Any:
+def trunk(params: Any, batch: Any) -> Any:
     return {"kept": jnp.tanh(batch["x"] @ params["w"]), "y": batch["y"]}
 
 
-def loss(params: Any, batch: Any) -> jax.Array:
-    kept = batch if "kept" in batch else lower(params, batch)
+def head(params: Any, kept: Any) -> jax.Array:
     return ((kept["kept"] @ params["v"] - kept["y"]) ** 2).mean()
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    return head(params, trunk(params, batch))
+
+
+def nothing(params: Any, batch: Any) -> Any:
+    """A trunk that keeps the batch: what is above is all of the model."""
+    return batch
 
 
 PARAMS = {"w": jnp.linspace(-1, 1, 12).reshape(3, 4), "v": jnp.linspace(0, 1, 4)}
@@ -36,7 +45,7 @@ BATCHES = {
     "y": RNG.normal(size=(2, 1, 8)).astype(np.float32),
 }
 KEY = jax.random.key(0)
-UPPER = hj.Upper(lower, {"v": 0}, directions=3)
+UPPER = hj.Split(trunk, head, {"v": 0}, directions=3)
 
 
 @pytest.mark.parametrize("own", [None, 2])
@@ -44,7 +53,7 @@ UPPER = hj.Upper(lower, {"v": 0}, directions=3)
 def test_scalars_are_those_of_whole_passes(own: int | None, directions: int):
     common: dict[str, Any] = dict(num_perturbations=5, smoothing=1e-2, own_directions=own)
     kept = UPPER._replace(directions=directions)
-    same = kept._replace(features=lambda params, batch: batch)  # goes on from the very start
+    same = kept._replace(trunk=nothing, head=loss)  # from the very start
     found = []
     for upper in (kept, same):
         alg = hj.decomfl(loss, 0.1, upper=upper, **common)
@@ -57,6 +66,57 @@ def test_scalars_are_those_of_whole_passes(own: int | None, directions: int):
     wholes = 5 - directions
     np.testing.assert_allclose(found[0][..., :wholes], every[..., :wholes], rtol=1e-4, atol=1e-4)
     assert not np.isclose(found[0][..., wholes:], every[..., wholes:]).any()
+
+
+def test_the_alias_of_before_goes_on_by_itself():
+    """A loss that tells kept activations from a batch."""
+    either = lambda params, batch: (head if "kept" in batch else loss)(params, batch)  # noqa: E731
+    with pytest.warns(DeprecationWarning, match="hj.Split"):
+        old = hj.Upper(trunk, {"v": 0}, directions=3)
+    found = []
+    for fn, upper in ((either, old), (loss, UPPER)):
+        alg = hj.decomfl(fn, 0.1, num_perturbations=5, upper=upper)
+        found.append(jax.jit(alg.probe)(alg.init(PARAMS, KEY), BATCHES))
+    assert_same_bits(*found)
+
+
+DEEP = {"u": jnp.linspace(-1, 1, 9).reshape(3, 3), **PARAMS}
+
+
+@pytest.mark.parametrize("steps, own", [(1, None), (2, 2)])
+def test_several_cuts_in_one_round(steps: int, own: int | None):
+    """Two directions of everything, two from the middle, three from the last layer: each moves its own."""
+    low = lambda params, batch: batch | {"x": jnp.tanh(batch["x"] @ params["u"])}  # noqa: E731
+    whole = lambda params, batch: loss(params, low(params, batch))  # noqa: E731
+    cuts = [
+        hj.Split(low, loss, {"w": 0, "v": 0}, directions=2),
+        hj.Split(lambda params, batch: trunk(params, low(params, batch)), head, {"v": 2}, directions=3),
+    ]
+    alg = hj.decomfl(whole, 0.1, local_steps=steps, num_perturbations=7, upper=cuts, smoothing=1e-2,
+                     own_directions=own, distribution="rademacher")  # fmt: skip
+    begin = alg.init(DEEP, KEY)
+    batches = {k: np.repeat(v, steps, 1) for k, v in BATCHES.items()}
+    state, metrics = jax.jit(alg.round)(begin, batches)
+    same = [cut._replace(trunk=nothing, head=whole) for cut in cuts]  # by whole passes
+    plain = algorithm(alg.spec._replace(estimator=split.estimator(same, 7, 1e-2)))
+    scalars = jax.jit(plain.probe)(begin, batches)
+    np.testing.assert_allclose(metrics.scalars, scalars, rtol=1e-3, atol=1e-3)
+    # One direction at a time: what it moves.
+    advance = jax.jit(alg.advance)
+    for p, moves in enumerate(["uwv"] * 2 + ["wv"] * 2 + ["v"] * 3):
+        record = np.zeros(alg.spec.record, np.float32)
+        record[0, p] = 1  # of one local step only: signs of two may cancel
+        after = advance(begin, record)
+        moved = {n: np.asarray(after.params[n] != DEEP[n]) for n in DEEP}
+        assert {n for n in DEEP if moved[n].any()} == set(moves)
+        assert p < 4 or not moved["v"][:2].any()
+    with hj.Ledger.create(":memory:", alg, begin) as written:
+        for _ in range(3):
+            written.append(metrics.record, hj.digest(state), 0.1)
+            last, state = state, advance(state, metrics.record)
+        again = algorithm(hj.Spec.from_header(written.header))  # who has the ledger only
+        assert_same_bits(jax.jit(again.replay)(begin, written.records().scalars), last)
+        blocks_replay(replay.Replay(written), DEEP)
 
 
 def test_only_the_upper_part_moves():
@@ -73,7 +133,7 @@ def test_only_the_upper_part_moves():
 def test_everything_in_the_upper_part_is_the_plain_algorithm():
     params = {"a": jnp.ones((3, 5)), "b": jnp.ones((301, 97)), "c": jnp.ones((512, 256))}
     rows = {n: 0 for n in params}
-    upper = hj.Upper(lambda params, batch: batch, rows, directions=2)
+    upper = hj.Split(nothing, odd_loss, rows, directions=2)
     ends = []
     for options in ({}, {"upper": upper}):
         alg = hj.federated_hiso(odd_loss, 1e-2, num_perturbations=2, **options)
@@ -101,7 +161,7 @@ def test_upper_directions_in_all_programs(steps: int, rule: str, directions: int
     }
     params = {n: jnp.asarray(RNG.normal(size=s), jnp.float32) for n, s in shapes.items()}
     rows = {"stack": 3, "packed": 17, "small": 2, "scalar": 0}
-    upper = hj.Upper(lambda params, batch: batch, rows, directions=directions)
+    upper = hj.Split(nothing, odd_loss, rows, directions=directions)
     alg = hj.scalar_algorithm(
         odd_loss, 1e-2, rule=rules.RULES[rule](), local_steps=steps, num_perturbations=3,
         distribution="rademacher", upper=upper, own_directions=own,
@@ -146,8 +206,7 @@ OPT_350M = OPTConfig(
         pytest.param(BERT, False, id="bert", marks=pytest.mark.slow),
     ],
 )
-def test_the_last_layers_of_a_model(config: Any, late: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lazy, "LARGE", 2**11)
+def test_the_last_layers_of_a_model(config: Any, late: bool):
     model = models.from_config(config, jax.random.key(0))
     ids = np.random.default_rng(0).integers(3, 640, (3, 1, 2, 8), dtype=np.int32)
     mask = np.ones_like(ids)
@@ -156,8 +215,8 @@ def test_the_last_layers_of_a_model(config: Any, late: bool, monkeypatch: pytest
     def features(params: Any, batch: Any) -> Any:
         return batch | {"stream": model.lower(params, batch["ids"], batch["mask"], 2)}
 
-    def loss_fn(params: Any, batch: Any) -> jax.Array:
-        stream, begin = batch.get("stream"), 2 if "stream" in batch else 0
+    def loss_fn(params: Any, batch: Any, begin: int = 0) -> jax.Array:
+        stream = batch["stream"] if begin else None
         x = model.hidden(params, batch["ids"], batch["mask"], stream=stream, begin=begin)[:, -1]
         if config.model_type == "bert":
             return jnp.tanh(x).mean()
@@ -165,16 +224,17 @@ def test_the_last_layers_of_a_model(config: Any, late: bool, monkeypatch: pytest
 
     batches = {"ids": ids, "mask": mask}
     one = {"ids": ids[0, 0], "mask": mask[0, 0]}
-    ends = jax.jit(lambda p: (loss_fn(p, features(p, one)), loss_fn(p, one)))(model.params)
+    above = lambda params, kept: loss_fn(params, kept, 2)  # noqa: E731
+    ends = jax.jit(lambda p: (above(p, features(p, one)), loss_fn(p, one)))(model.params)
     np.testing.assert_allclose(*ends, rtol=1e-6)
     rows = subsets.upper_rows(model.params, 1)
     assert {row for n, row in rows.items() if subsets.stacked(n)} == {2}
     found = []
-    for kept in (features, lambda params, batch: batch):
-        upper = hj.Upper(kept, rows, directions=3)
-        alg = hj.decomfl(
+    for cut in ((features, above), (nothing, loss_fn)):
+        upper = hj.Split(*cut, rows, directions=3)
+        alg = laid_out(hj.decomfl(
             loss_fn, 0.1, num_perturbations=4, distribution="rademacher", lazy=late, upper=upper
-        )
+        ))  # fmt: skip
         found.append(jax.jit(alg.probe)(alg.init(model.params, jax.random.key(1)), batches))
     assert np.abs(np.asarray(found[0])).max() > 0.01
     # A rounding of the loss, 2^-24, over mu.
@@ -203,18 +263,18 @@ def test_the_last_layers_of_a_network(make: Any, layers: int):
     parts = {"train": columns, "dev": columns, "test": columns}
     problem = digits.images("some", make(nnx.Rngs(0)), parts, 3, 1.0, 0)
     assert problem.upper is not None
-    features, leaves = problem.upper(layers)
-    assert len(leaves) == 2 * layers
+    cut = problem.upper(layers)
+    assert len(cut.leaves) == 2 * layers
     batch = columns | {"weight": np.ones(30, np.float32)}
     loss_fn = jax.jit(problem.loss_fn)
-    kept = jax.jit(features)(problem.params, batch)
+    kept, above = jax.jit(cut.trunk)(problem.params, batch), jax.jit(cut.head)
     assert "image" not in kept
     np.testing.assert_allclose(
-        loss_fn(problem.params, kept), loss_fn(problem.params, batch), rtol=1e-6
+        above(problem.params, kept), loss_fn(problem.params, batch), rtol=1e-6
     )
     moved = trees.merge(problem.params, {n: x + 1 for n, x in trees.named(problem.params).items()
-                                         if n in leaves})  # fmt: skip
-    np.testing.assert_allclose(loss_fn(moved, kept), loss_fn(moved, batch), rtol=1e-6)
+                                         if n in cut.leaves})  # fmt: skip
+    np.testing.assert_allclose(above(moved, kept), loss_fn(moved, batch), rtol=1e-6)
     for wrong in (0, len(make.names)):
         with pytest.raises(ValueError, match="--upper-layers"):
             problem.upper(wrong)
@@ -222,7 +282,7 @@ def test_the_last_layers_of_a_network(make: Any, layers: int):
     dense = 960 if side == 8 else (350, 784 * 35 + 350)[layers - 1]
     total = 16 * (16 * 9 + 4 * 9 * 24) + 960 if side == 8 else 8 * 9 * 196 + 16 * 72 * 49 + 27790
     np.testing.assert_allclose(methods.share(problem, layers), dense / total, rtol=1e-6)
-    upper = hj.Upper(features, leaves, directions=4)
+    upper = hj.Split(*cut, directions=4)
     alg = hj.decomfl(problem.loss_fn, 0.1, num_perturbations=6, upper=upper)
     assert methods.forward_passes(alg, 0.25) == 1 + 2 + 4 * 0.25
 
@@ -246,14 +306,14 @@ def test_multiplications_of_attention():
         (UPPER, {"seed_pool": 9}, "without seed_pool"),
     ],
 )
-def test_bad_upper_parts(upper: hj.Upper, options: dict[str, Any], message: str):
+def test_bad_upper_parts(upper: hj.Split, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         hj.decomfl(loss, 0.1, upper=upper, **options)
 
 
 def test_an_upper_part_that_is_not_there():
-    with pytest.raises(TypeError, match="features must be a function"):
-        hj.decomfl(loss, 0.1, upper=UPPER._replace(features=None))  # type: ignore
+    with pytest.raises(TypeError, match="a Split whose trunk is a function"):
+        hj.decomfl(loss, 0.1, upper=UPPER._replace(trunk=None))  # type: ignore
     for leaves, message in (({"u": 0}, "'u' is none of the trainable"), ({"v": 4}, "has 4 rows")):
         alg = hj.decomfl(loss, 0.1, upper=UPPER._replace(leaves=leaves))
         with pytest.raises(ValueError, match=message):
@@ -274,4 +334,4 @@ def test_a_job_with_upper_directions_goes_on(tmp_path: Any):
     finish(start("digits", "--resume", str(cut)))
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
     out = finish(start("digits", "--upper-directions", "11", "--out", str(tmp_path / "no")), code=1)
-    assert "at most num_perturbations=10, got 11" in out
+    assert "--upper-directions: expected a finite number >= 0 and <= 10, got 11" in out

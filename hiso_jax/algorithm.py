@@ -1,0 +1,191 @@
+"""A federated run as a fold over scalars: probe, aggregate, advance, replay.
+
+    scalars = probe(state, batches)     # clients: see private data, change nothing
+    record  = aggregate(scalars)        # server: sees scalars only
+    state   = advance(state, record)    # everyone: sees no data; the only thing that moves
+
+`advance` is the one function that changes parameters. A client that was away, a crash,
+a resumed run and a shipped model are all `replay`, the fold of `advance` over records.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hiso_jax import aggregators, checks, directions, estimators, meshes, rules, trees
+from hiso_jax.layout import Laid, Layout
+from hiso_jax.protocol import Algorithm, Metrics, Rate, State
+
+
+class Spec(NamedTuple):
+    """An algorithm as data. Every field is a choice of its own; none knows of another.
+
+    `hiso_jax.scalar_algorithm` makes one of its arguments; `algorithm` makes functions of it.
+
+    Example:
+      >>> import hiso_jax as hj
+      >>> alg = hj.decomfl(lambda params, batch: ((params["w"] - batch) ** 2).mean(), 0.1)
+      >>> alg.spec.record, alg.spec.directions.distribution
+      ((1, 5), 'normal')
+      >>> central = alg.spec._replace(estimator=hj.estimators.make("central", 5, 1e-3))
+      >>> algorithm(central).recipe["estimator"]
+      'central'
+    """
+
+    loss_fn: Callable[[trees.Params, Any], jax.Array]  # (params, a client's batch) -> loss
+    rate: Rate  # round -> learning rate
+    rule: rules.Rule  # scalars and noise -> step
+    estimator: estimators.Estimator  # losses -> scalars
+    directions: directions.Directions  # (root key, round, local step, number) -> noise
+    combine: aggregators.Combine  # clients' scalars -> record
+    layout: Layout  # how leaves are cut; changes no number
+    steps: int  # K
+
+    @property
+    def sent(self) -> tuple[int, int]:
+        """Shape [K, P] of what a client sends."""
+        return self.steps, self.directions.per_client * self.estimator.per_direction
+
+    @property
+    def record(self) -> tuple[int, int]:
+        """Shape of a record: that of what is sent, or C times as wide with their own directions."""
+        return self.steps, self.directions.count * self.estimator.per_direction
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Every hyper-parameter by name, as data: each choice brings its own."""
+        parts = (self.estimator.recipe, self.directions.recipe, self.combine.recipe)
+        whole = dict(rule=self.rule.recipe, learning_rate=self.rate.recipe, local_steps=self.steps)
+        return {name: value for part in (whole, *parts) for name, value in part.items()}
+
+    @classmethod
+    def from_header(
+        cls, header: Mapping[str, Any], loss_fn: Any = None, rule: rules.Rule | None = None
+    ) -> Self:
+        """Return the algorithm that a ledger's header was written by.
+
+        Args:
+          header: of a ledger.
+          loss_fn: only needed to evaluate clients.
+          rule: of yours, if it is none of `hiso_jax.rules.RULES`.
+
+        Raises:
+          ValueError: something in it has no name here.
+        """
+        recipe = header["algorithm"]
+        return cls(
+            loss_fn,
+            Rate.from_recipe(recipe["learning_rate"]),
+            rules.from_recipe(recipe["rule"]) if rule is None else rule,
+            estimators.from_recipe(recipe),
+            directions.Directions.from_recipe(recipe),
+            aggregators.Combine.from_recipe(recipe),
+            Layout(trainable=trees.mask_of(header["leaves"])),
+            int(recipe["local_steps"]),
+        )
+
+
+def init(spec: Spec, params: trees.Params, key: jax.Array) -> State:
+    """A fresh state: `params` any pytree of arrays, `key` the shared root key."""
+    key = directions.as_key(key)
+    # Weakly typed leaves (Python numbers) would change type, and recompile, after a round.
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
+    leaves = spec.layout.select(params)
+    spec.directions.check(leaves)
+    return State(params, key, jnp.zeros((), jnp.int32), spec.rule.init(leaves))
+
+
+def client(
+    spec: Spec, state: State, laid: Laid, noise: directions.Noise, slot: Any, batches: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Losses [K] and scalars [K, P] of one client's local steps; the steps are forgotten."""
+    first = spec.directions.first(slot)
+    own = lambda name, k, p, *where: noise(name, k, first + p, *where)  # noqa: E731
+
+    def measure(k: Any, params: trees.Params, batch: Any) -> tuple[jax.Array, jax.Array]:
+        direction = laid.direction(spec.rule, own, k)
+        return spec.estimator.scalars(spec.loss_fn, params, batch, direction)
+
+    if spec.steps == 1:
+        found = measure(0, state.params, jax.tree.map(lambda x: x[0], batches))
+        return jax.tree.map(lambda x: x[None], found)
+
+    def step(here: Any, inputs: Any) -> tuple[Any, Any]:
+        k, batch = inputs
+        loss, scalars = measure(k, laid.tree(here[0]), batch)
+        more = k < spec.steps - 1  # its last step would be thrown away
+        return laid.step(spec.rule, own, here, k, scalars, rate, more), (loss, scalars)
+
+    rate = spec.rate(state.round)
+    return lax.scan(step, (laid.wide(), laid.rule), (jnp.arange(spec.steps), batches))[1]
+
+
+def evaluate(spec: Spec, state: State, batches: Any, slot: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Losses [C, K] and scalars [C, K, P] of clients, those that were asked from `slot` on."""
+    checks.batches(spec.loss_fn, state.params, batches, spec.steps)
+    count = len(jax.tree.leaves(batches)[0])
+    spec.directions.check_slots(slot, count)
+    # Where all stand at the same perturbed parameters, their batches go through one pass.
+    together = spec.steps == 1 and spec.directions.clients is None
+
+    def some(state: State, inputs: Any) -> Any:
+        laid = spec.layout.lay(state.params, state.rule)
+        noise = spec.directions.noise(laid, state.key, state.round, spec.steps)
+        one = partial(client, spec, state, laid, noise)
+        return jax.vmap(one)(*inputs) if together else lax.map(lambda own: one(*own), inputs)
+
+    return meshes.over_clients(some, state, (slot + jnp.arange(count), batches))
+
+
+def aggregate(spec: Spec, scalars: jax.Array, weights: Any = None) -> jax.Array:
+    """The record of clients' scalars [C, K, P]."""
+    return spec.combine(jnp.asarray(scalars, jnp.float32), weights, spec.sent)[0]
+
+
+def advance(spec: Spec, state: State, record: jax.Array, learning_rate: Any = None) -> State:
+    """The state after a record; one of NaN, a round nobody answered, moves nothing."""
+    record = checks.record(record, spec.record)
+    rate = spec.rate(state.round) if learning_rate is None else checks.rate(learning_rate)
+    laid = spec.layout.lay(state.params, state.rule)
+    noise = spec.directions.noise(laid, state.key, state.round, spec.steps)
+    params, rule = laid.advance(spec.rule, noise, record, rate, state.key, state.round)
+    return State(params, state.key, state.round + 1, rule)
+
+
+def round(
+    spec: Spec, state: State, batches: Any, weights: Any = None
+) -> tuple[State, Metrics]:
+    """All of it in one program: what a simulation jits."""
+    losses, scalars = evaluate(spec, state, batches)
+    record, weights, finite = spec.combine(scalars, weights, spec.sent)
+    record, shares = lax.optimization_barrier(record), weights.astype(losses.dtype)
+    mean = jnp.where(shares > 0, shares * losses.mean(1), 0).sum() / shares.sum()
+    metrics = Metrics(mean, losses, scalars, record, spec.rate(state.round), finite)
+    return advance(spec, state, record), metrics
+
+
+def replay(spec: Spec, state: State, records: jax.Array, learning_rates: Any = None) -> State:
+    """The fold of `advance`: a client that was away, a crash, a shipped model."""
+    records, learning_rates = checks.records(records, learning_rates, spec.record)
+    step = lambda state, inputs: (advance(spec, state, *inputs), None)  # noqa: E731
+    return lax.scan(step, state, (records, learning_rates))[0]
+
+
+def algorithm(spec: Spec) -> Algorithm:
+    """The functions of a spec, as they are handed on."""
+    return Algorithm(
+        init=partial(init, spec),
+        probe=lambda state, batches, place=0: evaluate(spec, state, batches, place)[1],
+        aggregate=partial(aggregate, spec),
+        advance=partial(advance, spec),
+        round=partial(round, spec),
+        replay=partial(replay, spec),
+        learning_rate=spec.rate,
+        recipe=spec.recipe,
+        trainable=spec.layout.select,
+        spec=spec,
+    )
