@@ -313,7 +313,7 @@ class Ledger:
         try:
             header, scalars, rates, last = compact.read(path)
         except compact.BadFile as error:
-            raise CorruptLedger(f"{path}: {error}{ledgerfile.hint(path)}") from error
+            raise CorruptLedger(f"{path}: {error}{ledgerfile.hint(path, compact=True)}") from error
         ledger = cls._make(to, {"about": {}} | header)
         constant = header["algorithm"]["learning_rate"]
         for i, record in enumerate(scalars):

@@ -141,7 +141,9 @@ def make_one_file(path: str, connection: sqlite3.Connection) -> None:
     try:
         ((mode,),) = connection.execute("PRAGMA journal_mode=DELETE").fetchall()
     except sqlite3.Error as error:
-        raise LedgerWriteError(f"{path}: it cannot be written to: {error}") from error
+        if not error.sqlite_errorname.startswith("SQLITE_BUSY"):
+            raise LedgerWriteError(f"{path}: it cannot be written to: {error}") from error
+        mode = "wal"
     if mode not in ("delete", "memory"):
         raise LedgerWriteError(
             f"{path}: an earlier version left it in two files, which cannot become one while "
@@ -199,27 +201,23 @@ def verify(path: str, connection: sqlite3.Connection) -> tuple[dict[str, Any], i
     return header, count, chain
 
 
-def hint(path: str | os.PathLike[str]) -> str:
-    """What a file is that is no ledger, where that is easily said, to end a message with."""
+def hint(path: str | os.PathLike[str], compact: bool = False) -> str:
+    """What a file is that was refused as a ledger, or a compact one, where that is easily said."""
     # Only of a file that was refused: closing a file ends the locks that SQLite has on it.
     try:
         with open(path, "rb") as file:
             begin = file.read(64)
     except OSError:
         return ""
-    kinds = {
-        "the file is empty": not begin,
-        "it is Git LFS's pointer to the file, which `git lfs pull` fetches": begin.startswith(
-            b"version https://git-lfs"
-        ),
-        "it is a safetensors file; a compact ledger is opened with Ledger.import_": (
-            begin[8:9] == b"{"
-        ),
-        "it is an SQLite file; a ledger that is one is opened with Ledger.open": begin.startswith(
-            b"SQLite format 3\0"
-        ),
-    }
-    return next((f" ({kind})" for kind, is_it in kinds.items() if is_it), "")
+    if not begin:
+        return " (the file is empty)"
+    if begin.startswith(b"version https://git-lfs"):
+        return " (it is Git LFS's pointer to the file, which `git lfs pull` fetches)"
+    if compact and begin.startswith(b"SQLite format 3\0"):
+        return " (it is an SQLite file; a ledger in one is opened with Ledger.open)"
+    if not compact and begin[8:9] == b"{":
+        return " (it is a safetensors file; a compact ledger is opened with Ledger.import_)"
+    return ""
 
 
 def start(text: str) -> bytes:

@@ -322,16 +322,29 @@ def test_every_byte_of_every_record_is_found(written: dict[str, Any], tmp_path: 
             hj.Ledger.open(path)
 
 
-def test_a_file_that_is_no_ledger(tmp_path: Path):
-    for name, content in dict(empty=b"", text=b"hello" * 1000).items():
+def test_a_file_that_is_no_ledger(written: dict[str, Any], tmp_path: Path):
+    """An error that names the path, and says what the file is where that is known."""
+    whole = Path(written["path"]).read_bytes()
+    kinds: dict[str, tuple[bytes, str]] = {
+        "empty": (b"", "the file is empty"),
+        "text": (b"hello" * 1000, "text: "),
+        "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+    } | {f"cut{n}": (whole[:n], f"cut{n}: ") for n in range(100, len(whole), 1111)}
+    for name, (content, message) in kinds.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(hj.CorruptLedger, match=name):
-            hj.Ledger.open(tmp_path / name)
-        with pytest.raises(hj.CorruptLedger, match=name):
-            hj.Ledger.import_(tmp_path / name)
+        for door in (hj.Ledger.open, hj.Ledger.import_):
+            with pytest.raises(hj.CorruptLedger, match=f"{name}: .*{message}|{message}"):
+                door(tmp_path / name)
     compact.write(tmp_path / "other", {"a": 1}, np.zeros((1, 1, 1)), None, None)
     with pytest.raises(hj.CorruptLedger, match="lacks"):
         hj.Ledger.import_(tmp_path / "other")
+    with pytest.raises(hj.CorruptLedger, match="opened with Ledger.import_"):
+        hj.Ledger.open(tmp_path / "other")
+    with pytest.raises(hj.CorruptLedger, match="opened with Ledger.open"):
+        hj.Ledger.import_(written["path"])
+    for door in (hj.Ledger.open, hj.Ledger.import_):
+        with pytest.raises(IsADirectoryError, match=f"path: {tmp_path} is a folder"):
+            door(tmp_path)
 
 
 FILL_UP = """
