@@ -150,7 +150,8 @@ def scalar_algorithm(
         if not callable(learning_rate):
             return jnp.asarray(learning_rate, jnp.float32)
         schedule = lambda r: jnp.asarray(learning_rate(r), jnp.float32)  # noqa: E731  # pyright: ignore
-        return exact.apart(schedule, round)
+        with exact.usual_types():
+            return exact.apart(schedule, round)
 
     def packed(state: State) -> tuple[trees.Leaves, packing.Packs, Any]:
         """Leaves and the rule's state, small leaves packed."""
@@ -191,7 +192,8 @@ def scalar_algorithm(
     ) -> tuple[jax.Array, jax.Array]:
         """Losses and scalars [P, ...] of a batch, or `over` the batches of several clients."""
         # Closed over, since lazy leaves cannot be arguments of vmap.
-        loss = lambda batch: lambda x: over(lambda own: loss_fn(x, own))(batch)  # noqa: E731
+        plain = lambda x, own: jnp.asarray(loss_fn(x, own))  # noqa: E731  # a Python float, say
+        loss = lambda batch: lambda x: over(lambda own: plain(x, own))(batch)  # noqa: E731
         if upper is None:
             return estimate(loss(batch), params, direction, perturbations, smoothing)
         features, wholes = upper.features, perturbations - upper.directions

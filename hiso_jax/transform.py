@@ -76,13 +76,15 @@ def _transform(
             return directions.noise(at, leaves, noise_law)
 
         direction = lambda p: rule.direction(state.rule, noise(p))  # noqa: E731
-        value, scalars = estimate(value_fn, params, direction, perturbations, smoothing)
+        loss = lambda x: jnp.asarray(value_fn(x))  # noqa: E731  # a Python float, say
+        value, scalars = estimate(loss, params, direction, perturbations, smoothing)
         scalars = exact.seal(jax.lax.optimization_barrier(scalars))
         delta = ascent(rule, state.rule, scalars, noise, leaves)
         step, rule_state = rule.update(state.rule, delta, scalars, jnp.bool_(True))
         if learning_rate is not None:
-            rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-            rate = jnp.asarray(rate, jnp.float32)
+            with exact.usual_types():
+                rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+                rate = jnp.asarray(rate, jnp.float32)
             keys = directions.rounding_keys(key, state.count, list(leaves))
 
             def moves(number: int, x: jax.Array, step: jax.Array) -> jax.Array:
@@ -246,7 +248,11 @@ def value_and_grad(
             return directions.noise(directions.direction_key(key, 0, 0, p), leaves, noise_law)
 
         value, scalars = estimate(
-            lambda x: loss_fn(x, batch), params, direction, perturbations, smoothing
+            lambda x: jnp.asarray(loss_fn(x, batch)),
+            params,
+            direction,
+            perturbations,
+            smoothing,
         )
         delta = estimators.reconstruct(scalars, direction, leaves)
         return value, trees.merge(

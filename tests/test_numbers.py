@@ -171,7 +171,8 @@ def what_comes_out() -> list[str]:
     # A power of two: dividing by it is exact, in a program as without one.
     options: Any = dict(smoothing=2.0**-10, num_perturbations=2)
     signs = hj.federated_hiso(plain_loss, 1e-3, distribution="rademacher", **options)
-    steps = hj.scalar_algorithm(plain_loss, 1e-3, rule=rules.rms(), local_steps=2, **options)
+    schedule = optax.cosine_decay_schedule(1e-3, 37)
+    steps = hj.scalar_algorithm(plain_loss, schedule, rule=rules.rms(), local_steps=2, **options)
     digests = [*faces(options), merged()]
     states = [alg.init(PARAMS, root()) for alg in (signs, steps)]
     programs = [jax.jit(alg.round) for alg in (signs, steps)]
@@ -222,6 +223,17 @@ def test_no_flag_of_jax_changes_a_bit(flags: tuple[str, ...], expected: list[str
         for flag in flags:
             stack.enter_context(FLAGS[flag]())
         assert what_comes_out() == expected
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_loss_may_be_a_plain_number(wide: bool):
+    with jax.enable_x64(wide):
+        for loss_fn in (lambda params, batch: 0.5, lambda params, batch: np.float32(0.5)):
+            for steps in (1, 2):
+                alg = hj.decomfl(loss_fn, 0.1, local_steps=steps, num_perturbations=1)
+                state = alg.init({"w": jnp.ones(3)}, root())
+                scalars = jax.jit(alg.probe)(state, jnp.ones((2, steps, 3)))
+                assert scalars.dtype == jnp.float32 and not scalars.any()
 
 
 def test_adapters_begin_where_they_do_whatever_seeds_are_moved_by():
