@@ -245,6 +245,7 @@ class Ledger:
                 )
             yield self._connection
             self._connection.execute("COMMIT")
+            ledgerfile.settle(self.path)
         except sqlite3.Error as error:
             raise LedgerWriteError(
                 f"{self.path}: {what} is not recorded, the ledger is as it was: {error}"

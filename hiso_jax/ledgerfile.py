@@ -6,6 +6,7 @@ is whole or is refused. (A write-ahead log, which earlier versions used, keeps t
 in a second file. Theirs are read with it, and made one file when they are opened for writing.)
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -91,13 +92,10 @@ def connect(path: Path, read_only: bool) -> sqlite3.Connection:
         return _open(path, "mode=rw")  # also to read: what a killed process left is put right
     if not read_only:
         raise LedgerWriteError(f"{path}: file or folder cannot be written to")
-    connection = _open(path, "mode=ro")
     try:
-        connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
-        return connection
-    except sqlite3.Error as error:
-        connection.close()
-        logs = [p for s in ("-journal", "-wal") if (p := Path(f"{path}{s}")).exists()]
+        return _open(path, "mode=ro")
+    except LedgerError as error:
+        logs = [p for end in ("-journal", "-wal") if (p := Path(f"{path}{end}")).exists()]
         if left := [p.name for p in logs if p.stat().st_size]:
             raise LedgerError(
                 f"{path}: a round was being written when its process ended, and here nothing can "
@@ -126,10 +124,28 @@ def _connection(name: str, uri: bool = False) -> sqlite3.Connection:
     connection = sqlite3.connect(
         name, timeout=PATIENCE, isolation_level=None, check_same_thread=False, uri=uri
     )
-    # FULL would leave it to chance whether a power cut brings the deleted journal back, and with
-    # it the state before the last round.
-    connection.execute("PRAGMA synchronous=EXTRA")
+    try:
+        connection.execute("PRAGMA synchronous=FULL")  # which reads the file
+    except BaseException:
+        connection.close()
+        raise
     return connection
+
+
+def settle(path: str) -> None:
+    """Let no power cut bring back the journal that a commit deleted, and with it what was before.
+
+    SQLite can do the same (``synchronous=EXTRA``), but takes it for a failed commit where a file
+    system does not sync folders.
+    """
+    if path == ":memory:":
+        return
+    with contextlib.suppress(OSError):
+        folder = os.open(Path(path).resolve().parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def make_one_file(path: str, connection: sqlite3.Connection) -> None:

@@ -1,6 +1,7 @@
 """The ledger on real disks: what goes in comes out, and nothing else ever does."""
 
 import json
+import os
 import resource
 import shutil
 import sqlite3
@@ -345,6 +346,31 @@ def test_a_file_that_is_no_ledger(written: dict[str, Any], tmp_path: Path):
     for door in (hj.Ledger.open, hj.Ledger.import_):
         with pytest.raises(IsADirectoryError, match=f"path: {tmp_path} is a folder"):
             door(tmp_path)
+
+
+def test_a_commit_that_a_kill_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its journal puts the file right where that can be written to; elsewhere it is named."""
+    path, left, alg = tmp_path / "a.sqlite", tmp_path / "left.sqlite", make()
+    with hj.Ledger.create(path, alg, start(alg)) as ledger:
+        fill(ledger, alg, start(alg), 3)
+        write = ledger._connection.execute
+        write("PRAGMA cache_size=1")  # so that pages are written before the commit
+        write("BEGIN IMMEDIATE")
+        for round in range(3, 99):
+            write("INSERT INTO records VALUES (?, ?, 0.1, NULL, '', x'')", (round, bytes(3000)))
+        for end in ("", "-journal"):
+            shutil.copy(f"{path}{end}", f"{left}{end}")
+        write("ROLLBACK")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with hj.Ledger.open(path, read_only=True) as ledger:
+            assert ledger.rounds == 3
+        with pytest.raises(hj.LedgerError, match="copy it with left.sqlite-journal"):
+            hj.Ledger.open(left, read_only=True)
+        with pytest.raises(hj.LedgerWriteError, match="cannot be written to"):
+            hj.Ledger.open(path)
+    with hj.Ledger.open(left, read_only=True) as ledger:
+        assert ledger.rounds == 3 and not Path(f"{left}-journal").exists()
 
 
 FILL_UP = """
