@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -46,6 +47,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--again", action="store_true", help="try again what failed or was stopped before")
     add("--tiny", action="store_true", help="shapes that a CPU has in seconds, to see it work")
+    add("--cpu", action="store_true", help="go on where JAX finds no accelerator")
     add("--plan", action="store_true", help="show what would be measured, and stop")
     add("--fill-docs", type=Path, metavar="FOLDER", help="put a folder's figures into the docs")
     add(
@@ -60,7 +62,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 def command(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
     """This command, as a process that measures the cases named."""
     own = [sys.executable, "-m", "benchmarks.accelerator", "--out", str(options.out)]
-    return [*own, *["--tiny"] * options.tiny, "--worker", *names]
+    return [*own, *["--tiny"] * options.tiny, *["--cpu"] * options.cpu, "--worker", *names]
 
 
 def chosen(options: argparse.Namespace) -> list[cases.Case]:
@@ -84,7 +86,7 @@ def work(options: argparse.Namespace) -> None:
     """Measure the cases named, in this process, and write a row for each as it is had.
 
     Raises:
-      SystemExit: the folder has results of another device.
+      SystemExit: there is no accelerator, or the folder has results of another device.
     """
     from benchmarks.device import measure
 
@@ -93,6 +95,9 @@ def work(options: argparse.Namespace) -> None:
     device = {}
     if any(case.part != "peers" for case in every):  # those have processes that take the device
         device = {"device": measure.device()}
+        if device["device"]["platform"] == "cpu" and not (options.tiny or options.cpu):
+            sys.exit("JAX finds no accelerator here, only a CPU: is its CUDA or TPU plugin there? "
+                     "--cpu goes on all the same, --tiny shows that it works")  # fmt: skip
         others = [r["device"] for r in results.read(options.out).values() if "device" in r]
         if others and others[0] != device["device"]:
             sys.exit(f"{options.out} has results of another device, {others[0]}; this is "
@@ -125,9 +130,9 @@ def summary(found: dict) -> str:
         return "equal" if found["equal"] else f"DIFFERS: {found['where']}"
     if "overhead" in found:
         return f"overhead {found['overhead']:.2f}, {found['matmul_share']:.0%} of the matmul rate"
-    for name in ("times_faster", "seconds_a_round", "fastest", "gbytes", "matmul_tflops"):
+    for name in ("times_faster", "seconds_a_round", "fastest", "gbytes", "bandwidth_gbytes"):
         if name in found:
-            return f"{name.replace('_', ' ')} {found[name]}"
+            return f"{name.replace('_', ' ')} {found[name]:.3g}"
     return "measured"
 
 
@@ -136,16 +141,21 @@ def measure(options: argparse.Namespace) -> int:
     began = time.monotonic()
     every = chosen(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = results.read(options.out)
-    if options.again:
-        failed = {name for name, row in rows.items() if not row.get("ok")}
-        results.forget(options.out, failed)
-    deadline = began + 60 * options.minutes
     if options.plan:
-        todo = [case for case in every if case.name not in results.read(options.out)]
-        rates = results.rates(rows, cases.RATES)
+        rows = results.read(options.out)
+        todo, rates = [c for c in every if c.name not in rows], results.rates(rows, cases.RATES)
         runner.show(cases.plan(todo, 60 * options.minutes, rates), len(every) - len(todo), rates)
         return 0
+    if options.again:
+        rows = results.read(options.out)
+        results.forget(options.out, {name for name, row in rows.items() if not row.get("ok")})
+    if any(
+        r.get("tiny") != options.tiny for r in results.read(options.out).values() if "tiny" in r
+    ):
+        sys.exit(f"{options.out} has results {'without' if options.tiny else 'of'} --tiny: take "
+                 "another --out")  # fmt: skip
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of a `timeout`, most likely
+    deadline = began + 60 * options.minutes
     settings = runner.Settings(
         options.out, lambda names: command(options, names), deadline, options.limit, options.tiny
     )
@@ -158,12 +168,11 @@ def measure(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         runner.say("Stopped; the same command goes on from here")
         code = 130
-    finish(options.out)
+    if results.read(options.out):
+        finish(options.out)
     if not code and left:
-        runner.say(f"{len(left)} cases are left, for the same command another time: "
-                   + ", ".join(case.name for case in left))  # fmt: skip
-    runner.say(f"{time.monotonic() - began:.0f} s; {options.out}/ has results.jsonl, results.json, "
-               "table.txt and overview.png")  # fmt: skip
+        runner.say(f"Left, for the same command another time: {runner.listed(left)}")
+    runner.say(f"{time.monotonic() - began:.0f} s; everything is in {options.out}/")
     return code
 
 

@@ -1,5 +1,6 @@
 """The command for an accelerator: planning, limits, resumption, exactness, report, environment."""
 
+import functools
 import json
 import os
 import shutil
@@ -329,18 +330,71 @@ def test_a_few_packages_are_enough_and_a_run_goes_on(tmp_path: Path, bare: dict[
     some = ["exactness/stages", "exactness/hiso, normal",
             "overhead/opt-1m-float32-rademacher-2x2x8-K1-P2"]  # fmt: skip
     out = tmp_path / "out"
-    said = command(out, "--tiny", "--case", *some[:2], **bare)
-    assert "Plan: 2 cases" in said and "equal  2 of 2" in said, said
     said = command(out, "--tiny", "--case", *some, **bare)
-    assert "Plan: 1 cases" in said and "overhead" in said
+    assert "Plan: 3 cases" in said and "equal  2 of 2" in said, said
     rows = results.read(out)
-    assert list(rows) == some and all(row["ok"] for row in rows.values())
+    assert list(rows) == some and all(row["ok"] for row in rows.values()), said
     assert rows[some[2]]["found"]["overhead"] > 0
     began = (out / results.FILE).read_bytes()
     assert "Plan" not in command(out, "--tiny", "--case", *some, **bare)
     assert (out / results.FILE).read_bytes() == began
     assert {x.name for x in out.iterdir()} == {
         "results.jsonl", "results.json", "table.txt", "overview.png", "log.txt"}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_large_case_lowers_for_a_gpu():
+    """Without weights and without a GPU: that no program fails before it is even compiled."""
+    from benchmarks import round as rounds
+    from benchmarks.device import measure
+    from hiso_jax import models
+
+    @functools.cache
+    def shaped(shape: str, dtype: str) -> models.Model:
+        kept = []
+
+        def make(key: jax.Array) -> Any:
+            kept.append(models.from_config(rounds.config(shape), key, jnp.dtype(dtype)))
+            return kept[0].params
+
+        params = jax.eval_shape(make, key)
+        return kept[0]._replace(params=params)
+
+    key, count = jax.random.key(0), 0
+    for case in cases.all_cases([]):
+        given = dict(case.options)
+        if case.part == "overhead":
+            own = rounds.Options(**given)
+            model = shaped(own.shape, own.dtype)
+            alg = rounds.algorithm(model, own)
+            state = jax.eval_shape(alg.init, model.params, key)
+            programs = [(alg.round, (state, rounds.batches(own)))]
+        elif case.part == "chunks":
+            chunks, _ = given.pop("chunks"), given.pop("repeats")
+            own = measure.chunk_options(**given)
+            model, every = shaped(own.shape, own.dtype), rounds.batches(own)
+            batch = {k: v[0, 0] for k, v in every.items()}
+            programs = [
+                (
+                    measure.chunk_losses(model, chunk, own.num_perturbations),
+                    (model.params, key, batch),
+                )
+                for chunk in chunks
+            ]
+        else:
+            continue
+        for function, arguments in programs:
+            jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+            count += 1
+    assert count == 22 + 7 * 3
+
+
+def test_the_process_that_plans_leaves_the_device_alone():
+    """It does not even import JAX: a TPU serves one process at a time."""
+    code = ("import sys, benchmarks.accelerator, benchmarks.device.picture, benchmarks.device.report"
+            "\nprint('jax' in sys.modules)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -350,6 +404,12 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         accelerator.main(["--out", str(tmp_path), "--case", "overhead/none"])
     assert accelerator.main(["--out", str(tmp_path), "--plan", "--minutes", "9"]) == 0
     assert capsys.readouterr().out.startswith("Plan: ")
+    # Nobody shall measure a CPU for nine minutes because a plugin is missing.
+    said = command(tmp_path, "--part", "machine", code=1, JAX_PLATFORMS="cpu")
+    assert "JAX finds no accelerator here" in said
+    results.append(tmp_path, "machine", "machine", ok=True, tiny=True, found={})
+    with pytest.raises(SystemExit, match="has results of --tiny"):
+        accelerator.main(["--out", str(tmp_path)])
 
 
 @pytest.mark.slow  # installs everything anew

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from benchmarks import noise, peers, scaling
@@ -33,12 +34,37 @@ def test_floor_counts_operations():
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.slow  # the benchmark itself compares them
-@pytest.mark.parametrize("steps,law", [(1, "normal"), (2, "rademacher")])
-def test_peer_computes_the_same_loss_and_moves(steps: int, law: Any):
-    options = peers.Options(**SMALL, local_steps=steps, distribution=law)
+@pytest.mark.parametrize(
+    "steps,law,more",
+    [
+        (1, "normal", {}),
+        (2, "rademacher", {}),
+        (1, "normal", dict(method="decomfl", dtype="bfloat16")),
+    ],
+)
+def test_peer_computes_the_same_loss_and_moves(steps: int, law: Any, more: Any):
+    options = peers.Options(**SMALL, local_steps=steps, distribution=law, **more)
     found = peers.measure(options)  # raises if the losses differ
     assert found["times_faster_than_sequential"] > 0
     assert ("shared" in found["seconds"]) == (steps == 1)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["hiso", "decomfl"])
+def test_settings_of_the_peer_find_the_same_scalars(method: Any):
+    import torch
+
+    options = peers.Options(**SMALL, method=method)
+    data = one.batches(options)
+    records = []
+    for shared, together in ((False, False), (True, False), (True, True)):
+        torch.manual_seed(0)
+        loop = peers.Loop(peers.torch_model(options), options, data, shared, together)
+        records.append([loop(), loop()])
+    for other in records[1:]:
+        for a, b in zip(records[0], other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0.05, atol=2e-3)
 
 
 def test_every_noise_has_a_price():

@@ -131,7 +131,7 @@ def _peers() -> list[Case]:
         # In PyTorch too every setting does the passes of a round, some of them in small pieces.
         tflop = 4 * 6 * work(shape, 2048, 6)
         options = dict(shape=shape, dtype=dtype, repeats=3)
-        fixed = 70.0 if shape == "opt-1.3b" else 50.0
+        fixed = 70.0 if shape == "opt-1.3b" else 55.0
         found.append(Case(f"peers/{shape}-{dtype}", "peers", worth, fixed, tflop, options))
     return found
 

@@ -180,6 +180,38 @@ def _blocks(size: int, rounds: int) -> dict[str, Any]:
     return {"laws": found, "rounds": rounds, "size": size}
 
 
+def chunk_options(shape: str, dtype: str, tokens: int, perturbations: int) -> rounds.Options:
+    """One client's batch of so many tokens, in texts of 32 at most."""
+    return rounds.Options(
+        shape=shape,  # pyright: ignore
+        dtype=dtype,  # pyright: ignore
+        clients=1,
+        batch=max(tokens // 32, 1),
+        length=min(tokens, 32),
+        num_perturbations=perturbations,
+        method="decomfl",
+        lazy=True,
+    )
+
+
+def chunk_losses(model: models.Model, chunk: int, count: int) -> Any:
+    """(params, key, batch) -> losses of `count` perturbations, `chunk` of them in one batch."""
+    loss_fn = rounds.loss_of(model)
+
+    def moved(params: Any, key: jax.Array, batch: Any, p: jax.Array) -> jax.Array:
+        direction, leaves = directions.direction_key(key, 0, 0, p), hj.trees.select(params)
+        own = directions.noise(direction, leaves, "rademacher")
+        return loss_fn(directions.perturb(params, own, 1e-3), batch)
+
+    def losses(params: Any, key: jax.Array, batch: Any) -> jax.Array:
+        one = functools.partial(moved, params, key, batch)
+        if chunk == 1:
+            return jax.lax.map(one, jnp.arange(count))
+        return jax.lax.map(jax.vmap(one), jnp.arange(count).reshape(-1, chunk))
+
+    return losses
+
+
 def chunks(
     shape: str, dtype: str, tokens: int, perturbations: int, chunks: list[int], repeats: int
 ) -> dict[str, Any]:
@@ -188,37 +220,24 @@ def chunks(
     Each chunk holds as many perturbed copies of the parameters. Beside it `lazy`, the library's
     own probe, which perturbs a layer as it is used, one perturbation after another.
     """
-    options = rounds.Options(shape=shape, dtype=dtype, clients=1, batch=max(tokens // 32, 1),
-                             length=min(tokens, 32), num_perturbations=perturbations,
-                             method="decomfl", lazy=True)  # fmt: skip
+    options = chunk_options(shape, dtype, tokens, perturbations)
     model = models.from_config(rounds.config(shape), jax.random.key(0), jnp.dtype(dtype))
     data = jax.device_put(rounds.batches(options))
-    batch, loss_fn = jax.tree.map(lambda x: x[0, 0], data), rounds.loss_of(model)
-    leaves = hj.trees.select(model.params)
-
-    def moved(params: Any, key: jax.Array, p: jax.Array) -> jax.Array:
-        own = directions.noise(directions.direction_key(key, 0, 0, p), leaves, "rademacher")
-        return loss_fn(directions.perturb(params, own, 1e-3), batch)
-
-    def losses(chunk: int, params: Any, key: jax.Array) -> jax.Array:
-        numbers = jnp.arange(perturbations).reshape(-1, chunk)
-        if chunk == 1:
-            return jax.lax.map(lambda p: moved(params, key, p[0]), numbers)
-        return jax.lax.map(lambda own: jax.vmap(lambda p: moved(params, key, p))(own), numbers)
-
-    alg = rounds.algorithm(model, options)
-    state, compiler = alg.init(model.params, jax.random.key(0)), hj.compiler_options()
-    programs = {"lazy": lambda: jax.jit(alg.probe, compiler_options=compiler)}
-    programs |= {f"{c}": lambda c=c: jax.jit(functools.partial(losses, c)) for c in chunks}
-    given = {"lazy": (state, data)}
+    alg, compiler = rounds.algorithm(model, options), hj.compiler_options()
+    key = jax.random.key(0)
+    programs: dict[str, tuple[Any, ...]] = {"lazy": (alg.probe, alg.init(model.params, key), data)}
+    for chunk in chunks:
+        own = chunk_losses(model, chunk, perturbations)
+        batch = jax.tree.map(lambda x: x[0, 0], data)
+        programs[str(chunk)] = (own, model.params, key, batch)
     milliseconds, failed = {}, {}
-    for name, make in programs.items():
-        call = functools.partial(make(), *given.get(name, (model.params, jax.random.key(0))))
+    for name, (function, *given) in programs.items():
+        call = functools.partial(jax.jit(function, compiler_options=compiler), *given)
         try:
             seconds = timing.interleaved({name: call}, repeats)[name]
             milliseconds[name] = 1e3 * seconds / perturbations
         except Exception as error:  # too large a chunk runs out of memory; the others are figures
-            failed[name] = str(error).splitlines()[0][:200]
+            failed[name] = (str(error).splitlines() or [repr(error)])[0][:200]
     ours = {k: v for k, v in milliseconds.items() if k != "lazy"}
     if not ours:
         raise RuntimeError(f"no chunk could be evaluated: {failed}")

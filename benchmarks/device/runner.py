@@ -12,6 +12,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -92,12 +93,20 @@ def show(planned: cases.Plan, done: int, rates: dict[str, float]) -> None:
     for part, group in itertools.groupby(planned.chosen, key=lambda case: case.part):
         own = list(group)
         seconds = sum(case.seconds(rates) for case in own)
-        names = ", ".join(
+        names = "; ".join(
             f"{case.name.removeprefix(f'{part}/')} ({case.seconds(rates):.0f} s)" for case in own
         )
         say(f"  {part}: " + (names if len(own) < 9 else f"{len(own)} cases ({seconds:.0f} s)"))
     if planned.left:
-        say("  left: " + ", ".join(case.name for case in planned.left))
+        say(f"  left: {listed(planned.left)}")
+
+
+def listed(some: Sequence[Case]) -> str:
+    """Cases by name, or how many there are of each part."""
+    if len(some) < 9:
+        return "; ".join(case.name for case in some)
+    counts = Counter(case.part for case in some)
+    return ", ".join(f"{count} of {part}" for part, count in counts.items())
 
 
 def _work(batch: Sequence[Case], settings: Settings, rates: dict[str, float]) -> None:

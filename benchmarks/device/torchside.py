@@ -22,6 +22,8 @@ CHECKED = ("opt-1m", "opt-10m", "opt-30m", "opt-125m")
 """Shapes whose weights are handed over in a folder and whose losses are compared; larger ones
 would take longer to write and read than to measure, and PyTorch has random weights of its own."""
 LAWS = ("normal", "rademacher")
+LONGEST = 120
+"""Seconds of a side."""
 
 
 def _options(options: dict[str, Any], law: str = "normal") -> Any:
@@ -44,6 +46,7 @@ def ours(options: dict[str, Any], folder: str) -> None:
     from benchmarks import round as rounds
     from hiso_jax import models
 
+    _say(machine=timing.machine(), platform=jax.default_backend())
     own = _options(options)
     kind = jnp.dtype(own.dtype)
     model = models.from_config(rounds.config(own.shape), jax.random.key(0), kind)
@@ -61,7 +64,6 @@ def ours(options: dict[str, Any], folder: str) -> None:
 
         _say(setting=law, seconds=timing.interleaved({law: mine}, own.repeats)[law])
         state.clear()
-    _say(machine=timing.machine(), platform=jax.default_backend())
 
 
 def theirs(options: dict[str, Any], folder: str, platform: str) -> None:
@@ -75,6 +77,8 @@ def theirs(options: dict[str, Any], folder: str, platform: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and platform != "cpu":
         return _say(skip=f"this torch has no CUDA, and ours was measured on {platform}")
+    shown = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    _say(machine=f"torch {torch.__version__}, {shown}, {torch.get_num_threads()} threads")
     torch.set_float32_matmul_precision("high")  # TF32, as JAX does without being asked
     data = rounds.batches(own)
     handed = own.shape in CHECKED
@@ -96,8 +100,6 @@ def theirs(options: dict[str, Any], folder: str, platform: str) -> None:
             _say(setting=name, seconds=timing.interleaved({name: make()}, own.repeats)[name])
         except Exception as error:  # of one setting: the others are figures all the same
             _say(setting=name, failed=str(error).splitlines()[0][:200])
-    shown = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    _say(machine=f"torch {torch.__version__}, {shown}, {torch.get_num_threads()} threads")
 
 
 def _lines(options: dict[str, Any], folder: str, platform: str | None = None) -> list[Any]:
@@ -105,15 +107,19 @@ def _lines(options: dict[str, Any], folder: str, platform: str | None = None) ->
     side, own, environment = "ours", [], dict(os.environ)
     if platform is not None:  # there JAX computes nothing, and shall not take the device
         side, own, environment = "theirs", [platform], environment | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.device.torchside", side, json.dumps(options), folder,
-         *own], stdout=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    command = [sys.executable, "-m", "benchmarks.device.torchside", side, json.dumps(options)]
+    try:
+        done = subprocess.run([*command, folder, *own], stdout=subprocess.PIPE, text=True,
+                              env=environment, timeout=LONGEST)  # fmt: skip
+        said, end = done.stdout, f"ended with {done.returncode}"
+    except subprocess.TimeoutExpired as over:  # what was had until then are figures all the same
+        said = over.stdout.decode() if isinstance(over.stdout, bytes) else over.stdout or ""
+        end = f"was stopped after {LONGEST} s"
+    found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     if skips := [line["skip"] for line in found if "skip" in line]:
         raise Skip(skips[0])
     if not any("seconds" in line for line in found):
-        raise RuntimeError(f"{side}: the process ended with {done.returncode}; see log.txt")
+        raise RuntimeError(f"{side}: the process {end}; see log.txt")
     return found
 
 
