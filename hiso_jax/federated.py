@@ -324,9 +324,9 @@ def scalar_algorithm(
     def round(state: State, batches: Any, weights: Any = None) -> tuple[State, Metrics]:
         losses, scalars = evaluate(state, batches)
         record, weights, finite = combine(scalars, weights)
-        record = lax.optimization_barrier(record)
+        record, shares = lax.optimization_barrier(record), weights.astype(losses.dtype)
         metrics = Metrics(
-            loss=jnp.where(weights > 0, weights * losses.mean(1), 0).sum() / weights.sum(),
+            loss=jnp.where(shares > 0, shares * losses.mean(1), 0).sum() / shares.sum(),
             losses=losses,
             scalars=scalars,
             record=record,

@@ -96,12 +96,11 @@ class Ledger:
             ``"train"`` also goes into the compact file of `export`.
 
         Raises:
-          FileExistsError: a ledger is never written over.
+          FileExistsError: a ledger is never written over, nor put beside the log of another.
           ValueError: `state` has advanced, or the rule has no recipe.
           LedgerWriteError: the file cannot be written.
         """
-        if Path(path).exists():
-            raise FileExistsError(f"path: {path} exists; a ledger is never written over")
+        ledgerfile.check_free(path, "path")
         return cls._make(path, headers.describe(algorithm, state, about))
 
     @classmethod
@@ -226,7 +225,7 @@ class Ledger:
         """
         with self._writing(f"the opening of round {self.rounds}") as connection:
             known = ledgerfile.places(connection, self.rounds, self._chain)
-            for place, name in enumerate(names):
+            for place, name in enumerate(checks.clients("names", names)):
                 known[name] = sorted({*known.get(name, ()), place})
             ledgerfile.put_places(connection, self.rounds, self._chain, known)
         return known
@@ -259,11 +258,14 @@ class Ledger:
         """What happened from round `since` on, which is what an absent client catches up with."""
         if not 0 <= since <= self.rounds:
             raise ValueError(f"since: expected 0 to {self.rounds} rounds, got {since}")
-        rows = self._connection.execute(
-            "SELECT scalars, learning_rate, digest, reported FROM records "
-            "WHERE round >= ? AND round < ? ORDER BY round",
-            (since, self.rounds),
-        ).fetchall()
+        try:
+            rows = self._connection.execute(
+                "SELECT scalars, learning_rate, digest, reported FROM records "
+                "WHERE round >= ? AND round < ? ORDER BY round",
+                (since, self.rounds),
+            ).fetchall()
+        except sqlite3.Error as error:
+            raise LedgerError(f"{self.path}: it cannot be read now: {error}") from error
         scalars = np.full((len(rows), *self.shape), np.nan, np.float32)
         for i, row in enumerate(rows):
             if row[0]:
@@ -308,8 +310,7 @@ class Ledger:
         Raises:
           CorruptLedger: the file is not as it was written.
         """
-        if str(to) != ":memory:" and Path(to).exists():
-            raise FileExistsError(f"to: {to} exists; a ledger is never written over")
+        ledgerfile.check_free(to, "to")
         ledgerfile.check_path(path, "file")
         try:
             header, scalars, rates, last = compact.read(path)

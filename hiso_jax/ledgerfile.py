@@ -34,6 +34,7 @@ CREATE TABLE head (rounds INTEGER NOT NULL, chain BLOB NOT NULL);
 _PLACES = (
     "CREATE TABLE open_round (round INTEGER NOT NULL, places TEXT NOT NULL, sha256 BLOB NOT NULL)"
 )
+_LOGS = ("-journal", "-wal")
 # What SQLite says when it is not the file's contents that are at fault.
 _NOT_CORRUPT = ("BUSY", "LOCKED", "READONLY", "FULL", "CANTOPEN", "NOMEM", "PERM")
 
@@ -60,6 +61,20 @@ def check_path(path: str | os.PathLike[str], what: str) -> None:
         raise IsADirectoryError(f"path: {path} is a folder, expected the file of a ledger")
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: {path}: no such {what}")
+
+
+def check_free(path: str | os.PathLike[str], argument: str) -> None:
+    """Raise FileExistsError unless a ledger can be begun there."""
+    if str(path) == ":memory:":
+        return
+    if Path(path).exists():
+        raise FileExistsError(f"{argument}: {path} exists; a ledger is never written over")
+    for log in (Path(f"{path}{end}") for end in _LOGS):
+        if log.exists():  # SQLite would take it for this ledger's, and write what is in it
+            raise FileExistsError(
+                f"{argument}: {log} is there, of a ledger that {path} was; a killed process left "
+                "it, and it may hold rounds: move it to where that ledger is, or away"
+            )
 
 
 def create(name: str, text: str) -> sqlite3.Connection:
@@ -95,7 +110,7 @@ def connect(path: Path, read_only: bool) -> sqlite3.Connection:
     try:
         return _open(path, "mode=ro")
     except LedgerError as error:
-        logs = [p for end in ("-journal", "-wal") if (p := Path(f"{path}{end}")).exists()]
+        logs = [p for end in _LOGS if (p := Path(f"{path}{end}")).exists()]
         if left := [p.name for p in logs if p.stat().st_size]:
             raise LedgerError(
                 f"{path}: a round was being written when its process ended, and here nothing can "

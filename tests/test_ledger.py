@@ -369,6 +369,10 @@ def test_a_commit_that_a_kill_cut_short(tmp_path: Path, monkeypatch: pytest.Monk
             hj.Ledger.open(left, read_only=True)
         with pytest.raises(hj.LedgerWriteError, match="cannot be written to"):
             hj.Ledger.open(path)
+    left.rename(tmp_path / "moved.sqlite")
+    with pytest.raises(FileExistsError, match="left.sqlite-journal is there"):
+        hj.Ledger.create(left, alg, start(alg))
+    (tmp_path / "moved.sqlite").rename(left)
     with hj.Ledger.open(left, read_only=True) as ledger:
         assert ledger.rounds == 3 and not Path(f"{left}-journal").exists()
 
