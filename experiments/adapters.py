@@ -26,9 +26,7 @@ def hidden_states(
     return model.hidden(params, ids, mask, *prefix, stream=stream, begin=begin)
 
 
-def sentence_embedding(
-    model: models.Model, params: Any, batch: Any, begin: int = 0
-) -> jax.Array:
+def sentence_embedding(model: models.Model, params: Any, batch: Any, begin: int = 0) -> jax.Array:
     """Mean of the hidden states over the tokens of each text, [B, D]."""
     hidden = hidden_states(model, params, batch, begin)
     mask = batch["attention_mask"][..., None].astype(hidden.dtype)

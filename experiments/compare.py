@@ -24,8 +24,9 @@ import numpy as np
 from rich.progress import track
 
 from experiments import digits, finetune, folders, job, methods, mnist, report, results
+from experiments import settings as limits
 from experiments.problem import Problem
-from hiso_jax import simulation
+from hiso_jax import checks, simulation
 
 TASKS: dict[str, tuple[Any, Any]] = {
     "finetune": (finetune.Options, finetune.build),
@@ -38,6 +39,18 @@ TASKS: dict[str, tuple[Any, Any]] = {
 }
 COMMON = {field.name for field in dataclasses.fields(job.Options)}
 """Options of every job, which no problem depends on but for the seed."""
+SET = {
+    "method",
+    "learning_rate",
+    "seed",
+    "out",
+    "resume",
+    "compare",
+    "distributed",
+    "data",
+    "columns",
+}
+"""Options of a job that are none to vary: `Compare` has its own, or no run depends on them."""
 DIVERGED = 20.0
 """A training loss above which a run is given up."""
 
@@ -80,8 +93,9 @@ def varied(kind: type, texts: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.replace("-", "_")
-        if not equals or name not in hints:
-            sys.exit(f"--vary: expected name=value,value with an option of the job, got {text!r}")
+        if not equals or name not in hints or name in SET:
+            sys.exit(f"--vary: expected name=value,value with an option of the job that is not set "
+                     f"elsewhere, got {text!r}")  # fmt: skip
         kinds = {int: int, float: float, bool: _truth}
         read = next((kinds[k] for k in (hints[name], *get_args(hints[name])) if k in kinds), str)
         try:
@@ -158,6 +172,9 @@ def _plain(value: float) -> float | None:
 def defaults(options: Any) -> job.Options:
     """The options of the `task` named, with its `data` and `columns`, if they are given."""
     given = {name: value for name in ("data", "columns") if (value := getattr(options, name))}
+    known = {field.name for field in dataclasses.fields(TASKS[options.task][0]())}
+    if lost := given.keys() - known:
+        raise ValueError(f"--{sorted(lost)[0]}: {options.task} reads none")
     return TASKS[options.task][0](**given)
 
 
@@ -165,6 +182,10 @@ def grid(options: Compare) -> Iterator[tuple[dict[str, Any], job.Options]]:
     """What names a run, and its options."""
     start = defaults(options)
     axes = varied(type(start), options.vary)
+    for name in ("seeds", "processes"):
+        checks.count(f"--{name}", getattr(options, name))
+    if not options.method or not options.learning_rate:
+        raise ValueError("--method, --learning-rate: expected at least one of each")
     for method in options.method:
         methods.check(method)
         for rate, seed, *values in itertools.product(
@@ -174,6 +195,7 @@ def grid(options: Compare) -> Iterator[tuple[dict[str, Any], job.Options]]:
             point = dataclasses.replace(
                 start, **dict(method=method, learning_rate=rate, seed=seed) | own
             )
+            limits.check(point)
             yield dict(task=options.task, **settings(point)), point
 
 
@@ -210,7 +232,7 @@ def run(options: Compare) -> list[dict[str, Any]]:
     named = lambda row: json.dumps({k: row[k] for k in wanted[0][0]}, sort_keys=True)  # noqa: E731
     try:
         wanted = list(grid(options))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         sys.exit(str(error))
     done = {named(row) for row in rows if wanted[0][0].keys() <= row.keys()}
     missing = [(name, point) for name, point in wanted if named(name) not in done]
@@ -234,6 +256,8 @@ def run(options: Compare) -> list[dict[str, Any]]:
                 row = runs[future] | future.result()
             except (OtherStart, OSError, ValueError) as error:
                 pool.shutdown(cancel_futures=True)
+                if not rows and not options.out.stat().st_size:
+                    options.out.unlink()
                 sys.exit(str(error))
             rows.append(row)
             file.write(report.dumps(row) + "\n")

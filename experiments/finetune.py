@@ -92,6 +92,11 @@ class Options(job.Options):
 def check(options: Options) -> None:
     """Raise unless the options fit together; the message names the option."""
     default = Options()
+    for field in dataclasses.fields(options):
+        if getattr(options, field.name) == "":
+            raise ValueError(
+                f"--{field.name.replace('_', '-')}: expected something, got an empty text"
+            )
     if not re.fullmatch(r"all|norms|biases|lora|(last|prefix)-[1-9]\d*", options.train):
         raise ValueError(f"--train: expected all, norms, biases, lora, last-N or prefix-N, got "
                          f"{options.train!r}")  # fmt: skip
@@ -101,6 +106,9 @@ def check(options: Options) -> None:
     if options.length is not None and options.length < SHORTEST:
         raise ValueError(f"--length: expected at least {SHORTEST} tokens, got {options.length}")
     checks.number("--alpha", options.alpha, 0, above=True)
+    checks.number("--lora-alpha", options.lora_alpha, 0, above=True)
+    if not options.lora_targets:
+        raise ValueError("--lora-targets: expected at least one module, got none")
     given = lambda *names: [n for n in names if getattr(options, n) != getattr(default, n)]  # noqa: E731
     spelled = lambda names: ", ".join(f"--{name.replace('_', '-')}" for name in names)  # noqa: E731
     if options.task == "docstrings" and options.data is None:
@@ -160,7 +168,9 @@ def task_of(options: Options) -> Task:
     else:
         raise ValueError(f"--task: expected docstrings or one of {list(prompts.TASKS)}, got "
                          f"{options.task!r}")  # fmt: skip
-    task = task._replace(label=options.label or task.label, prompt=options.prompt or task.prompt)
+    # A shell hands on \n as two letters.
+    prompt = options.prompt and options.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    task = task._replace(label=options.label or task.label, prompt=prompt or task.prompt)
     if not task.columns:
         raise ValueError(f"--prompt: {task.prompt!r} names no column; columns stand in braces")
     return task._replace(words=options.words, sentences=None) if options.words else task
@@ -206,7 +216,8 @@ def _clients_of(options: Options, task: Task, rows: data.Rows) -> tuple[Any, lis
             raise ValueError(f"--client-column: column {column!r} is empty in all rows of train")
         own = splits.natural([rows[i][column] for i in named])
         notes = [f"train: {count - len(named)} of {count} rows have no {column}, left out"]
-        return ({name: np.array(named)[picks] for name, picks in own.items()},
+        rows_of = np.array(named)
+        return ({name: rows_of[picks] for name, picks in own.items()},
                 notes if len(named) < count else [])  # fmt: skip
     if number > count:
         raise ValueError(
@@ -262,6 +273,9 @@ def _length(options: Options, task: Task, model: models.Model) -> int:
     prefix = int(options.train.partition("-")[2]) if options.train.startswith("prefix") else 0
     most = models.positions(model.config)
     room = 10**9 if most is None else most - prefix
+    if room < SHORTEST:
+        raise ValueError(f"--train: {options.train} leaves {max(room, 0)} of the model's {most} "
+                         f"positions for texts, expected at least {SHORTEST}")  # fmt: skip
     length = options.length or min(24 if task is DOCSTRINGS else 128, room)
     if length > room:
         less = f" less {prefix} of the prefix" if prefix else ""

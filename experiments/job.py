@@ -272,14 +272,15 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
                 f"got {options.clients_per_round}"
             )
         for method, rate in rates.items():
-            algorithm(dataclasses.replace(options, method=method), problem, rate)
+            alg = algorithm(dataclasses.replace(options, method=method), problem, rate)
+            jax.eval_shape(alg.init, problem.params, resume.root_key(options))
         if options.mesh:
             meshes.make(*options.mesh)
         report.show_data(problem)
         made_of = resume.made_of(problem)
         if saved and (other := [k for k, v in made_of.items() if saved.get(k, v) != v]):
-            what = {"data": "the clients' data are", "base": "the base model is"}[other[0]]
-            raise ValueError(f"--resume {options.out}: {what} not that of the run")
+            what = resume.MADE_OF[other[0]]
+            raise ValueError(f"--resume {options.out}: {what} not what the run began with")
         base = measure_base(problem)
     summaries = []
     try:

@@ -7,6 +7,7 @@ python -m experiments.finetune --model runs/pretrain
 import ast
 import contextlib
 import dataclasses
+import os
 import sysconfig
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.progress import track
 
 from experiments import problem, report
 from experiments.report import console
-from hiso_jax import models
+from hiso_jax import checks, models
 from hiso_jax.tasks import data, text
 
 
@@ -99,18 +100,39 @@ def tokenizer_of(texts: list[str], vocabulary: int, length: int) -> Any:
     )  # fmt: skip
 
 
+def check(options: Options) -> None:
+    """Raise unless the options make a model and there is a place for it, before it is trained."""
+    for name in ("steps", "layers", "width", "batch_size"):
+        checks.count(f"--{name.replace('_', '-')}", getattr(options, name))
+    for name, least, most in (
+        ("length", 2, 512),
+        ("vocabulary", 260, 2**20),
+        ("seed", 0, 2**32 - 1),
+    ):
+        checks.number(f"--{name}", getattr(options, name), least, most)
+    checks.number("--learning-rate", options.learning_rate, 0, 1e38, above=True)
+    if options.width % max(options.width // 64, 1):
+        raise ValueError(
+            f"--width: expected less than 128 or a multiple of 64, got {options.width}"
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(options.out, os.W_OK):
+        raise ValueError(f"--out: {options.out} cannot be written to")
+
+
 def run(options: Options) -> dict[str, float]:
     """Train, save, and return the perplexity on held-out pieces before and after."""
     from transformers import OPTConfig
 
-    if not 2 <= options.length <= 512:
-        raise ValueError(f"--length: expected 2 to 512 tokens, got {options.length}")
+    check(options)
     if options.data is None:
         texts = corpus()
     else:
         rows = data.read_file(options.data)
         if not rows or "text" not in rows[0]:
             raise ValueError(f"--data: {options.data} has no column 'text', or no rows")
+        for i, row in enumerate(rows):
+            data.check_text(f"--data: {options.data}, row {i + 1}", row["text"])
         texts = [str(row["text"]) for row in rows if row["text"] not in (None, "")]
     tokenizer = tokenizer_of(texts, options.vocabulary, 512)
     # One long text, documents apart: short ones would be mostly padding.

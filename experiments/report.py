@@ -43,6 +43,9 @@ def door() -> Iterator[None]:
     except (OSError, ValueError, TypeError, LedgerError) as error:
         fail(error)
         sys.exit(1)
+    except (ArithmeticError, LookupError, MemoryError, RuntimeError) as error:
+        fail(f"{type(error).__name__}: {error}")
+        sys.exit(1)
 
 
 def progress(count: str = "{task.completed}/{task.total}") -> Progress:

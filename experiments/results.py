@@ -28,7 +28,12 @@ LATER = {"upper_directions": 0, "upper_layers": 1}
 
 def read(path: Path) -> list[Row]:
     """The rows of a comparison, each with all options."""
-    return [LATER | row for row in folders.read(path)]
+    if not path.is_file():
+        return []
+    found = folders.read(path)
+    if not all(isinstance(row, dict) and "method" in row for row in found):
+        raise ValueError(f"--rows: {path} is not a file of experiments.compare")
+    return [LATER | row for row in found]
 
 
 class Curve(NamedTuple):
@@ -300,6 +305,8 @@ class Results:
 
 def main(options: Results) -> None:
     """Print and draw."""
+    if lost := [path for path in options.rows if not path.is_file()]:
+        raise FileNotFoundError(f"--rows: {lost[0]} is not there")
     rows = where([row for path in options.rows for row in read(path)], options.where)
     if not rows:
         raise SystemExit(f"--where: there is no such row in {', '.join(map(str, options.rows))}")

@@ -13,12 +13,25 @@ from experiments.problem import Problem
 from experiments.settings import Options
 from hiso_jax import fingerprint, server, simulation, snapshots
 
+MADE_OF = {
+    "data": "the clients' data are", "held": "the data of dev or test are",
+    "classes": "the labels or their words are", "base": "the base model is",
+}  # fmt: skip
+"""What a run is made of, as a message says it."""
+
 
 def made_of(problem: Problem) -> dict[str, str]:
-    """Digests of the clients' data and of the base model, by which a run is known again."""
+    """Digests of all that a run is made of, by which it is known again."""
     leaves = fingerprint.by_leaf(problem.params)
-    base = fingerprint.text(fingerprint.total(leaves.values()))
-    return {"data": data_digest(problem), "base": base}
+    held = hashlib.sha256()
+    for part in (problem.dev, problem.test):
+        _add(held, part)
+    return {
+        "data": data_digest(problem),
+        "held": held.hexdigest()[:16],
+        "classes": hashlib.sha256(repr(problem.classes).encode()).hexdigest()[:16],
+        "base": fingerprint.text(fingerprint.total(leaves.values())),
+    }
 
 
 def open_run(
@@ -27,7 +40,7 @@ def open_run(
     """Begin the ledger of a run, or bring one that was stopped to where it had come."""
     folder = options.out
     path = folder / "ledger.sqlite"
-    state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(options.seed))
+    state = alg.init(jax.tree.map(jnp.copy, problem.params), root_key(options))
     if isinstance(alg, baselines.Baseline):
         state = baselines.restore(folder / "snapshots", alg, state)
         done = range(int(state.round))
@@ -76,18 +89,31 @@ def _asked(options: Options, problem: Problem, round: int) -> list[str]:
     return problem.clients.sample(options.clients_per_round, round, options.seed, options.sampling)
 
 
+def root_key(options: Options) -> jax.Array:
+    """The key of a run, whatever kind JAX makes by default."""
+    return jax.random.key(options.seed, impl="threefry2x32")
+
+
 def data_digest(problem: Problem) -> str:
     """Digest of all clients' names and examples."""
     total = hashlib.sha256()
     for name in problem.clients.names:
         total.update(name.encode())
-        for column, values in sorted(problem.clients[name].items()):
-            total.update(column.encode() + np.ascontiguousarray(values).tobytes())
+        _add(total, problem.clients[name])
     return total.hexdigest()[:16]
 
 
+def _add(total: Any, columns: simulation.Arrays) -> None:
+    for column, values in sorted(columns.items()):
+        total.update(column.encode() + np.ascontiguousarray(values).tobytes())
+
+
 def account(
-    options: Options, problem: Problem, alg: Any, ledger: hj.Ledger | baselines.Unrecorded, size: int
+    options: Options,
+    problem: Problem,
+    alg: Any,
+    ledger: hj.Ledger | baselines.Unrecorded,
+    size: int,
 ) -> simulation.Traffic:
     """Account for the rounds that are done, of a method with `size` trained parameters."""
     if isinstance(ledger, hj.Ledger):

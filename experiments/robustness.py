@@ -21,7 +21,7 @@ import hiso_jax as hj
 from experiments import folders, report, results
 from experiments.digits import digits
 from experiments.problem import Problem
-from hiso_jax import aggregators, privacy, simulation
+from hiso_jax import aggregators, checks, privacy, simulation
 
 Tamper = Callable[[jax.Array, jax.Array], jax.Array]
 """(scalars [C, K, P], key) -> what is sent."""
@@ -168,6 +168,11 @@ def _one(options: Robustness, point: dict[str, Any], seed: int) -> float:
 
 def run(options: Robustness) -> list[dict[str, Any]]:
     """Run what is missing; return all rows of the table."""
+    for name in ("rounds", "clients_per_round", "seeds"):
+        checks.count(f"--{name.replace('_', '-')}", getattr(options, name))
+    checks.number("--learning-rate", options.learning_rate, 0, 1e38)
+    for share in options.shares:
+        checks.number("--shares", share, 0, 1)
     rows = folders.read(options.out)
     shared = dict(rounds=options.rounds, learning_rate=options.learning_rate,
                   clients_per_round=options.clients_per_round)  # fmt: skip

@@ -178,15 +178,26 @@ def check(options: Options) -> None:
     """Raise unless the options are in their ranges; the message names the option."""
     name = lambda field: f"--{field.replace('_', '-')}"  # noqa: E731
     for field in COUNTS:
-        checks.count(name(field), getattr(options, field))
+        if checks.count(name(field), getattr(options, field)) >= 2**31:
+            raise ValueError(
+                f"{name(field)}: expected less than 2^31, got {getattr(options, field)}"
+            )
+    clients, steps = options.clients_per_round, options.local_steps
+    if clients * steps * options.batch_size > 2**26:
+        raise ValueError(f"--batch-size: {options.batch_size} examples for {steps} local steps of "
+                         f"{clients} clients are more than 2^26 a round")  # fmt: skip
     checks.number("--seed", options.seed, 0, 2**32 - 1)
     checks.number("--dropout", options.dropout, 0, 1)
-    checks.number("--smoothing", options.smoothing, 0, above=True)
+    checks.number("--smoothing", options.smoothing, 1e-30, 1e30)
     checks.number("--decay", options.decay, 0, 1)
     checks.number("--upper-directions", options.upper_directions, 0, options.num_perturbations)
     if options.learning_rate is not None:
-        checks.number("--learning-rate", options.learning_rate, 0)
+        checks.number("--learning-rate", options.learning_rate, 0, 1e38)
     if options.compare and options.method != Options.method:
         raise ValueError(f"--method: --compare runs HiSo and DeComFL, got {options.method}")
+    if options.out.resolve() == Path().resolve():
+        raise ValueError(f"--out: expected a folder of its own, got {str(options.out)!r}")
+    for size in options.mesh or ():
+        checks.count("--mesh", size)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out: {options.out} is a file, expected a folder")

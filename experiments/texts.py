@@ -85,7 +85,9 @@ def encoder_problem(material: Material) -> Problem:
     labels = adapters.label_embeddings(model, tokenizer, sentences, length)
 
     def logits_fn(params: Any, batch: Any, begin: int) -> jax.Array:
-        return SCALE * unit(embed(params["encoder"], batch, begin)) @ unit(labels + params["labels"]).T
+        return (
+            SCALE * unit(embed(params["encoder"], batch, begin)) @ unit(labels + params["labels"]).T
+        )
 
     def save(folder: Path, params: Any) -> None:
         models.save_pretrained(model, folder / "model", params["encoder"])

@@ -236,7 +236,9 @@ class Combine(NamedTuple):
             outputs = estimators.scalars_per_direction(recipe.get("estimator", "forward"))
             aggregator = side_by_side(int(recipe["own_directions"]), outputs)
         elif name in AGGREGATORS:
-            aggregator = AGGREGATORS[name](*ast.literal_eval(f"({arguments},)") if arguments else ())
+            aggregator = AGGREGATORS[name](
+                *ast.literal_eval(f"({arguments},)") if arguments else ()
+            )
         else:
             aggregator = Aggregator(_unknown(text), text)
         return cls(aggregator, recipe.get("nonfinite", "raise"))

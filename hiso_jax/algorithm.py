@@ -156,9 +156,7 @@ def advance(spec: Spec, state: State, record: jax.Array, learning_rate: Any = No
     return State(params, state.key, state.round + 1, rule)
 
 
-def round(
-    spec: Spec, state: State, batches: Any, weights: Any = None
-) -> tuple[State, Metrics]:
+def round(spec: Spec, state: State, batches: Any, weights: Any = None) -> tuple[State, Metrics]:
     """All of it in one program: what a simulation jits."""
     losses, scalars = evaluate(spec, state, batches)
     record, weights, finite = spec.combine(scalars, weights, spec.sent)

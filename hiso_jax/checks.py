@@ -78,11 +78,11 @@ def clients(argument: str, values: Iterable[Any]) -> list[str]:
     """Return clients' names as text, in their order.
 
     Raises:
-      TypeError: `values` is one text instead of several names.
-      ValueError: there is none, one is missing, or two are the same text.
+      ValueError: there is none, one is missing, or two are the same text; or `values` is one
+        text itself.
     """
     if isinstance(values, (str, bytes)):
-        raise TypeError(f"{argument}: expected a list of names, got the text {values!r}")
+        raise ValueError(f"{argument}: expected a list of names, got the text {values!r}")
     given: dict[str, Any] = {}
     for value in values:
         if (text := client(argument, value)) in given:

@@ -13,7 +13,8 @@ Three things make two parties that run the same source disagree in the last bit:
   and `flush` make them zero on all.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +51,16 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
     )
     always = lax.optimization_barrier(jnp.bool_(True))
     return lax.cond(always, function, lambda *args: nothing, *args)
+
+
+@contextlib.contextmanager
+def usual_types() -> Iterator[None]:
+    """Types as JAX chooses them unless it is told otherwise, for functions that are others'.
+
+    A schedule computed in float64 is another in its last bits, and parties would part there.
+    """
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def seal(x: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ def describe(
         key=_key(state),
         base=fingerprint.text(fingerprint.total(digests.values())),
         leaves=leaves,
-        software={name: metadata.version(name) for name in ("hiso-jax", "jax", "jaxlib")}
+        software={name: _version(name) for name in ("hiso-jax", "jax", "jaxlib")}
         | {"backend": jax.default_backend()},
         about=dict(about or {}),
     )
@@ -62,6 +62,13 @@ def describe(
         return json.loads(canonical(header))
     except (TypeError, ValueError) as error:  # ValueError: NaN, which JSON has no word for
         raise ValueError(f"about: expected plain data (JSON): {error}") from None
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a folder, not installed
+        return "unknown"
 
 
 def _key(state: State) -> dict[str, Any]:

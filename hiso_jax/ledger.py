@@ -19,7 +19,7 @@ import numpy as np
 from hiso_jax import checks, compact, files, fingerprint, ledgerfile
 from hiso_jax import header as headers
 from hiso_jax.ledgerfile import CorruptLedger, LedgerError, LedgerMismatch, LedgerWriteError
-from hiso_jax.protocol import Algorithm, State
+from hiso_jax.protocol import Algorithm, Rate, State
 
 __all__ = [
     "CorruptLedger",
@@ -77,6 +77,7 @@ class Ledger:
         self.path, self._connection = path, connection
         self.header, self.rounds, self._chain = ledgerfile.verify(path, connection)
         self.shape = headers.shape(self.header)
+        self._constant = Rate.from_recipe(self.header["algorithm"]["learning_rate"]).value
 
     @classmethod
     def create(
@@ -96,12 +97,11 @@ class Ledger:
             ``"train"`` also goes into the compact file of `export`.
 
         Raises:
-          FileExistsError: a ledger is never written over.
+          FileExistsError: a ledger is never written over, nor put beside the log of another.
           ValueError: `state` has advanced, or the rule has no recipe.
           LedgerWriteError: the file cannot be written.
         """
-        if Path(path).exists():
-            raise FileExistsError(f"path: {path} exists; a ledger is never written over")
+        ledgerfile.check_free(path, "path")
         return cls._make(path, headers.describe(algorithm, state, about))
 
     @classmethod
@@ -181,13 +181,13 @@ class Ledger:
                              f"got {record.shape}")  # fmt: skip
         if not np.isnan(record).all() and not np.isfinite(record).all():
             raise ValueError(f"record: expected finite scalars, got {record.tolist()}")
-        constant = self.header["algorithm"]["learning_rate"]
+        constant = self._constant
         if learning_rate is None:
-            if constant == "schedule":
+            if constant is None:
                 raise ValueError("learning_rate: needed, since it follows a schedule; got None")
             learning_rate = constant
         rate = float(np.float32(checks.number("learning_rate", learning_rate, 0)))
-        if constant != "schedule" and rate != float(np.float32(constant)):
+        if constant is not None and rate != float(np.float32(constant)):
             raise ValueError(f"learning_rate: the ledger's is {constant}, got {learning_rate!r}")
         text = digest if isinstance(digest, str) else fingerprint.text(digest)
         fingerprint.parse(text)
@@ -226,7 +226,7 @@ class Ledger:
         """
         with self._writing(f"the opening of round {self.rounds}") as connection:
             known = ledgerfile.places(connection, self.rounds, self._chain)
-            for place, name in enumerate(names):
+            for place, name in enumerate(checks.clients("names", names)):
                 known[name] = sorted({*known.get(name, ()), place})
             ledgerfile.put_places(connection, self.rounds, self._chain, known)
         return known
@@ -245,6 +245,7 @@ class Ledger:
                 )
             yield self._connection
             self._connection.execute("COMMIT")
+            ledgerfile.settle(self.path)
         except sqlite3.Error as error:
             raise LedgerWriteError(
                 f"{self.path}: {what} is not recorded, the ledger is as it was: {error}"
@@ -258,21 +259,23 @@ class Ledger:
         """What happened from round `since` on, which is what an absent client catches up with."""
         if not 0 <= since <= self.rounds:
             raise ValueError(f"since: expected 0 to {self.rounds} rounds, got {since}")
-        rows = self._connection.execute(
-            "SELECT scalars, learning_rate, digest, reported FROM records "
-            "WHERE round >= ? AND round < ? ORDER BY round",
-            (since, self.rounds),
-        ).fetchall()
+        try:
+            rows = self._connection.execute(
+                "SELECT scalars, learning_rate, digest, reported FROM records "
+                "WHERE round >= ? AND round < ? ORDER BY round",
+                (since, self.rounds),
+            ).fetchall()
+        except sqlite3.Error as error:
+            raise LedgerError(f"{self.path}: it cannot be read now: {error}") from error
         scalars = np.full((len(rows), *self.shape), np.nan, np.float32)
         for i, row in enumerate(rows):
             if row[0]:
                 scalars[i] = np.frombuffer(row[0], "<f4").reshape(self.shape)
-        constant = self.header["algorithm"]["learning_rate"]
         rates = np.array([row[1] for row in rows], np.float32)
         return Records(
             first=since,
             scalars=scalars,
-            learning_rates=rates if constant == "schedule" else None,
+            learning_rates=rates if self._constant is None else None,
             digests=[r[2] for r in rows],
             reported=[json.loads(r[3]) for r in rows],
         )
@@ -307,17 +310,15 @@ class Ledger:
         Raises:
           CorruptLedger: the file is not as it was written.
         """
-        if str(to) != ":memory:" and Path(to).exists():
-            raise FileExistsError(f"to: {to} exists; a ledger is never written over")
+        ledgerfile.check_free(to, "to")
         ledgerfile.check_path(path, "file")
         try:
             header, scalars, rates, last = compact.read(path)
         except compact.BadFile as error:
-            raise CorruptLedger(f"{path}: {error}{ledgerfile.hint(path)}") from error
+            raise CorruptLedger(f"{path}: {error}{ledgerfile.hint(path, compact=True)}") from error
         ledger = cls._make(to, {"about": {}} | header)
-        constant = header["algorithm"]["learning_rate"]
         for i, record in enumerate(scalars):
-            rate = float(np.float32(constant) if rates is None else rates[i])
+            rate = float(np.float32(ledger._constant) if rates is None else rates[i])
             ledger._append(record, rate, last if i + 1 == len(scalars) else None, "{}")
         return ledger
 

@@ -6,6 +6,7 @@ is whole or is refused. (A write-ahead log, which earlier versions used, keeps t
 in a second file. Theirs are read with it, and made one file when they are opened for writing.)
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ CREATE TABLE head (rounds INTEGER NOT NULL, chain BLOB NOT NULL);
 _PLACES = (
     "CREATE TABLE open_round (round INTEGER NOT NULL, places TEXT NOT NULL, sha256 BLOB NOT NULL)"
 )
+_LOGS = ("-journal", "-wal")
 # What SQLite says when it is not the file's contents that are at fault.
 _NOT_CORRUPT = ("BUSY", "LOCKED", "READONLY", "FULL", "CANTOPEN", "NOMEM", "PERM")
 
@@ -59,6 +61,20 @@ def check_path(path: str | os.PathLike[str], what: str) -> None:
         raise IsADirectoryError(f"path: {path} is a folder, expected the file of a ledger")
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: {path}: no such {what}")
+
+
+def check_free(path: str | os.PathLike[str], argument: str) -> None:
+    """Raise FileExistsError unless a ledger can be begun there."""
+    if str(path) == ":memory:":
+        return
+    if Path(path).exists():
+        raise FileExistsError(f"{argument}: {path} exists; a ledger is never written over")
+    for log in (Path(f"{path}{end}") for end in _LOGS):
+        if log.exists():  # SQLite would take it for this ledger's, and write what is in it
+            raise FileExistsError(
+                f"{argument}: {log} is there, of a ledger that {path} was; a killed process left "
+                "it, and it may hold rounds: move it to where that ledger is, or away"
+            )
 
 
 def create(name: str, text: str) -> sqlite3.Connection:
@@ -91,13 +107,10 @@ def connect(path: Path, read_only: bool) -> sqlite3.Connection:
         return _open(path, "mode=rw")  # also to read: what a killed process left is put right
     if not read_only:
         raise LedgerWriteError(f"{path}: file or folder cannot be written to")
-    connection = _open(path, "mode=ro")
     try:
-        connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
-        return connection
-    except sqlite3.Error as error:
-        connection.close()
-        logs = [p for s in ("-journal", "-wal") if (p := Path(f"{path}{s}")).exists()]
+        return _open(path, "mode=ro")
+    except LedgerError as error:
+        logs = [p for end in _LOGS if (p := Path(f"{path}{end}")).exists()]
         if left := [p.name for p in logs if p.stat().st_size]:
             raise LedgerError(
                 f"{path}: a round was being written when its process ended, and here nothing can "
@@ -126,10 +139,28 @@ def _connection(name: str, uri: bool = False) -> sqlite3.Connection:
     connection = sqlite3.connect(
         name, timeout=PATIENCE, isolation_level=None, check_same_thread=False, uri=uri
     )
-    # FULL would leave it to chance whether a power cut brings the deleted journal back, and with
-    # it the state before the last round.
-    connection.execute("PRAGMA synchronous=EXTRA")
+    try:
+        connection.execute("PRAGMA synchronous=FULL")  # which reads the file
+    except BaseException:
+        connection.close()
+        raise
     return connection
+
+
+def settle(path: str) -> None:
+    """Let no power cut bring back the journal that a commit deleted, and with it what was before.
+
+    SQLite can do the same (``synchronous=EXTRA``), but takes it for a failed commit where a file
+    system does not sync folders.
+    """
+    if path == ":memory:":
+        return
+    with contextlib.suppress(OSError):
+        folder = os.open(Path(path).resolve().parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def make_one_file(path: str, connection: sqlite3.Connection) -> None:
@@ -141,7 +172,9 @@ def make_one_file(path: str, connection: sqlite3.Connection) -> None:
     try:
         ((mode,),) = connection.execute("PRAGMA journal_mode=DELETE").fetchall()
     except sqlite3.Error as error:
-        raise LedgerWriteError(f"{path}: it cannot be written to: {error}") from error
+        if not error.sqlite_errorname.startswith("SQLITE_BUSY"):
+            raise LedgerWriteError(f"{path}: it cannot be written to: {error}") from error
+        mode = "wal"
     if mode not in ("delete", "memory"):
         raise LedgerWriteError(
             f"{path}: an earlier version left it in two files, which cannot become one while "
@@ -199,27 +232,23 @@ def verify(path: str, connection: sqlite3.Connection) -> tuple[dict[str, Any], i
     return header, count, chain
 
 
-def hint(path: str | os.PathLike[str]) -> str:
-    """What a file is that is no ledger, where that is easily said, to end a message with."""
+def hint(path: str | os.PathLike[str], compact: bool = False) -> str:
+    """What a file is that was refused as a ledger, or a compact one, where that is easily said."""
     # Only of a file that was refused: closing a file ends the locks that SQLite has on it.
     try:
         with open(path, "rb") as file:
             begin = file.read(64)
     except OSError:
         return ""
-    kinds = {
-        "the file is empty": not begin,
-        "it is Git LFS's pointer to the file, which `git lfs pull` fetches": begin.startswith(
-            b"version https://git-lfs"
-        ),
-        "it is a safetensors file; a compact ledger is opened with Ledger.import_": (
-            begin[8:9] == b"{"
-        ),
-        "it is an SQLite file; a ledger that is one is opened with Ledger.open": begin.startswith(
-            b"SQLite format 3\0"
-        ),
-    }
-    return next((f" ({kind})" for kind, is_it in kinds.items() if is_it), "")
+    if not begin:
+        return " (the file is empty)"
+    if begin.startswith(b"version https://git-lfs"):
+        return " (it is Git LFS's pointer to the file, which `git lfs pull` fetches)"
+    if compact and begin.startswith(b"SQLite format 3\0"):
+        return " (it is an SQLite file; a ledger in one is opened with Ledger.open)"
+    if not compact and begin[8:9] == b"{":
+        return " (it is a safetensors file; a compact ledger is opened with Ledger.import_)"
+    return ""
 
 
 def start(text: str) -> bytes:

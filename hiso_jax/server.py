@@ -140,7 +140,8 @@ class Server:
         if scalars.shape != shape:
             raise ValueError(f"scalars: client {name!r}: expected shape {shape}, "
                              f"got {scalars.shape}")  # fmt: skip
-        checks.number("weight", weight, 0, above=True)
+        # What float32 adds up without losing the others.
+        checks.number("weight", weight, 1e-12, 1e12)
         if not np.isfinite(scalars).all():
             if self.algorithm.spec.combine.nonfinite == "exclude":
                 return False

@@ -25,11 +25,17 @@ def save(folder: str | os.PathLike[str], algorithm: Algorithm, state: State, kee
 
     Returns:
       The path of the file, ``round-00000050.safetensors`` after fifty rounds.
+
+    Raises:
+      OSError: it cannot be written; the path is in the message.
     """
     path = _path(folder, int(state.round))
     moving = {"params": algorithm.trainable(state.params), "rule": state.rule}
     with files.whole(path) as part:
-        save_file({n: jnp.asarray(x) for n, x in trees.named(moving).items()}, part)
+        try:
+            save_file({n: jnp.asarray(x) for n, x in trees.named(moving).items()}, part)
+        except SafetensorError as error:  # how its writer says that the disk is full
+            raise OSError(f"{path}: the snapshot cannot be written: {error}") from error
     for old in sorted(Path(folder).glob("round-*.safetensors"))[:-keep]:
         old.unlink()
     return path

@@ -76,7 +76,8 @@ def _transform(
             return directions.noise(at, leaves, noise_law)
 
         direction = lambda p: rule.direction(state.rule, noise(p))  # noqa: E731
-        value, scalars = estimate(value_fn, params, direction, perturbations, smoothing)
+        loss = lambda x: jnp.asarray(value_fn(x))  # noqa: E731  # a Python float, say
+        value, scalars = estimate(loss, params, direction, perturbations, smoothing)
         scalars = exact.seal(jax.lax.optimization_barrier(scalars))
         step, rule_state = steps.move(
             rule, state.rule, state.rule, scalars, noise, leaves, jnp.bool_(True)
@@ -246,7 +247,11 @@ def value_and_grad(
             return directions.noise(directions.direction_key(key, 0, 0, p), leaves, noise_law)
 
         value, scalars = estimate(
-            lambda x: loss_fn(x, batch), params, direction, perturbations, smoothing
+            lambda x: jnp.asarray(loss_fn(x, batch)),
+            params,
+            direction,
+            perturbations,
+            smoothing,
         )
         delta = estimators.reconstruct(scalars, direction, leaves)
         return value, trees.merge(

@@ -1,5 +1,8 @@
 """Bad input: an error at the door that names the argument, what was given and what is wanted."""
 
+import errno
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 
 import hiso_jax as hj
+from hiso_jax import files
 from tests.helpers import assert_same_bits, quadratic_loss
 
 PARAMS = {"w": jnp.zeros(3)}
@@ -143,3 +147,49 @@ def test_nobody_left():
     end, metrics = jax.jit(alg.round)(state, jnp.full((2, 1, 3), jnp.nan))
     assert bool(jnp.isnan(metrics.record).all())
     assert_same_bits((end.params, end.rule), (state.params, state.rule))
+
+
+def refuse_with(number: int) -> Any:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def write(path: Path) -> None:
+    with files.whole(path) as part:
+        part.write_text("all")
+
+
+@pytest.mark.parametrize("call, number, fatal", [
+    *[("chmod", n, False) for n in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EIO)],
+    *[("fsync", n, False) for n in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)],
+    *[("fsync", n, True) for n in (errno.ENOSPC, errno.EIO, errno.EDQUOT)],
+    *[("replace", n, True) for n in (errno.ENOSYS, errno.EPERM, errno.EXDEV, errno.ENOSPC)],
+])  # fmt: skip
+def test_file_systems_that_cannot_do_something(
+    call: str, number: int, fatal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is a courtesy may fail; else the error says so, and all is as it was."""
+    target = tmp_path / "y.txt"
+    target.write_text("before")
+    monkeypatch.setattr(os, call, refuse_with(number))
+    if not fatal:
+        write(target)
+    else:
+        with pytest.raises(OSError) as caught:
+            write(target)
+        assert caught.value.errno == number
+        if call == "replace":
+            assert str(target) in str(caught.value) and "does not rename" in str(caught.value)
+    assert target.read_text() == ("before" if fatal else "all")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_files_in_the_place_of_folders_and_long_names(tmp_path: Path):
+    with pytest.raises(IsADirectoryError, match=f"folder.*{tmp_path}"):
+        write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    longest = tmp_path / ("n" * 251 + ".txt")
+    write(longest)
+    assert longest.read_text() == "all"

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,8 @@ def test_files_as_people_write_them(name: str, content: bytes, wanted: list[Any]
     ("a.jsonl", b'{"text": "a", "text": "b"}', "'text' is there twice"),
     ("a.json", b"[" * 100_000, "nested too deeply"), ("a.parquet", b"PAR1", "not a Parquet file"),
     ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+    ("a.csv", b"text,y\na,1\ntext,y\nb,0\n", "line 3: the header again"),
+    ("a.csv", "text,y\na,1\n".encode("utf-16-le"), "begins as UTF-16 does"),
     ("a.csv.gz", b"x", "expected a suffix of"), ("a", b"x", "expected a suffix of"),
     ("a.json", b'{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "article 1: not as SQuAD"),
 ])  # fmt: skip
@@ -186,6 +189,8 @@ def test_names_for_files_without_a_header(tmp_path: Path):
     assert data.read_file(path, ("text", "y"))[0] == {"text": "a", "y": 1}
     path.write_text("text,y\na,1\n")  # it has one after all
     assert data.read_file(path, ("text", "y")) == [{"text": "a", "y": 1}]
+    with pytest.raises(ValueError, match="'text'. are there twice"):
+        data.read_file(path, ("text", "text"))
     with pytest.raises(ValueError, match="columns: line 1: expected 3 fields, got 2"):
         data.read_file(path, ("text", "y", "z"))
     (tmp_path / "a.jsonl").write_text("{}")
@@ -240,7 +245,7 @@ def test_which_file_is_of_which_split(train: str, dev: str, test: str, tmp_path:
     found = data.read(TASK, folder)
     assert {n: {r["text"] for r in rows} for n, rows in found.parts.items()} == {
         "train": {train}, "dev": {dev}, "test": {test}}  # fmt: skip
-    assert found.notes == ("not read: notes.txt",)
+    assert found.notes == ("not read: notes.txt, train.png",)
 
 
 def test_parts_of_a_split_are_joined_in_their_order(tmp_path: Path):
@@ -257,11 +262,24 @@ def test_parts_of_a_split_are_joined_in_their_order(tmp_path: Path):
     (("train.csv", "Train.csv"), "are all of train"),
     (("train.csv", "dev.csv", "validation.csv"), "dev.csv, validation.csv are all of dev"),
     (("a_train.csv", "b_train.csv"), "are all of train"), (("dev.csv", "train_test.csv"), "expected a file train"),
-    (("train.csv", "test.csv.gz"), "not a file that is read"), (("train.xlsx", "dev.csv"), "not a file that is read"),
+    (("train.csv", "test.csv.gz"), "not a file that is read"), (("train.csv", "test"), "not a file that is read"),
+    (("train.csv", "test.tab"), "not a file that is read"), (("train.csv", "dev.csv~"), "not a file that is read"),
+    (("train-00000-of-00002.parquet",), "of 2 parts there are only"),
+    (("train.csv", "test-00001-of-00002-a1b2c3.parquet"), "of 2 parts there are only"),
+    (("train.xlsx", "dev.csv"), "not a file that is read"),
 ])  # fmt: skip
 def test_files_that_could_be_meant_or_not(names: tuple[str, ...], said: str, tmp_path: Path):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         data.read(TASK, put(tmp_path, *names))
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: path.mkdir(), lambda path: path.symlink_to("nowhere"), lambda path: os.mkfifo(path),
+])  # fmt: skip
+def test_a_split_that_is_no_file(make: Any, tmp_path: Path):
+    make(put(tmp_path, "train.csv") / "test.csv")
+    with pytest.raises(ValueError, match="test.csv: not a file that is read"):
+        data.read(TASK, tmp_path)
 
 
 def test_a_file_beside_the_splits_is_named(tmp_path: Path):
@@ -328,6 +346,46 @@ def test_datasets_are_read_as_they_are():
     }
     with pytest.raises(ValueError, match="expected a split 'train'"):
         data.read(TASK, {"all": ROWS})
+    with pytest.raises(ValueError, match="two splits are called dev"):
+        data.read(TASK, {"train": ROWS, "dev": ROWS, "validation": ROWS})
+    found = data.read(TASK, {"train": ROWS, "unsupervised": ROWS})
+    assert found.notes == ("not read: the splits unsupervised",)
+    assert data.read(TASK, ROWS).parts == data.read(TASK, {"train": ROWS}).parts
+    for wrong in (3, ({"a": 1},), {"train": [(1, 2)]}):
+        with pytest.raises(TypeError, match="path: expected a file|expected rows that are dicts"):
+            data.read(TASK, wrong)  # type: ignore
+
+
+@pytest.mark.parametrize("task, value, said", [
+    ("lm", [{"role": "user"}], "expected text"), ("lm", b"x", "expected text"), ("lm", "\ud800", "half of a pair"),
+    ("squad", {"value": "x"}, "an object with 'text' or 'spans'"), ("squad", b"x", "expected text"),
+    ("xsum", {}, "an object with 'text' or 'spans'"), ("squad", ["\ud800"], "half of a pair"),
+])  # fmt: skip
+def test_answers_that_no_model_can_write(task: str, value: Any, said: str):
+    label = TASKS[task].label
+    row = dict.fromkeys([*TASKS[task].columns, label], "a")
+    with pytest.raises(ValueError, match=f"train, row 2: {label}: .*{said}"):
+        data.read(TASKS[task], {"train": [row, row | {label: value}, row]})
+
+
+def test_answers_in_the_forms_of_the_field():
+    for value in (
+        ["a", "b"],
+        {"text": ["a", "b"]},
+        {"spans": ["a", "b"]},
+        [{"text": "a"}, {"text": "b"}],
+    ):
+        assert prompts.answers_in(value) == ["a", "b"]
+    assert prompts.answers_in(None) == prompts.answers_in([]) == [""] and prompts.answers_in(3) == [
+        "3"
+    ]
+
+
+def test_what_pandas_calls_missing():
+    pandas = pytest.importorskip("pandas")
+    values = [pandas.NA, pandas.NaT, None, float("nan"), np.float32("nan")]
+    assert labels.classes([*values, "x"]) == ("x",)
+    assert [Task("{a}").read({"a": value}) for value in values] == [""] * 5
 
 
 def test_answers_that_are_none():

@@ -121,9 +121,7 @@ KINDS = {"blocks": (1024, 1, 1), "packs": (10**9, 10**9, 10**9), "neither": (10*
         pytest.param("normal", 1, "float32", KINDS, marks=pytest.mark.slow),
     ],
 )
-def test_blocks_and_packs_change_no_bit(
-    law: str, steps: int, dtype: str, kinds: Any
-):
+def test_blocks_and_packs_change_no_bit(law: str, steps: int, dtype: str, kinds: Any):
     leaves = odd_tree()["first"]
     params = {n: leaves[n].astype(dtype) for n in ("leaf0", "leaf12")}
     params |= {n: leaves[n] for n in ("leaf1", "leaf3")}  # float32: in packs of their own

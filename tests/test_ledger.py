@@ -1,6 +1,7 @@
 """The ledger on real disks: what goes in comes out, and nothing else ever does."""
 
 import json
+import os
 import resource
 import shutil
 import sqlite3
@@ -322,16 +323,58 @@ def test_every_byte_of_every_record_is_found(written: dict[str, Any], tmp_path: 
             hj.Ledger.open(path)
 
 
-def test_a_file_that_is_no_ledger(tmp_path: Path):
-    for name, content in dict(empty=b"", text=b"hello" * 1000).items():
+def test_a_file_that_is_no_ledger(written: dict[str, Any], tmp_path: Path):
+    """An error that names the path, and says what the file is where that is known."""
+    whole = Path(written["path"]).read_bytes()
+    kinds: dict[str, tuple[bytes, str]] = {
+        "empty": (b"", "the file is empty"),
+        "text": (b"hello" * 1000, "text: "),
+        "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+    } | {f"cut{n}": (whole[:n], f"cut{n}: ") for n in range(100, len(whole), 1111)}
+    for name, (content, message) in kinds.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(hj.CorruptLedger, match=name):
-            hj.Ledger.open(tmp_path / name)
-        with pytest.raises(hj.CorruptLedger, match=name):
-            hj.Ledger.import_(tmp_path / name)
+        for door in (hj.Ledger.open, hj.Ledger.import_):
+            with pytest.raises(hj.CorruptLedger, match=f"{name}: .*{message}|{message}"):
+                door(tmp_path / name)
     compact.write(tmp_path / "other", {"a": 1}, np.zeros((1, 1, 1)), None, None)
     with pytest.raises(hj.CorruptLedger, match="lacks"):
         hj.Ledger.import_(tmp_path / "other")
+    with pytest.raises(hj.CorruptLedger, match="opened with Ledger.import_"):
+        hj.Ledger.open(tmp_path / "other")
+    with pytest.raises(hj.CorruptLedger, match="opened with Ledger.open"):
+        hj.Ledger.import_(written["path"])
+    for door in (hj.Ledger.open, hj.Ledger.import_):
+        with pytest.raises(IsADirectoryError, match=f"path: {tmp_path} is a folder"):
+            door(tmp_path)
+
+
+def test_a_commit_that_a_kill_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its journal puts the file right where that can be written to; elsewhere it is named."""
+    path, left, alg = tmp_path / "a.sqlite", tmp_path / "left.sqlite", make()
+    with hj.Ledger.create(path, alg, start(alg)) as ledger:
+        fill(ledger, alg, start(alg), 3)
+        write = ledger._connection.execute
+        write("PRAGMA cache_size=1")  # so that pages are written before the commit
+        write("BEGIN IMMEDIATE")
+        for round in range(3, 99):
+            write("INSERT INTO records VALUES (?, ?, 0.1, NULL, '', x'')", (round, bytes(3000)))
+        for end in ("", "-journal"):
+            shutil.copy(f"{path}{end}", f"{left}{end}")
+        write("ROLLBACK")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with hj.Ledger.open(path, read_only=True) as ledger:
+            assert ledger.rounds == 3
+        with pytest.raises(hj.LedgerError, match="copy it with left.sqlite-journal"):
+            hj.Ledger.open(left, read_only=True)
+        with pytest.raises(hj.LedgerWriteError, match="cannot be written to"):
+            hj.Ledger.open(path)
+    left.rename(tmp_path / "moved.sqlite")
+    with pytest.raises(FileExistsError, match="left.sqlite-journal is there"):
+        hj.Ledger.create(left, alg, start(alg))
+    (tmp_path / "moved.sqlite").rename(left)
+    with hj.Ledger.open(left, read_only=True) as ledger:
+        assert ledger.rounds == 3 and not Path(f"{left}-journal").exists()
 
 
 FILL_UP = """

@@ -106,6 +106,32 @@ def test_a_nan_names_the_client_and_loses_nothing():
     assert np.isfinite(seen).all() and seen[-1] == (seen[-2] if len(seen) > 1 else 1.0)
 
 
+@pytest.mark.parametrize("estimator, place", [("forward", "at"), ("central", "near")])
+def test_a_loss_that_is_nan_before_any_step_is_not_the_learning_rates_fault(
+    estimator: str, place: str
+):
+    """Nor is one that only the perturbed parameters give the fault of the data."""
+    data = {n: {"x": np.full(3, v, np.float32)} for n, v in dict(a=np.nan, b=1, c=np.inf).items()}
+    options: dict[str, Any] = dict(rounds=1, clients_per_round=3, batch_size=2)
+    for broken, kind, told in [
+        (("a",), "NaN", loss_fn),
+        (("a", "c"), "NaN or infinite", loss_fn),
+        ((), "", lambda p, b: jnp.where(p["w"] == 1, loss_fn(p, b), jnp.nan)),
+    ]:
+        alg = hj.decomfl(told, 1e-4, estimator=estimator, num_perturbations=2)
+        own = {n: x if n in broken else data["b"] for n, x in data.items()}
+        state = alg.init({"w": jnp.ones(())}, jax.random.key(0))
+        with pytest.raises(FloatingPointError) as caught:
+            list(simulation.run(alg, state, Clients(own), **options))
+        assert "sent NaN or infinite scalars" in str(caught.value)
+        if broken:
+            assert f"{kind} {place} the model's own parameters" in str(caught.value)
+            assert "look at their data and at the model" in str(caught.value)
+            assert all(name in str(caught.value).split("the loss of")[1] for name in broken)
+        elif estimator == "forward":
+            assert "Lower the learning rate" in str(caught.value)
+
+
 def test_evaluate_counts_every_example_once():
     sums = simulation.evaluate(
         lambda params, batch: {"sum": (batch["x"] * batch["weight"]).sum(), "n": batch["weight"].sum()},

@@ -34,6 +34,8 @@ def test_hash_is_fixed_for_ever():
     ({"n": jnp.arange(3)}, None, ValueError, "no trainable leaf"),
     ({"z": jnp.ones(2, jnp.complex64)}, None, TypeError, "'z' is complex"),
     ({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, None, ValueError, "same name"),
+    ({"a/b": jnp.ones(2), "a": {"b": 1}}, {"a/b": True, "a": False}, ValueError, "same name 'a/b'"),
+    ({"\0a": jnp.ones(2)}, None, ValueError, "has a NUL in it"),
     ({"w": jnp.ones(2)}, {"v": True}, ValueError, "trainable: expected"),
     ({"w": jnp.ones(2)}, {"w": "yes"}, TypeError, "trainable: expected bools"),
 ])  # fmt: skip

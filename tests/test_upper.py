@@ -90,7 +90,9 @@ def test_several_cuts_in_one_round(steps: int, own: int | None):
     whole = lambda params, batch: loss(params, low(params, batch))  # noqa: E731
     cuts = [
         hj.Split(low, loss, {"w": 0, "v": 0}, directions=2),
-        hj.Split(lambda params, batch: trunk(params, low(params, batch)), head, {"v": 2}, directions=3),
+        hj.Split(
+            lambda params, batch: trunk(params, low(params, batch)), head, {"v": 2}, directions=3
+        ),
     ]
     alg = hj.decomfl(whole, 0.1, local_steps=steps, num_perturbations=7, upper=cuts, smoothing=1e-2,
                      own_directions=own, distribution="rademacher")  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hiso_jax.tasks import labels
-from hiso_jax.tasks.prompts import Task
+from hiso_jax.tasks.prompts import Task, answers_in
 from hiso_jax.tasks.reading import FORMATS, Rows, alike, read_file
 
 __all__ = ["Data", "Rows", "check_text", "load", "read", "read_file", "split_files"]
@@ -19,8 +19,10 @@ _SPELLINGS = {
     "dev": {"dev", "development", "validation", "valid", "val", "eval", "evaluation"},
     "test": {"test", "testing"},
 }
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
-# What holds data but is not read; other files beside the data (a licence, a picture) are no rows.
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")
+# What may lie beside the data under the name of a split without holding any of it.
+_HARMLESS = {".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf", ".md", ".log", ".py", ".sh", ".ipynb"}
+# What holds data but is not read.
 _UNREAD = {
     ".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz", ".xls", ".xlsx", ".ods", ".arrow",
     ".feather", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".orc", ".avro", ".db", ".sqlite", ".xml",
@@ -76,15 +78,21 @@ def read(
     """
     where, notes = "/".join(task.hub), []
     if path is None:
-        parts = _from_hub(task)
-    elif isinstance(path, Mapping) or hasattr(path, "to_list"):
-        where, parts = "data", _from_datasets(path)
+        parts, notes = _from_hub(task)
+    elif isinstance(path, (Mapping, list)) or hasattr(path, "to_list"):
+        where, (parts, notes) = "data", _from_datasets(path)
+    elif not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected a file, a folder, rows, or a Dataset, got {type(path)}")
     elif Path(path).is_dir():
         where = str(path)
         files, notes = split_files(path)
         parts = {name: _joined(own, columns) for name, own in files.items()}
     else:
         where, parts = str(path), {"train": read_file(path, columns)}
+        if (part := _SHARD.fullmatch(Path(path).stem)) and int(part[3]) > 1:
+            notes.append(
+                f"{Path(path).name} is one of {int(part[3])} parts, the others are not read"
+            )
     if "train" not in parts:
         raise ValueError(f"{where}: expected a split 'train', got {list(parts)}")
     for name, rows in parts.items():
@@ -97,7 +105,7 @@ def read(
                 raise ValueError(f"{where}: no row of {name} has a label, column {task.label!r}")
             what = f"rows {'has' if gone == 1 else 'have'} no {task.label}, left out"
             notes.append(f"{name}: {gone} of {len(rows)} {what}")
-        _check_rows(f"{where}: {name}", kept, task.columns)
+        _check_rows(f"{where}: {name}", kept, task)
         parts[name] = kept
     return Data(_complete(where, parts, seed, notes), tuple(notes))
 
@@ -116,19 +124,21 @@ def split_files(folder: str | os.PathLike[str]) -> tuple[dict[str, list[Path]], 
     called: dict[str, list[Path]] = {}
     worded: dict[str, list[Path]] = {}
     others = []
-    paths = sorted(p for p in Path(folder).iterdir() if p.is_file() and p.name[0] != ".")
+    paths = sorted(p for p in Path(folder).iterdir() if p.name[0] != ".")
     for path in paths:
-        stem = path.stem.casefold()
+        kind, stem = path.suffix.lower(), path.stem.casefold()
         shard = _SHARD.fullmatch(stem)
         words = re.split(r"[\W_\d]+", stem)
         whole = [n for n, own in _SPELLINGS.items() if (shard[1] if shard else stem) in own]
         named = [n for n, own in _SPELLINGS.items() if own & set(words)]
-        if path.suffix.lower() in _UNREAD and named:
+        readable = kind in FORMATS and path.is_file()
+        first = any(stem.partition(".")[0] in own for own in _SPELLINGS.values())
+        if not readable and ((first and kind not in _HARMLESS) or (named and kind in _UNREAD)):
             raise ValueError(f"{path}: not a file that is read, only {tuple(FORMATS)}; unpack or "
                              "convert it, or take it out of the folder")  # fmt: skip
-        if path.suffix.lower() not in FORMATS:
-            continue
-        if whole:
+        if not readable:
+            others.append(path)
+        elif whole:
             called.setdefault(whole[0], []).append(path)
         elif len(named) == 1:
             worded.setdefault(named[0], []).append(path)
@@ -137,7 +147,7 @@ def split_files(folder: str | os.PathLike[str]) -> tuple[dict[str, list[Path]], 
     files = {}
     for name in _SPELLINGS:
         own = called.get(name) or worded.get(name, [])
-        if len(own) > 1 and not _are_parts(own):
+        if not _are_parts(own) and len(own) > 1:
             raise ValueError(f"{folder}: {', '.join(p.name for p in own)} are all of {name}; "
                              "leave one there, or join them")  # fmt: skip
         if own:
@@ -148,13 +158,14 @@ def split_files(folder: str | os.PathLike[str]) -> tuple[dict[str, list[Path]], 
         raise FileNotFoundError(
             f"{folder}: expected a file train{tuple(FORMATS)}, there is {there:.300}"
         )
-    notes = [f"not read: {', '.join(sorted(p.name for p in others))}"] if others else []
-    return files, notes
+    return files, [f"not read: {', '.join(sorted(p.name for p in others)):.300}"] if others else []
 
 
 def _are_parts(paths: Sequence[Path]) -> bool:
+    """Whether files are all the parts of one; some of them only are refused."""
     found = [_SHARD.fullmatch(path.stem) for path in paths]
-    if not all(found) or len({(m[1], m[3], p.suffix) for m, p in zip(found, paths) if m}) > 1:  # noqa: B905
+    kinds = {(m[1], m[3], p.suffix) for m, p in zip(found, paths, strict=True) if m}
+    if not paths or not all(found) or len(kinds) > 1:
         return False
     count = next(int(m[3]) for m in found if m)
     if [int(m[2]) for m in found if m] != list(range(count)):
@@ -192,7 +203,7 @@ def _missing_label(task: Task, train: Rows) -> Callable[[str, int, dict[str, Any
     def missing(where: str, number: int, row: dict[str, Any]) -> bool:
         value = row.get(task.label)
         if not task.is_class:
-            return value is None or value != value or (not task.prompt and not str(value).strip())
+            return labels.is_missing(value) or (not task.prompt and not str(value).strip())
         try:
             text = labels.spell(value)
         except ValueError as error:
@@ -213,10 +224,22 @@ def check_text(where: str, value: Any) -> None:
             raise ValueError(f"{where}: half of a pair of UTF-16 in {value!r:.60}") from None
 
 
-def _check_rows(where: str, rows: Rows, columns: Sequence[str]) -> None:
+def _check_rows(where: str, rows: Rows, task: Task) -> None:
     for number, row in enumerate(rows, 1):
-        for column in columns:
+        for column in task.columns:
             check_text(f"{where}, row {number}: {column}", row[column])
+        if task.is_class or task.label not in row:
+            continue
+        place = f"{where}, row {number}: {task.label}"
+        if task.metric == "perplexity":
+            check_text(place, row[task.label])
+            continue
+        try:
+            answers = answers_in(row[task.label])
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        for answer in answers:
+            check_text(place, answer)
 
 
 def _complete(where: str, parts: dict[str, Rows], seed: int, notes: list[str]) -> dict[str, Rows]:
@@ -240,17 +263,26 @@ def _cut(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     return kept, [rows[i] for i in sorted(held)]
 
 
-def _from_datasets(found: Any) -> dict[str, Rows]:
+def _from_datasets(found: Any) -> tuple[dict[str, Rows], list[str]]:
     parts = found if isinstance(found, Mapping) else {"train": found}
-    rows = {}
+    rows: dict[str, Rows] = {}
+    others = []
     for name, part in parts.items():
         split = next((n for n, own in _SPELLINGS.items() if str(name).casefold() in own), None)
-        if split is not None:
+        if split is None:
+            others.append(str(name))
+        elif split in rows:
+            raise ValueError(
+                f"data: two splits are called {split}, of {list(parts)}; leave one out"
+            )
+        elif not all(isinstance(row, Mapping) for row in part):
+            raise TypeError(f"data: {name}: expected rows that are dicts")
+        else:
             rows[split] = alike([dict(row) for row in part])
-    return rows
+    return rows, [f"not read: the splits {', '.join(others)}"] if others else []
 
 
-def _from_hub(task: Task) -> dict[str, Rows]:
+def _from_hub(task: Task) -> tuple[dict[str, Rows], list[str]]:
     import datasets
 
     if not task.hub:

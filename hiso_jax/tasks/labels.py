@@ -5,7 +5,6 @@ the same label here. Text stays text: "01" is not "1", and "NA" or "null" in a f
 """
 
 import functools
-import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -34,12 +33,20 @@ def spell(value: Any) -> str | None:
         value = value.item()
     if isinstance(value, (list, tuple, dict, bytes, np.ndarray)):
         raise ValueError(f"expected text, a number or a truth value, got {value!r:.60}")
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if is_missing(value):
         return None
     text = str(value).strip()
     whole = _WHOLE.fullmatch(text)
     text = whole[1] if whole else text
     return {"-0": "0"}.get(text, text) or None
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for none: None, NaN, and pandas' NA and NaT."""
+    try:
+        return value is None or bool(value != value)
+    except (TypeError, ValueError):  # NA knows no truth; arrays have several
+        return not isinstance(value, np.ndarray)
 
 
 def key(text: str) -> str:

@@ -98,7 +98,7 @@ class Task(NamedTuple):
         text = ""
         for before, column in _pieces(self.prompt):
             value = None if column is None else row[column]
-            text += before + ("" if value is None or value != value else str(value))
+            text += before + ("" if labels.is_missing(value) else str(value))
         return text
 
     @property
@@ -132,13 +132,30 @@ class Task(NamedTuple):
         """
         if self.words is not None:
             return [self.words[self.label_of(row)]]
-        value = row[self.label]
-        # On the hub, SQuAD has {"text": [answer, ...]} and DROP {"spans": [...]}.
-        if isinstance(value, Mapping):
-            value = value["text"] if "text" in value else value["spans"]
-        if not isinstance(value, (list, tuple)):
-            value = [value]
-        return ["" if v is None else str(v) for v in value] or [""]
+        return answers_in(row[self.label])
+
+
+def answers_in(value: Any) -> list[str]:
+    """The answers that a column holds: a text, several, or as SQuAD and DROP have them.
+
+    Raises:
+      ValueError: an object of another kind.
+
+    Example:
+      >>> answers_in({"text": ["a", "b"]}), answers_in([{"text": "a"}]), answers_in([])
+      (['a', 'b'], ['a'], [''])
+    """
+    if isinstance(value, Mapping):
+        known = [name for name in ("text", "spans") if name in value]
+        if not known:
+            raise ValueError(f"expected an answer, a list of them, or an object with 'text' or "
+                             f"'spans', got {value!r:.60}")  # fmt: skip
+        return answers_in(value[known[0]])
+    if isinstance(value, (list, tuple)):
+        return [answer for each in value for answer in answers_in(each)] or [""]
+    if isinstance(value, bytes):
+        raise ValueError(f"expected text, got {value!r:.60}")
+    return ["" if labels.is_missing(value) else str(value)]
 
 
 _YES_NO = ("Yes", "No")

@@ -81,6 +81,10 @@ def alike(rows: Rows) -> Rows:
 def _decoded(path: Path) -> str:
     """The text of a file: UTF-8, or what its byte order mark says."""
     raw = path.read_bytes()
+    marked = any(raw.startswith(mark) for mark, _ in _MARKS)
+    if not marked and b"\0" in raw[:2]:
+        raise ValueError("the file begins as UTF-16 does, but without a byte order mark; save it as "
+                         "UTF-8")  # fmt: skip
     mark, encoding = next((m for m in _MARKS if raw.startswith(m[0])), (b"", "utf-8"))
     try:
         return (raw[len(mark) :] if encoding == "utf-8" else raw).decode(encoding)
@@ -136,9 +140,11 @@ def _table(text: str, columns: tuple[str, ...], **dialect: Any) -> Rows:
             if not fields:
                 continue
             if not header:
-                header = list(columns) or _header(fields)
+                header = _header(list(columns) or fields)
                 if not columns or fields == header:
                     continue
+            elif fields == header and len(header) > 1:
+                raise ValueError(f"line {reader.line_num}: the header again; are these two files?")
             if len(fields) != len(header):
                 hint = "" if len(header) > 1 else f"; the header is {header[0]!r:.80}"
                 what = "columns: " if columns else ""
@@ -280,17 +286,19 @@ def _parquet(path: Path, columns: tuple[str, ...] = ()) -> Rows:
     try:
         with open(path, "rb") as file:
             table = pyarrow.parquet.ParquetFile(file).read()
+        names = table.column_names
+        if len(set(names)) != len(names):
+            raise ValueError(f"columns are there twice: {names}")
+        return table.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"not a Parquet file: {error}") from None
-    names = table.column_names
-    if len(set(names)) != len(names):
-        raise ValueError(f"columns are there twice: {names}")
-    return table.to_pylist()
+    except OverflowError as error:  # dates beyond those of Python
+        raise ValueError(f"a value that Python cannot hold: {error}") from None
 
 
 def _text(path: Path, columns: tuple[str, ...] = ()) -> Rows:
     del columns
-    lines = (line.rstrip("\r") for line in _decoded(path).split("\n"))
+    lines = re.split(r"\r\n|\n|\r", _decoded(path))
     return [{"text": line} for line in lines if line.strip()]
 
 
