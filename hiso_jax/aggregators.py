@@ -1,8 +1,8 @@
 """Many clients' scalars [C, K, P] in, one record [K, P] out: all that the server sees.
 
-An aggregator is a pure function ``(scalars [C, K, P], weights [C]) -> record [K, P]``. A client of
-weight 0 is absent: its scalars are finite but must not matter. One of your own is such a function;
-it needs a name for a ledger to write down: that of the function, or ``Aggregator(function, "name")``.
+An aggregator is a pure function ``(scalars [C, K, P], weights [C]) -> record [K, P]``. A client
+of weight 0 is absent: its scalars are finite but must not matter. One of your own is such a
+function; a ledger needs its name: the function's own, or ``Aggregator(function, "name")``.
 """
 
 import ast
@@ -246,7 +246,7 @@ class Combine(NamedTuple):
 
 def _unknown(name: str) -> Callable[..., Any]:
     def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
-        raise ValueError(f"aggregator: {name!r} is none of {tuple(AGGREGATORS)}; build the algorithm "
-                         "with yours to aggregate")  # fmt: skip
+        raise ValueError(f"aggregator: {name!r} is none of {tuple(AGGREGATORS)}; build the "
+                         "algorithm with yours to aggregate")  # fmt: skip
 
     return aggregate

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from hiso_jax import checks, exact, lazy, packing, trees
+from hiso_jax import exact, lazy, packing, trees
 from hiso_jax import still as stills
 from hiso_jax.prng import (  # noqa: F401  # what is drawn with, under the name it is looked for
     Distribution,

@@ -1,8 +1,9 @@
-"""How a model's leaves are cut for the machine: packs, blocks, laziness. No number depends on it.
+"""How leaves are cut for the machine: packs, blocks, laziness. No number depends on it.
 
-Small leaves are laid end to end (`hiso_jax.packing`), large ones worked on in blocks: parameters and
-the rule's state are read once, written once, in place, and nothing of their size is held beside
-them. Where the loss takes them, large leaves are perturbed as they are used (`hiso_jax.lazy`).
+Small leaves are laid end to end (`hiso_jax.packing`), large ones worked on in blocks: parameters
+and the rule's state are read once, written once, in place, and nothing of their size is held
+beside them. Where the loss takes them, large leaves are perturbed as they are used
+(`hiso_jax.lazy`).
 """
 
 import math
@@ -166,7 +167,7 @@ class Laid(NamedTuple):
         self, rule: rules.Rule, noise: Noise, record: jax.Array, rate: Any, key: jax.Array,
         round: Any,
     ) -> tuple[trees.Params, Any]:  # fmt: skip
-        """Return parameters and rule state after a record [K, P]; `key` and `round` as of a state."""
+        """Return parameters and rule state after a record [K, P]; key and round as of a state."""
         keys = directions.rounding_keys(key, round, self.names)
         leaves, state = over_blocks(
             self.layout, rule, noise, self.leaves, self.rule, steps.admit(record), rate,

@@ -135,7 +135,7 @@ def noise(
     packs: Packs,
     distribution: prng.Distribution,
 ) -> Callable[..., jax.Array]:
-    """The `hiso_jax.directions.Noise` of leaves and packs, of the keys [K, P, leaves] of `names`."""
+    """The `hiso_jax.directions.Noise` of leaves and packs; keys [K, P, leaves] are of `names`."""
     number = {name: i for i, name in enumerate(names)}
 
     def one(name: str, k: Any, p: Any, shape: tuple[int, ...], start: Any) -> jax.Array:

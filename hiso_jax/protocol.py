@@ -32,7 +32,7 @@ class Rate:
       value: the number or the schedule; None: a schedule that only its values are known of.
     """
 
-    value: optax.ScalarOrSchedule | None
+    value: Any
 
     def __call__(self, round: jax.Array) -> jax.Array:
         """The learning rate of a round, float32."""

@@ -19,16 +19,16 @@ from hiso_jax import estimators, still, trees
 class Split(NamedTuple):
     """Where a model is cut, and how many directions of a local step move what is above.
 
-    For parameters that differ from `params` above the cut only, ``head(other, trunk(params, batch))``
-    must be ``loss_fn(other, batch)``.
+    For parameters that differ from `params` above the cut only, the loss of a batch is
+    ``head(other, trunk(params, batch))``.
 
     Attributes:
       trunk: ``(params, batch) -> kept``, the same for all such parameters: the activations at the
         cut, and what else `head` needs of the batch.
       head: ``(params, kept) -> loss``, the rest of the way.
-      leaves: name of a leaf (see `hiso_jax.trees`) -> its first row, along the first axis, that lies
-        above the cut: 0 for a whole leaf, 4 for the last two of six stacked layers. Leaves that are
-        not named lie below.
+      leaves: name of a leaf (see `hiso_jax.trees`) -> its first row, along the first axis, that
+        lies above the cut: 0 for a whole leaf, 4 for the last two of six stacked layers. Leaves
+        that are not named lie below.
       directions: how many of the P of a local step move these leaves only.
 
     Example:
@@ -54,7 +54,7 @@ class Split(NamedTuple):
 def Upper(  # noqa: N802
     features: Callable[[trees.Params, Any], Any], leaves: Mapping[str, int], directions: int
 ) -> Split:
-    """A `Split` whose loss goes on by itself from what `features` gives. Deprecated: use `Split`."""
+    """A `Split` whose loss goes on from what `features` gives. Deprecated: use `Split`."""
     warnings.warn("hj.Upper: use hj.Split(trunk, head, leaves, directions)", DeprecationWarning, 2)
     return Split(features, None, leaves, directions)
 
@@ -72,8 +72,8 @@ def of(upper: Any, perturbations: int) -> tuple[Split, ...]:
         still.check_part(split, perturbations)
     counts = [split.directions for split in splits]
     if not counts or sum(counts) > perturbations:
-        raise ValueError(f"upper: directions are at most num_perturbations={perturbations} together, "
-                         f"got {counts}")  # fmt: skip
+        raise ValueError(f"upper: directions are at most num_perturbations={perturbations} "
+                         f"together, got {counts}")  # fmt: skip
     return splits
 
 

@@ -121,7 +121,7 @@ def select(params: Params, trainable: Trainable = None) -> Leaves:
 
 
 def mask_of(entries: Sequence[Sequence[Any]]) -> Trainable:
-    """The mask of trainable leaves that a ledger's header lists as [name, dtype, shape, trainable]."""
+    """The mask of leaves that a ledger's header lists as [name, dtype, shape, trainable]."""
     trained = {entry[0] for entry in entries if entry[3]}
     return lambda params: jax.tree_util.tree_map_with_path(
         lambda path, _: leaf_name(path) in trained, params

@@ -83,7 +83,7 @@ def _decoded(path: Path) -> str:
     raw = path.read_bytes()
     marked = any(raw.startswith(mark) for mark, _ in _MARKS)
     if not marked and b"\0" in raw[:2]:
-        raise ValueError("the file begins as UTF-16 does, but without a byte order mark; save it as "
+        raise ValueError("the file begins as UTF-16 does, but has no byte order mark; save it as "
                          "UTF-8")  # fmt: skip
     mark, encoding = next((m for m in _MARKS if raw.startswith(m[0])), (b"", "utf-8"))
     try:
