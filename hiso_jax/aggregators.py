@@ -42,7 +42,8 @@ def named(aggregator: Any) -> Aggregator:
     if not callable(aggregator):
         raise TypeError(f"aggregator: expected a function (scalars, weights) -> record, got "
                         f"{aggregator!r}")  # fmt: skip
-    return Aggregator(aggregator, estimators.called(aggregator))
+    function: Any = aggregator
+    return Aggregator(function, estimators.called(aggregator))
 
 
 def mean() -> Aggregator:

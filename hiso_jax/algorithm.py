@@ -53,7 +53,7 @@ class Spec(NamedTuple):
     @property
     def record(self) -> tuple[int, int]:
         """Shape of a record: that of what is sent, or C times as wide with their own directions."""
-        return self.steps, self.directions.count * self.estimator.per_direction
+        return self.steps, self.directions.total * self.estimator.per_direction
 
     @property
     def recipe(self) -> dict[str, Any]:

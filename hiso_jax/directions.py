@@ -173,7 +173,7 @@ class Directions(NamedTuple):
     still: Still | None = None
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Directions of a local step, of all clients together."""
         return self.per_client * (self.clients or 1)
 
@@ -190,7 +190,7 @@ class Directions(NamedTuple):
           round: number of the round.
           steps: K.
         """
-        keys = round_keys(key, round, (steps, self.count), laid.names, self.pool)
+        keys = round_keys(key, round, (steps, self.total), laid.names, self.pool)
         drawn = packing.noise(keys, laid.names, laid.packs, self.distribution)
         if self.still is None:
             return drawn

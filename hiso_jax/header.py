@@ -96,7 +96,7 @@ def shape(header: Mapping[str, Any]) -> tuple[int, int]:
     """(K, P) of its records: C times as many with own directions, twice with second differences."""
     recipe = header["algorithm"]
     each = estimators.scalars_per_direction(recipe.get("estimator", "forward"))
-    return int(recipe["local_steps"]), each * directions.Directions.from_recipe(recipe).count
+    return int(recipe["local_steps"]), each * directions.Directions.from_recipe(recipe).total
 
 
 def check(header: Any) -> None:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Self, TypedDict
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from hiso_jax import aggregators, estimators, exact, trees
 from hiso_jax.split import Split

@@ -101,7 +101,7 @@ class Replay:
             compiler_options=exact.compiler_options(),
         )
         root = jax.random.wrap_key_data(data, impl=key["implementation"])
-        shape = (ledger.rounds, spec.steps, spec.directions.count)
+        shape = (ledger.rounds, spec.steps, spec.directions.total)
         keys = functools.partial(_keys, root, shape, spec.directions.pool)
         self._keys = functools.lru_cache(4)(keys)
         self._lock = threading.Lock()

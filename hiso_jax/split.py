@@ -51,7 +51,7 @@ class Split(NamedTuple):
     directions: int
 
 
-def Upper(  # noqa: N802
+def Upper(
     features: Callable[[trees.Params, Any], Any], leaves: Mapping[str, int], directions: int
 ) -> Split:
     """A `Split` whose loss goes on from what `features` gives. Deprecated: use `Split`."""

@@ -101,12 +101,12 @@ def test_a_loss_that_knows_nothing_of_lazy_leaves():
     batches = jnp.ones((2, 1, 32))
     good = lambda params, batch: jnp.tanh(jnp.dot(jnp.asarray(params["w"]), batch)).sum()  # noqa: E731
     bad = lambda params, batch: jnp.tanh(params["w"].T * batch[:, None]).sum()  # noqa: E731
-    probes = [hj.decomfl(good, 0.1, lazy=late) for late in (False, True)]
+    probes = [laid_out(hj.decomfl(good, 0.1, lazy=late)) for late in (False, True)]
     state = probes[0].init(params, jax.random.key(0))
     one, two = (jax.jit(alg.probe)(state, batches) for alg in probes)
     np.testing.assert_allclose(one, two, atol=1e-2)
     with pytest.raises(AttributeError, match="Lazy"):
-        jax.jit(hj.decomfl(bad, 0.1, lazy=True).probe)(state, batches)
+        jax.jit(laid_out(hj.decomfl(bad, 0.1, lazy=True)).probe)(state, batches)
 
 
 KINDS = {"blocks": (1024, 1, 1), "packs": (10**9, 10**9, 10**9), "neither": (10**9, 1, 1),
