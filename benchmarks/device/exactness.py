@@ -93,7 +93,7 @@ def build(program: Program) -> tuple[hj.Algorithm, hj.State]:
     upper = None
     if program.upper is not None:
         rows = {"leaf0": 10, "leaf2": 0, "leaf3": 0}
-        upper = hj.Upper(lambda params, batch: batch, rows, program.upper)
+        upper = hj.Split(lambda params, batch: batch, None, rows, program.upper)
     alg = hj.scalar_algorithm(
         lambda params, batch: jnp.float32(0),
         2**-7,

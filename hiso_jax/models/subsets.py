@@ -48,7 +48,7 @@ ABOVE = r"final_layer_norm|project_out|^model/norm|lm_head|^cls"
 
 
 def upper_rows(params: trees.Params, count: int) -> dict[str, int]:
-    """The last `count` layers and all above them: name -> first row, as of `hiso_jax.Upper`.
+    """The last `count` layers and all above them: name -> first row, as of `hiso_jax.Split`.
 
     A table of embeddings that is also the head counts as what it is first: the lowest layer.
 
