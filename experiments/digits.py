@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from experiments import job
 from experiments.problem import Cut, Problem, classification, split
-from hiso_jax import checks, files, trees
+from hiso_jax import checks, exact, files, trees
 from hiso_jax.simulation import Arrays, Clients
 
 
@@ -137,7 +137,8 @@ def digits(num_clients: int = 40, alpha: float = 1.0, seed: int = 0) -> Problem:
     parts = {
         n: {k: v[own] for k, v in columns.items()} for n, own in zip(names, picks, strict=True)
     }
-    model = Cnn(nnx.Rngs(seed))
+    with exact.usual_types():
+        model = Cnn(nnx.Rngs(seed))
     return images("handwritten digits, CNN", model, parts, num_clients, alpha, seed)
 
 

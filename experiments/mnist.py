@@ -13,6 +13,7 @@ from flax import nnx
 from experiments import job
 from experiments.digits import Network, images, lecun_normal
 from experiments.problem import Problem
+from hiso_jax import exact
 from hiso_jax.simulation import Arrays
 
 DEV = 2_000
@@ -126,7 +127,8 @@ def build(options: Options) -> Problem:
     order = np.random.default_rng(0).permutation(len(whole["train"]["label"]))
     parts = {"dev": order[:DEV], "train": np.sort(order[DEV:])}
     cut = {n: {k: v[own] for k, v in whole["train"].items()} for n, own in parts.items()}
-    model = Cnn(nnx.Rngs(0))
+    with exact.usual_types():
+        model = Cnn(nnx.Rngs(0))
     everything = cut | {"test": whole["test"]}
     return images("MNIST, CNN", model, everything, options.clients, options.alpha, seed=0)
 

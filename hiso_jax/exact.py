@@ -55,11 +55,19 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 @contextlib.contextmanager
 def usual_types() -> Iterator[None]:
-    """Types as JAX chooses them unless it is told otherwise, for functions that are others'.
+    """Types and random bits as JAX chooses them unless it is told otherwise.
 
-    A schedule computed in float64 is another in its last bits, and parties would part there.
+    For functions that are others': a schedule computed in float64 is another in its last bits, and
+    so are weights drawn from other bits, and parties would part there.
     """
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+    usual = (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.threefry_partitionable(True),
+    )
+    with contextlib.ExitStack() as stack:
+        for setting in usual:
+            stack.enter_context(setting)
         yield
 
 

@@ -63,6 +63,23 @@ def test_a_loss_that_turns_nan_ends_with_what_was_good(tmp_path: Path, capsys: A
     assert all(np.isfinite(x).all() for x in weights.values())
 
 
+@pytest.mark.parametrize("change, said", [
+    (lambda p: p._replace(test={k: v[1:] for k, v in p.test.items()}), "the data of dev or test are"),
+    (lambda p: p._replace(dev=p.test), "the data of dev or test are"),
+    (lambda p: p._replace(classes=p.classes[::-1]), "the labels or their words are"),
+    (lambda p: p._replace(params=jax.tree.map(lambda x: x + 1, p.params)), "the base model is"),
+    (lambda p: digits.digits(6), "the clients' data are"), (lambda p: p, ""),
+])  # fmt: skip
+def test_a_run_goes_on_with_what_it_began_with(change: Any, said: str, tmp_path: Path, capsys: Any):
+    out = tmp_path / "run"
+    assert run(out) == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.suffix in (".json", ".jsonl")}
+    assert run(out, change(CLIENTS), resume=out) == (1 if said else 0)
+    assert said in " ".join(capsys.readouterr().out.split())
+    after = {p.name: p.read_bytes() for p in out.iterdir() if p.suffix in (".json", ".jsonl")}
+    assert not said or after == before
+
+
 NUMBERS = sorted({errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL})
 
 

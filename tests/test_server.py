@@ -187,6 +187,18 @@ def test_a_client_that_drops_out_changes_only_weights(tmp_path: Path):
     assert_same_bits(states[0], direct)
 
 
+@pytest.mark.parametrize("weight", [3e38, 1e39, 1e-46, 0, -1, float("nan"), float("inf")])
+def test_weights_that_float32_would_lose_are_refused(weight: float):
+    """One that drowns the others' scalars, or cannot be added up when the round is closed."""
+    host = server.Server(ALGORITHM, fresh(), hj.Ledger.create(":memory:", ALGORITHM, fresh()))
+    number = host.open(["ann", "bob"])
+    scalars = np.ones(ALGORITHM.spec.sent, np.float32)
+    with pytest.raises(ValueError, match="weight: expected a finite number"):
+        host.reply("ann", number, scalars, weight)
+    assert host.reply("bob", number, scalars, 2.0)
+    np.testing.assert_array_equal(host.close(), scalars)
+
+
 def test_a_wrong_state_is_named(tmp_path: Path):
     with hj.Ledger.create(tmp_path / "a", ALGORITHM, fresh()) as ledger:
         host = server.Server(ALGORITHM, fresh(), ledger)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from hiso_jax import files, trees
+from hiso_jax import exact, files, trees
 from hiso_jax.models import bert, configs, decoder, folders, names
 from hiso_jax.models.folders import SMALL_FILES as SMALL_FILES
 from hiso_jax.models.folders import folder_of, open_tensors
@@ -165,7 +165,8 @@ def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
         offset = config.model_type == "gemma3_text"
         return jnp.full(like.shape, 0 if name.endswith("bias") or offset else 1, dtype)
 
-    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    with exact.usual_types():
+        params = jax.tree_util.tree_map_with_path(draw, shapes)
     return _model(config, graph, params)
 
 
