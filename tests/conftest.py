@@ -1,4 +1,8 @@
-"""Settings for all tests: eight host devices, no silent broadcasting, and programs kept."""
+"""Settings for all tests: eight host devices, no silent broadcasting, and programs kept.
+
+Programs are compiled without optimization, which takes a third less time in all; jobs, notebooks
+and `test_portable`'s other programs have all of it, and must reach the same bits.
+"""
 
 import hashlib
 import os
@@ -7,7 +11,8 @@ import re
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 # Most of the time goes into compiling. What a test, a job or a notebook has compiled, the next
 # run of the suite need not compile again; machine code is kept apart by what it was made for.

@@ -2,6 +2,9 @@
 
 import ast
 import inspect
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import hiso_jax
@@ -61,6 +64,27 @@ def test_files_stay_small():
     ]
     assert len(sources) > 20
     assert [str(p) for p in sources if len(p.read_text().splitlines()) > 420] == []
+
+
+def test_what_is_imported_is_declared():
+    """The algorithms need JAX and optax only; models and tasks bring what they need as extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name = lambda text: re.split(r"[^\w-]", text)[0].replace("-", "_")  # noqa: E731
+    core = {name(text) for text in project["dependencies"]}
+    extra = {k: {name(t) for t in v} for k, v in project["optional-dependencies"].items()}
+    for path in (ROOT / "hiso_jax").rglob("*.py"):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+        third = found - sys.stdlib_module_names - {"hiso_jax"}
+        folder = path.relative_to(ROOT / "hiso_jax").parts[0]
+        allowed = (
+            core | extra.get(folder, set()) | ({"dp_accounting"} if "privacy" in folder else set())
+        )
+        assert third <= allowed, path
 
 
 def test_public_names_are_documented():
