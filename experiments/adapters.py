@@ -1,15 +1,15 @@
 """What is trained beside a model (adapters, a prefix, label embeddings), and how it joins it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from hiso_jax import files, models
+from hiso_jax import files, models, trees
 from hiso_jax.models import subsets
 from hiso_jax.simulation import Arrays
 
@@ -52,6 +52,64 @@ def label_embeddings(
     """Unit vectors [labels, D] that label embeddings start as: one sentence each."""
     embed = jax.jit(lambda params, batch: sentence_embedding(model, params, batch))
     return unit(embed(model.params, tokens(tokenizer, sentences, length)))
+
+
+class Subset(NamedTuple):
+    """What of a decoder is trained."""
+
+    params: Any  # the model's, or {"base": the model's, kind: what is trained beside them}
+    trainable: Any  # as in `hiso_jax.trees.select`
+    whole: Callable[[Any], Any]  # params -> the model's, with what was trained in them
+    prefix: Callable[[Any], Any]  # params -> keys and values, or None
+    base: Callable[[Any], Any]  # params -> the model's as they were
+    adapter: dict[str, Any] | None  # what `finish` has to know
+
+
+def subset_of(
+    model: models.Model, train: str, rank: int, alpha: float, targets: Sequence[str]
+) -> Subset:
+    """The subset that ``--train`` names.
+
+    Args:
+      model: a decoder.
+      train: ``"all"``, ``"norms"``, ``"biases"``, ``"lora"``, ``"last-N"`` or ``"prefix-N"``.
+      rank, alpha, targets: of LoRA.
+    """
+    kind, _, count = train.partition("-")
+    none = lambda params: None  # noqa: E731
+    if kind in subsets.MASKS:
+        same = lambda params: params  # noqa: E731
+        mask = subsets.mask(model.params, kind)
+        return Subset(model.params, mask, same, none, same, None)
+    base = lambda params: params["base"]  # noqa: E731
+    whole, prefix, adapter = base, none, {"kind": kind}
+    # What is trained begins as zeros beside the base, which stays as it is.
+    if kind == "lora":
+        zeros: Any = subsets.lora_zeros(model.params, rank, targets)
+        whole = lambda p: subsets.merge_lora(p["base"], p["lora"], alpha)  # noqa: E731
+        adapter["alpha"] = alpha
+    elif kind == "last":
+        zeros = subsets.last_zeros(model.params, int(count))
+        whole = lambda p: subsets.merge_last(p["base"], p["last"])  # noqa: E731
+    else:
+        adapter["tokens"] = prefix_tokens(model, int(count))
+        start = jax.jit(model.prefix)(model.params, jnp.array(adapter["tokens"], jnp.int32))
+        zeros = dict(zip(("keys", "values"), map(jnp.zeros_like, start), strict=True))
+        prefix = lambda p: (start[0] + p["prefix"]["keys"], start[1] + p["prefix"]["values"])  # noqa: E731
+    params, trainable = {"base": model.params, kind: zeros}, {"base": False, kind: True}
+    return Subset(params, trainable, whole, prefix, base, adapter)
+
+
+def save(model: models.Model, subset: Subset, folder: Path, params: Any) -> None:
+    """Write the model with what was trained in it, and what was trained beside it."""
+    models.save_pretrained(model, folder / "model", subset.whole(params))
+    if subset.adapter is not None:
+        kind = subset.adapter["kind"]
+        own = {n: np.asarray(x) for n, x in trees.named(params[kind]).items()}
+        if (found := subset.prefix(params)) is not None:
+            own = dict(zip(own, map(np.asarray, found), strict=True))
+        with files.whole(folder / "model" / f"{kind}.safetensors") as part:
+            save_file(own, part)
 
 
 def prefix_tokens(model: models.Model, count: int) -> list[int]:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from experiments import adapters, problem
 from experiments.adapters import unit
 from experiments.problem import Cut, Problem
-from hiso_jax import files, models, trees
+from hiso_jax import files, models
 from hiso_jax.models import subsets
 from hiso_jax.simulation import Arrays, Clients
 from hiso_jax.tasks import metrics, text
@@ -172,8 +172,14 @@ def _clients(train: Arrays, own: dict[str, np.ndarray]) -> Clients:
     return Clients({name: {k: v[picks] for k, v in train.items()} for name, picks in own.items()})
 
 
-def _base(params: Any) -> Any:
-    return params["base"]
+def _with_text(each: dict[str, Arrays], column: str, notes: list[str]) -> dict[str, Arrays]:
+    """The clients that have something to learn from; who has not is noted."""
+    filled = {name: arrays for name, arrays in each.items() if len(arrays["input_ids"])}
+    if not filled:
+        raise ValueError(f"{column}: no client has a text of two tokens to learn from")
+    if gone := len(each) - len(filled):
+        notes.append(f"{gone} of {len(each)} clients have no text of two tokens, left out")
+    return filled
 
 
 def decoder_problem(
@@ -194,38 +200,14 @@ def decoder_problem(
       rank, alpha, targets: of LoRA.
     """
     name, task, rows, own, model, tokenizer, length = material
-    kind, _, count = train.partition("-")
-    adapter: dict[str, Any] = {"kind": kind}
-    whole, start, notes = _base, None, []
-    if kind in subsets.MASKS:
-        params, trainable = model.params, subsets.mask(model.params, kind)
-        whole = lambda params: params  # noqa: E731
-    else:
-        # What is trained begins as zeros beside the base, which stays as it is.
-        if kind == "lora":
-            zeros: Any = subsets.lora_zeros(model.params, rank, targets)
-            whole = lambda p: subsets.merge_lora(p["base"], p["lora"], alpha)  # noqa: E731
-            adapter["alpha"] = alpha
-        elif kind == "last":
-            zeros = subsets.last_zeros(model.params, int(count))
-            whole = lambda p: subsets.merge_last(p["base"], p["last"])  # noqa: E731
-        else:
-            adapter["tokens"] = adapters.prefix_tokens(model, int(count))
-            start = jax.jit(model.prefix)(model.params, jnp.array(adapter["tokens"], jnp.int32))
-            zeros = dict(zip(("keys", "values"), map(jnp.zeros_like, start), strict=True))
-        params, trainable = {"base": model.params, kind: zeros}, {"base": False, kind: True}
-
-    def prefix(params: Any) -> Any:
-        if start is None:
-            return None
-        return start[0] + params["prefix"]["keys"], start[1] + params["prefix"]["values"]
+    subset = adapters.subset_of(model, train, rank, alpha, targets)
+    whole, prefix, notes = subset.whole, subset.prefix, []
 
     def hidden(params: Any, batch: Any, begin: int) -> jax.Array:
         return adapters.hidden_states(model, whole(params), batch, begin, prefix(params))
 
     def head(params: Any, x: jax.Array, rows: Any = None) -> jax.Array:
-        # The head is never adapted.
-        return model.head(params if kind in subsets.MASKS else params["base"], x, rows)
+        return model.head(subset.base(params), x, rows)  # which is never adapted
 
     def columns(rows: Rows) -> Arrays:
         if task.words is not None:
@@ -233,15 +215,6 @@ def decoder_problem(
         if task.metric == "perplexity":
             return text.chunks([str(row[task.label]) for row in rows], tokenizer, length)
         return text.answers(task, tokenizer, rows, length, room)
-
-    def save(folder: Path, params: Any) -> None:
-        models.save_pretrained(model, folder / "model", whole(params))
-        if kind not in subsets.MASKS:
-            own = {n: np.asarray(x) for n, x in trees.named(params[kind]).items()}
-            if start is not None:
-                own = dict(zip(own, map(np.asarray, prefix(params)), strict=True))
-            with files.whole(folder / "model" / f"{kind}.safetensors") as part:
-                save_file(own, part)
 
     @jax.jit
     def generate(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -278,31 +251,25 @@ def decoder_problem(
             return problem.language(lambda p, b: hidden(p, b, begin), head, last)
 
         each = {n: columns([rows["train"][i] for i in picks]) for n, picks in own.items()}
-        filled = {name: arrays for name, arrays in each.items() if len(arrays["input_ids"])}
-        if len(filled) < len(each):
-            notes.append(f"{len(each) - len(filled)} of {len(each)} clients have no text of two "
-                         "tokens, left out")  # fmt: skip
-        if not filled:
-            raise ValueError(f"{task.label}: no client has a text of two tokens to learn from")
-        own_columns = Clients(filled)
+        own_columns = Clients(_with_text(each, task.label, notes))
     loss_fn, score = losses(0)
     held = {name: columns(rows[name]) for name in ("dev", "test")}
     if empty := [name for name, arrays in held.items() if not len(arrays["input_ids"])]:
         raise ValueError(f"{task.label}: {empty[0]} has no text of two tokens to measure on")
     return Problem(
         name=name,
-        params=params,
+        params=subset.params,
         loss_fn=loss_fn,
         score=score,
         clients=own_columns,
         **held,
-        save=save,
+        save=functools.partial(adapters.save, model, subset),
         metric=task.metric if task.words is not None else "perplexity",
         prepare=text.trim,
-        trainable=trainable,
-        lazy=kind in subsets.MASKS,
-        upper=upper_of(model, whole, losses) if kind == "all" else None,
+        trainable=subset.trainable,
+        lazy=subset.adapter is None,
+        upper=upper_of(model, whole, losses) if train == "all" else None,
         measure=measure if task.metric in metrics.METRICS else lambda params: {},
         notes=tuple(notes),
-        adapter=None if kind in subsets.MASKS else adapter,
+        adapter=subset.adapter,
     )

@@ -234,20 +234,20 @@ def test_a_pass_that_starts_at_the_last_layer(tiny: Path, tmp_path: Path):
         num_clients=3, length=24,
     ))  # fmt: skip
     assert built.upper is not None
-    features, rows = built.upper(1)
+    cut = built.upper(1)
     raw = built.clients.batches(built.clients.names[:1], 0, 8)
     batch = built.prepare({k: v[0, 0] for k, v in raw.items()})
     leaves, rng = trees.named(built.params), np.random.default_rng(0)
     push = {
         n: leaves[n].at[row:].add(rng.normal(0, 0.3, leaves[n][row:].shape))
-        for n, row in rows.items()
+        for n, row in cut.leaves.items()
     }
     moved = trees.merge(built.params, push)
     kept, (before, whole) = (
-        features(built.params, batch),
+        cut.trunk(built.params, batch),
         (built.loss_fn(params, batch) for params in (built.params, moved)),
     )
-    np.testing.assert_allclose(built.loss_fn(moved, kept), whole, rtol=1e-5)
+    np.testing.assert_allclose(cut.head(moved, kept), whole, rtol=1e-5)
     assert abs(float(whole - before)) > 1e-3
     assert 0.4 < methods.share(built, 1) < 0.6  # one layer of two
 
