@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import digits, finetune, report, settings
+from experiments import digits, finetune, report
+from experiments import settings as kept
 from hiso_jax.tasks.prompts import TASKS
 from tests.helpers import REVIEWS, refuse
 
@@ -194,20 +195,20 @@ def test_options_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.Monk
     given = Elsewhere(out=tmp_path / "run", alpha=float("inf"), mesh=(8, 1), data=Path("x.csv"),
                       model="org/name", learning_rate=0.5)  # fmt: skip
     given.out.mkdir()
-    settings.write(given, {"hiso": 0.5}, {})
+    kept.write(given, {"hiso": 0.5}, {})
     json.loads((given.out / "options.json").read_text(), parse_constant=pytest.fail)
     monkeypatch.chdir(tmp_path)
-    back = settings.settle(Elsewhere(resume=Path("run")))
+    back = kept.settle(Elsewhere(resume=Path("run")))
     wanted = dataclasses.replace(
         given, data=tmp_path / "a[1]/x.csv", out=Path("run"), resume=Path("run")
     )
     assert back == wanted
-    moved = settings.settle(Elsewhere(resume=Path("run"), data=Path("y.csv"), model="z"))
+    moved = kept.settle(Elsewhere(resume=Path("run"), data=Path("y.csv"), model="z"))
     assert moved == dataclasses.replace(wanted, data=Path("y.csv"), model="z")
     with pytest.raises(
         SystemExit, match="--rounds, --alpha cannot be given with it|--alpha, --rounds"
     ):
-        settings.settle(Elsewhere(resume=Path("run"), rounds=3, alpha=2.0, data=Path("y.csv")))
+        kept.settle(Elsewhere(resume=Path("run"), rounds=3, alpha=2.0, data=Path("y.csv")))
 
 
 JSONS = st.recursive(
@@ -218,11 +219,13 @@ JSONS = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(JSONS)
 def test_json_is_what_every_reader_takes(content: Any):
     json.loads(report.dumps(content), parse_constant=pytest.fail)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1))
 def test_paths_are_printed_as_they_are(name: str):
     from rich.console import Console

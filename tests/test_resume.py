@@ -116,10 +116,10 @@ def test_ctrl_c_and_on(tmp_path: Path, undisturbed: dict[str, Any]):
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 kB of its own."""
+    """A file system of 200 kB of its own, which a run does not fit on."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a file system needs the right to")
     yield folder
@@ -134,7 +134,7 @@ def test_disk_full(disk: Path, undisturbed: dict[str, Any]):
     folder = disk / "run"
     output = finish(start("digits", *OPTIONS, "--out", str(folder)), code=1)
     assert "What was recorded is safe" in output and "Traceback" not in output
-    remount(disk, "size=450k")  # a little more
+    remount(disk, "size=230k")  # a little more
     output = start("digits", "--resume", str(folder)).communicate(timeout=300)[0]
     assert "Traceback" not in output
     remount(disk, "size=100m")
