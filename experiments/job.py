@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from safetensors import SafetensorError
 
 import hiso_jax as hj
 from experiments import baselines, folders, methods, report, resume, settings
@@ -298,7 +299,7 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
                 report.draw(curves, problem.metric, problem.name, options.out / "curve.png")
                 bare = [{k: v for k, v in s.items() if k != "rows"} for s in summaries]
                 report.write_json(options.out / "summary.json", bare)
-    except (OSError, hj.LedgerError) as error:
+    except (OSError, hj.LedgerError, SafetensorError) as error:  # the last: a full disk
         report.fail(error)
         if (options.out / "options.json").exists():
             report.say(f"What was recorded is safe. To go on: --resume {options.out}")

@@ -131,7 +131,7 @@ def trimmed_mean(trim: float = 0.1) -> Aggregator:
     def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
         values, sorted_weights = _sorted(scalars, weights)
         present = (weights > 0).sum()
-        cut = jnp.floor(trim * present).astype(int)
+        cut = jnp.floor(trim * present.astype(jnp.float32)).astype(jnp.int32)
         rank = jnp.arange(scalars.shape[0])[:, None, None]
         kept = jnp.where((rank >= cut) & (rank < present - cut), sorted_weights, 0)
         return (kept * values).sum(0) / kept.sum(0)
