@@ -264,3 +264,19 @@ def test_labels_are_shown_with_words_and_counts(place: Path):
     assert "train: 12 of 120 rows have no mood, left out" in built.notes
     assert built.name.startswith(place.name) and "docstring" not in built.name
     assert TASKS["sst2"].classes == (0, 1)
+
+
+def test_many_clients_of_a_column_take_time_in_proportion(monkeypatch: pytest.MonkeyPatch):
+    """By what is looked at: the column's rows are laid out once, not once for every client."""
+    rows = [{"text": "a", "who": f"u{i}"} for i in range(500)]
+    real, large = np.array, []
+
+    def counted(values: Any, *args: Any, **options: Any) -> np.ndarray:
+        found = real(values, *args, **options)
+        large.extend([1] * (found.size >= 500))
+        return found
+
+    monkeypatch.setattr(np, "array", counted)
+    options = finetune.Options(split="column", client_column="who")
+    own, notes = finetune._clients_of(options, TASKS["sst2"], rows)
+    assert len(own) == 500 and not notes and len(large) <= 3
