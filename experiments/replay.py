@@ -209,9 +209,9 @@ def run(ledger_path: Path, base_path: Path, out: Path) -> None:
         rebuild(replay, pieces, base, made, step)
         for small in base_path.iterdir() if folder else ():
             if small.is_file() and small.suffix in huggingface.SMALL_FILES:
-                if small.name.endswith(".index.json") and len(paths) == 1:
-                    continue  # a stale one: the weights are in a file of their own
                 if small.name.endswith(".index.json"):
+                    if paths[0].name in ("model.safetensors", "pytorch_model.bin"):
+                        continue  # a stale one: the weights are in a file that needs none
                     index = as_safetensors(small.read_text())
                     (made / as_safetensors(small.name)).write_text(index)
                 else:

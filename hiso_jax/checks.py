@@ -59,17 +59,21 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
     return value
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for none: None, NaN, and pandas' NA and NaT."""
+    try:
+        return value is None or bool(value != value)
+    except (TypeError, ValueError):  # NA knows no truth; arrays have several
+        return not isinstance(value, np.ndarray)
+
+
 def client(argument: str, value: Any) -> str:
     """Return a client's name as text, which is what ledgers and servers keep.
 
     Raises:
       ValueError: `value` stands for a missing one: None, NaN or empty text.
     """
-    try:
-        missing = value is None or bool(value != value)  # NaN, and pandas' NaT
-    except (TypeError, ValueError):  # pandas' NA; an array
-        missing = True
-    if missing or not (text := str(value)):
+    if is_missing(value) or isinstance(value, np.ndarray) or not (text := str(value)):
         raise ValueError(f"{argument}: expected a client's name, got {value!r}")
     return text
 

@@ -166,6 +166,18 @@ def test_a_run_on_a_hugging_face_folder_is_shipped(
     both = [load_file(out / f"model-{number}.safetensors") for number in (0, 1)]
     assert_same_bits(both[0] | both[1], load_file(run / "model" / "model.safetensors"))
     assert_same_bits(*(models.from_pretrained(f).params for f in (out, run / "model")))
+    # One part only, which an index names; and a file of its own beside an index of others.
+    for name, named in (("model-1-of-1.safetensors", "model-1-of-1.safetensors"),
+                        ("model.safetensors", "gone.safetensors")):  # fmt: skip
+        lone, made = tmp_path / f"base of {name}", tmp_path / f"made of {name}"
+        lone.mkdir()
+        (lone / "config.json").write_bytes((base / "config.json").read_bytes())
+        save_file(tensors, lone / name)
+        index = {"weight_map": dict.fromkeys(tensors, named)}
+        (lone / "model.safetensors.index.json").write_text(json.dumps(index))
+        replay_job.run(run / "ledger.sqlite", lone, made)
+        assert (made / "model.safetensors.index.json").exists() == (name == named)
+        assert_same_bits(*(models.from_pretrained(f).params for f in (made, run / "model")))
 
 
 def test_tensor_files_are_those_of_the_library(tmp_path: Path):

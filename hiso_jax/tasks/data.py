@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hiso_jax import checks
 from hiso_jax.tasks import labels
 from hiso_jax.tasks.prompts import Task, answers_in
 from hiso_jax.tasks.reading import FORMATS, Rows, alike, read_file
@@ -203,7 +204,7 @@ def _missing_label(task: Task, train: Rows) -> Callable[[str, int, dict[str, Any
     def missing(where: str, number: int, row: dict[str, Any]) -> bool:
         value = row.get(task.label)
         if not task.is_class:
-            return labels.is_missing(value) or (not task.prompt and not str(value).strip())
+            return checks.is_missing(value) or (not task.prompt and not str(value).strip())
         try:
             text = labels.spell(value)
         except ValueError as error:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from hiso_jax import checks
+
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+", re.ASCII)
 
@@ -33,20 +35,12 @@ def spell(value: Any) -> str | None:
         value = value.item()
     if isinstance(value, (list, tuple, dict, bytes, np.ndarray)):
         raise ValueError(f"expected text, a number or a truth value, got {value!r:.60}")
-    if is_missing(value):
+    if checks.is_missing(value):
         return None
     text = str(value).strip()
     whole = _WHOLE.fullmatch(text)
     text = whole[1] if whole else text
     return {"-0": "0"}.get(text, text) or None
-
-
-def is_missing(value: Any) -> bool:
-    """Whether a value stands for none: None, NaN, and pandas' NA and NaT."""
-    try:
-        return value is None or bool(value != value)
-    except (TypeError, ValueError):  # NA knows no truth; arrays have several
-        return not isinstance(value, np.ndarray)
 
 
 def key(text: str) -> str:

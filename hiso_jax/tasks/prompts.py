@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from hiso_jax import checks
 from hiso_jax.tasks import labels
 
 _PIECES = re.compile(r"\{\{|\}\}|\{((?:\\.|[^{}\\])*)\}|[{}]", re.DOTALL)
@@ -98,7 +99,7 @@ class Task(NamedTuple):
         text = ""
         for before, column in _pieces(self.prompt):
             value = None if column is None else row[column]
-            text += before + ("" if labels.is_missing(value) else str(value))
+            text += before + ("" if checks.is_missing(value) else str(value))
         return text
 
     @property
@@ -155,7 +156,7 @@ def answers_in(value: Any) -> list[str]:
         return [answer for each in value for answer in answers_in(each)] or [""]
     if isinstance(value, bytes):
         raise ValueError(f"expected text, got {value!r:.60}")
-    return ["" if labels.is_missing(value) else str(value)]
+    return ["" if checks.is_missing(value) else str(value)]
 
 
 _YES_NO = ("Yes", "No")
