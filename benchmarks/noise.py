@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 import hiso_jax as hj
 from benchmarks import timing
-from hiso_jax import directions, exact
+from hiso_jax import directions
+from hiso_jax._engine import exact
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,10 @@ import numpy as np
 
 import hiso_jax as hj
 from benchmarks import timing
-from hiso_jax import directions, trees
-from hiso_jax.replay import Replay, large
-from hiso_jax.tensorfile import Tensor, TensorFile
+from hiso_jax import directions
+from hiso_jax._engine import trees
+from hiso_jax._engine.tensorfile import Tensor, TensorFile
+from hiso_jax.ledger.replay import Replay, large
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from benchmarks import round as one
 from benchmarks import timing
-from hiso_jax import models, simulation
-from hiso_jax.simulation import Clients
+from hiso_jax import federation, models
+from hiso_jax.federation import Clients
 
 console = Console()
 BASE = one.Options(shape="opt-10m", clients=4, batch=1, repeats=2)
@@ -75,7 +75,7 @@ def idle_share(rounds: int = 20) -> float:
     own = {k: np.concatenate([v[c, 0] for c in range(8)] * 40) for k, v in data.items()}
     clients = Clients.joined([str(i) for i in range(64)], [40] * 64, own)
     step, states = one.program(model, options), [one.start(model, options)]
-    reports = simulation.run(
+    reports = federation.run(
         one.algorithm(model, options), one.start(model, options), clients,
         rounds=rounds + 2, clients_per_round=8, batch_size=8,
     )  # fmt: skip

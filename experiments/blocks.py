@@ -28,11 +28,11 @@ import numpy as np
 from rich.console import Console
 
 import hiso_jax as hj
-from experiments import compare, finetune, job, methods, report, results
 from experiments.curvature import gain
-from experiments.problem import Problem
-from hiso_jax import files, trees
+from hiso_jax._engine import files, trees
 from hiso_jax.models import subsets
+from hiso_jax.tasks.problem import Problem
+from hiso_jax.train import compare, finetune, job, methods, report, results
 
 PIECE = 128
 """Examples whose gradient is computed at a time."""
@@ -245,7 +245,7 @@ def main(options: Blocks) -> None:
     """Train, look, print and write."""
     first = {n: v[0] for n, v in compare.varied(finetune.Options, options.vary).items()}
     settings = dataclasses.replace(compare.defaults(options), **first)
-    problem = compare.TASKS[options.task][1](settings)
+    problem = compare.build(options.task, settings)
     alg = hj.federated_hiso(
         problem.loss_fn, options.learning_rate, num_perturbations=settings.num_perturbations,
         distribution=settings.distribution, lazy=problem.lazy, trainable=problem.trainable,

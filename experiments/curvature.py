@@ -22,10 +22,11 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import hiso_jax as hj
-from experiments import report, results
-from experiments.digits import digits
-from experiments.problem import Problem
-from hiso_jax import simulation, trees
+from hiso_jax import federation
+from hiso_jax._engine import trees
+from hiso_jax.tasks.problem import Problem
+from hiso_jax.train import report, results
+from hiso_jax.train.digits import digits
 
 SOME = 400
 """Training examples of which the Hessian is, of 1,257."""
@@ -140,7 +141,7 @@ def measure(options: Curvature) -> tuple[list[dict[str, Any]], np.ndarray]:
     if 0 in options.rounds:
         figures, last = look(problem, start, options.seed)
         rows.append(figures)
-    for step in simulation.run(
+    for step in federation.run(
         alg, jax.tree.map(jnp.copy, start), problem.clients, rounds=max(options.rounds),
         clients_per_round=8, batch_size=16, seed=options.seed,
     ):  # fmt: skip

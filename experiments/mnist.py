@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
-from experiments import job
-from experiments.digits import Network, images, lecun_normal
-from experiments.problem import Problem
-from hiso_jax import exact
-from hiso_jax.simulation import Arrays
+from hiso_jax._engine import exact
+from hiso_jax.federation import Arrays
+from hiso_jax.tasks.problem import Problem
+from hiso_jax.train import job
+from hiso_jax.train.digits import Network, images, lecun_normal
 
 DEV = 2_000
 """Of the 60,000 training images, those on which runs are compared."""

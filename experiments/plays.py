@@ -11,8 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from experiments import report
-from hiso_jax import files
+from hiso_jax._engine import files
+from hiso_jax.train import report
 
 
 def speeches(text: str) -> list[dict[str, str]]:

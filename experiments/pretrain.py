@@ -20,10 +20,11 @@ import optax
 import tyro
 from rich.progress import track
 
-from experiments import problem, report
-from experiments.report import console
-from hiso_jax import checks, models
-from hiso_jax.tasks import data, text
+from hiso_jax import models
+from hiso_jax._engine import checks
+from hiso_jax.tasks import data, problem, text
+from hiso_jax.train import report
+from hiso_jax.train.report import console
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,11 @@ import optax
 from rich.progress import track
 
 import hiso_jax as hj
-from experiments import folders, report, results
-from experiments.digits import digits
-from experiments.problem import Problem
-from hiso_jax import aggregators, checks, privacy, simulation
+from hiso_jax import aggregators, federation, privacy
+from hiso_jax._engine import checks
+from hiso_jax.tasks.problem import Problem
+from hiso_jax.train import folders, report, results
+from hiso_jax.train.digits import digits
 
 Tamper = Callable[[jax.Array, jax.Array], jax.Array]
 """(scalars [C, K, P], key) -> what is sent."""
@@ -103,14 +104,14 @@ def accuracy(
         alg = tampered(alg, tamper, jax.random.key(1000 + seed))
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(seed))
     try:
-        for report in simulation.run(
+        for report in federation.run(
             alg, state, problem.clients, rounds=rounds, clients_per_round=clients,
             batch_size=16, seed=seed,
         ):  # fmt: skip
             state = report.state
     except FloatingPointError:
         return 0.0
-    sums = simulation.evaluate(jax.jit(problem.score), state.params, problem.test, 256)
+    sums = federation.evaluate(jax.jit(problem.score), state.params, problem.test, 256)
     return problem.figure(sums)[1]
 
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiso_jax import checks, estimators
+from hiso_jax import estimators
+from hiso_jax._engine import checks
 
 
 # No tuple, since jax.jit takes a weak reference to what it compiles, and a tuple has none.

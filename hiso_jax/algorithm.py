@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hiso_jax import aggregators, checks, directions, estimators, meshes, rules, trees
+from hiso_jax import aggregators, directions, estimators, rules
+from hiso_jax._engine import checks, meshes, trees
 from hiso_jax.layout import Laid, Layout
 from hiso_jax.protocol import Algorithm, Metrics, Rate, State
 

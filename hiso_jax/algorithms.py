@@ -5,7 +5,8 @@ from typing import Any, Unpack
 
 import optax
 
-from hiso_jax import aggregators, checks, directions, estimators, rules, split, trees
+from hiso_jax import aggregators, directions, estimators, rules, split
+from hiso_jax._engine import checks, trees
 from hiso_jax.algorithm import Spec, algorithm
 from hiso_jax.layout import Layout
 from hiso_jax.protocol import Algorithm, LossFn, Options, Rate

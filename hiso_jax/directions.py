@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from hiso_jax import exact, lazy, packing, trees
-from hiso_jax import still as stills
-from hiso_jax.prng import (  # noqa: F401  # what is drawn with, under the name it is looked for
+from hiso_jax._engine import exact, lazy, packing, trees
+from hiso_jax._engine import still as stills
+from hiso_jax._engine.prng import (  # noqa: F401  # all that is drawn with, under one name
     Distribution,
     check_distribution,
     draw,
@@ -24,7 +24,7 @@ from hiso_jax.prng import (  # noqa: F401  # what is drawn with, under the name 
     words,
     words_of,
 )
-from hiso_jax.still import Still
+from hiso_jax._engine.still import Still
 
 Noise = Callable[[str, Any, Any, tuple[int, ...], Any], jax.Array]
 """(leaf or pack, local step, direction, shape, number of the first element) -> u."""

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hiso_jax import directions, exact, trees
+from hiso_jax import directions
+from hiso_jax._engine import exact, trees
 
 Loss = Callable[[trees.Params], jax.Array]
 """Parameters -> loss, any shape: one loss, or one per client."""

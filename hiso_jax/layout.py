@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hiso_jax import directions, estimators, exact, meshes, packing, rules, steps, trees
+from hiso_jax import directions, estimators, rules, steps
+from hiso_jax._engine import exact, meshes, packing, trees
+from hiso_jax._engine.lazy import Lazy
+from hiso_jax._engine.trees import Leaves
 from hiso_jax.directions import Noise
-from hiso_jax.lazy import Lazy
-from hiso_jax.trees import Leaves
 
 
 class Layout(NamedTuple):

@@ -8,7 +8,7 @@ included, has to be trusted: the guarantee is local, for all of a client's data.
 import jax
 import jax.numpy as jnp
 
-from hiso_jax import checks
+from hiso_jax._engine import checks
 
 
 def privatise(

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Self, TypedDict
 import jax
 import jax.numpy as jnp
 
-from hiso_jax import aggregators, estimators, exact, trees
+from hiso_jax import aggregators, estimators
+from hiso_jax._engine import exact, trees
 from hiso_jax.split import Split
 
 LossFn = Callable[[trees.Params, Any], jax.Array]

@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hiso_jax import checks, exact
-from hiso_jax.trees import Leaves
+from hiso_jax._engine import checks, exact
+from hiso_jax._engine.trees import Leaves
 
 
 class Rule(NamedTuple):

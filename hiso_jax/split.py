@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hiso_jax import estimators, still, trees
+from hiso_jax import estimators
+from hiso_jax._engine import still, trees
 
 
 class Split(NamedTuple):

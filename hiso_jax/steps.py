@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hiso_jax import estimators, exact, rules, trees
+from hiso_jax import estimators, rules
+from hiso_jax._engine import exact, trees
 
 Cast = Callable[[trees.Leaves], trees.Leaves]
 """Wide arrays (see `hiso_jax.exact.wide`) -> arrays of the leaves' own dtypes."""

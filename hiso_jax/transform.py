@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hiso_jax import checks, directions, estimators, exact, rules, steps, trees
+from hiso_jax import directions, estimators, rules, steps
+from hiso_jax._engine import checks, exact, trees
 from hiso_jax.protocol import LossFn, Rate
 
 ValueFn = Callable[[trees.Params], jax.Array]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import hiso_jax as hj
-from hiso_jax import files
+from hiso_jax._engine import files
 from tests.helpers import assert_same_bits, quadratic_loss
 
 PARAMS = {"w": jnp.zeros(3)}

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import baselines, methods
+from hiso_jax.federation import baselines
+from hiso_jax.train import methods
 from tests.helpers import finish, refuse, start
 
 

@@ -11,10 +11,12 @@ import pytest
 from matplotlib.figure import Figure
 
 import hiso_jax as hj
-from experiments import blocks, compare, digits, finetune, mnist, results, robustness
+from experiments import blocks, mnist, robustness
 from experiments.curvature import gain
-from experiments.problem import Problem
-from hiso_jax import simulation, trees
+from hiso_jax import federation
+from hiso_jax._engine import trees
+from hiso_jax.tasks.problem import Problem
+from hiso_jax.train import compare, digits, finetune, results
 from tests.helpers import finish, start
 
 GRID = ("--task", "digits", "--method", "decomfl", "fedavg", "--learning-rate", "0.02", "0.04",
@@ -143,7 +145,7 @@ def test_blocks_of_a_quadratic():
 
     clients = {f"client {i}": {"y": np.zeros(128, np.float32)} for i in range(8)}
     held = {"y": np.zeros(1, np.float32)}
-    own = Problem("quadratic", params, loss_fn, lambda *_: {}, simulation.Clients(clients), held,
+    own = Problem("quadratic", params, loss_fn, lambda *_: {}, federation.Clients(clients), held,
                   held, lambda *_: None)  # fmt: skip
     alg = hj.federated_hiso(loss_fn, 0.1)
     look = blocks.Look(own, finetune.Options(clients_per_round=4), 1024, 4)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.random import threefry2x32_p
 
-from hiso_jax import directions, exact, trees
+from hiso_jax import directions
+from hiso_jax._engine import exact, trees
 from hiso_jax.directions import Distribution
 from tests.helpers import assert_same_bits, odd_tree
 

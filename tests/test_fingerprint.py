@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hiso_jax as hj
-from hiso_jax import fingerprint
+from hiso_jax.ledger import digests
 from tests.helpers import odd_loss, odd_tree
 
 MIXED = {
@@ -26,7 +26,7 @@ MIXED = {
 
 
 def text(tree):
-    return fingerprint.text(hj.digest(tree))
+    return digests.text(hj.digest(tree))
 
 
 @settings(deadline=None, max_examples=60)
@@ -70,7 +70,7 @@ def test_swaps_count():
 
 def test_sixty_four_bits_are_used():
     """Of 2,000 digests no lane repeats more often than chance allows, and every bit varies."""
-    every = jax.jit(jax.vmap(lambda i: fingerprint.part(i[None], fingerprint.salts("w", i))))
+    every = jax.jit(jax.vmap(lambda i: digests.part(i[None], digests.salts("w", i))))
     words = np.asarray(every(jnp.arange(2000)))
     for lane in words.T:
         assert len(set(lane.tolist())) >= 1998  # 2000^2 / 2^33 repeats are expected
@@ -104,14 +104,14 @@ def test_sharding_and_programs_do_not_count():
 @given(size=st.integers(1, 5000), block=st.integers(1, 700))
 def test_parts_add_up(size, block):
     x = np.random.default_rng(size).normal(size=size).astype(np.float32)
-    salts, total = fingerprint.salts("w", x), np.zeros(2, np.uint32)
-    part = jax.jit(fingerprint.part)
+    salts, total = digests.salts("w", x), np.zeros(2, np.uint32)
+    part = jax.jit(digests.part)
     for start in range(0, size, block):
         padded = np.zeros(700, np.float32)
         own = x[start : start + block]
         padded[: own.size] = own
         total += np.asarray(part(padded, salts, start, own.size))
-    assert fingerprint.text(total) == text({"w": x})
+    assert digests.text(total) == text({"w": x})
 
 
 def test_a_state_is_its_parameters_and_its_rule():
@@ -126,7 +126,7 @@ def test_a_state_is_its_parameters_and_its_rule():
 
 def test_text_and_back():
     digest = hj.digest(MIXED)
-    np.testing.assert_array_equal(fingerprint.parse(fingerprint.text(digest)), digest)
+    np.testing.assert_array_equal(digests.parse(digests.text(digest)), digest)
     for wrong in ("", "0" * 15, "G" * 16, "0" * 17):
         with pytest.raises(ValueError, match="digest: expected sixteen"):
-            fingerprint.parse(wrong)
+            digests.parse(wrong)

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 import hiso_jax as hj
-from experiments import finetune
+from hiso_jax.train import finetune
 
 TEXTS = ["good film", "a bad, long film", 'he said "no"', "", "NA", "null", "1", "2.5", "x" * 300,
          "caf\u00e9 \U0001f600", "two\nlines", " spaces ", "tab\there", "=1+1", "{b}", "\u2028"]  # fmt: skip

@@ -18,7 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hiso_jax as hj
-from hiso_jax import fingerprint, packing, rules, server, simulation, trees
+from hiso_jax import federation, rules
+from hiso_jax._engine import packing, trees
+from hiso_jax.federation import server
+from hiso_jax.ledger import digests
 from tests.helpers import assert_same_bits, quadratic_loss
 
 # Names of leaves: few letters, so that they meet; the separator, and what packs begin with.
@@ -142,16 +145,16 @@ def test_clients_are_called_by_text_or_refused(names: list[Any]):
     mapping = {name: {"x": columns["x"][i : i + 1]} for i, name in enumerate(names)}
     if not are_names(list(mapping)):
         with pytest.raises(ValueError, match="data: expected"):
-            simulation.Clients(mapping)
+            federation.Clients(mapping)
     if not are_names(names):
         with pytest.raises(ValueError, match="names: expected|sizes: expected"):
-            simulation.Clients.joined(names, [1] * len(names), columns)
+            federation.Clients.joined(names, [1] * len(names), columns)
         with pytest.raises(ValueError, match="names: expected"):
             HOST.open(names)
         return
     for clients in (
-        simulation.Clients(mapping),
-        simulation.Clients.joined(names, [1] * len(names), columns),
+        federation.Clients(mapping),
+        federation.Clients.joined(names, [1] * len(names), columns),
     ):
         assert clients.names == [str(n) for n in names] == list(clients.sizes)
         for i, name in enumerate(names):
@@ -166,7 +169,7 @@ def test_clients_are_called_by_text_or_refused(names: list[Any]):
 
 
 def test_a_text_is_no_list_of_names():
-    for call in (lambda: HOST.open("ab"), lambda: simulation.Clients.joined("ab", [1, 1], {})):
+    for call in (lambda: HOST.open("ab"), lambda: federation.Clients.joined("ab", [1, 1], {})):
         HOST._asked = []
         with pytest.raises(ValueError, match="names: expected a list|sizes"):
             call()
@@ -351,23 +354,23 @@ def test_a_digest_covers_what_a_model_is_made_of():
         {"w": jax.random.key(0)}, {"w": jax.random.key(0, impl="rbg")}, {"a": {"w": x}},
         {"w": x.astype(np.complex64)}, {"w": np.float32([0, 0, 0, np.nan])}, {"w/": x},
     ]  # fmt: skip
-    digests = [fingerprint.text(hj.digest(model)) for model in models]
-    assert len(set(digests)) == len(models)
+    found = [digests.text(hj.digest(model)) for model in models]
+    assert len(set(found)) == len(models)
     # The same names are the same model: a flat file of tensors holds what a nested dict does.
-    assert fingerprint.text(hj.digest({"a/w": x})) == digests[-4]
+    assert digests.text(hj.digest({"a/w": x})) == found[-4]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int64", "float32", "bfloat16", "complex64"])
 def test_parts_of_wide_leaves_add_up(dtype: str):
     with jax.enable_x64(True):
         x = np.arange(50).astype(jnp.dtype(dtype))
-        salts, total = fingerprint.salts("w", x), np.zeros(2, np.uint32)
-        part = jax.jit(fingerprint.part)
+        salts, total = digests.salts("w", x), np.zeros(2, np.uint32)
+        part = jax.jit(digests.part)
         for start in range(0, 50, 20):
             own = np.concatenate([x[:3], x[start : start + 20], x[:17]])[:40]
             place = np.uint32((start - 3) % 2**32)
             total += np.asarray(part(own, salts, place, len(x[start : start + 20]), 3))
-        assert fingerprint.text(total) == fingerprint.text(hj.digest({"w": x}))
+        assert digests.text(total) == digests.text(hj.digest({"w": x}))
 
 
 def test_modules_are_attributes_and_come_when_they_are_asked_for():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import digits
+from hiso_jax.train import digits
 from tests.helpers import assert_same_bits, finish, refuse, start
 
 SUMMARY = {"method", "rounds", "accuracy_before", "accuracy", "uplink_bytes_per_client",

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from experiments import adapters, digits, finetune, folders, job
-from experiments import replay as replay_job
-from hiso_jax import models, trees
+from hiso_jax import models
+from hiso_jax._engine import trees
+from hiso_jax.ledger import rebuild
+from hiso_jax.models import adapters
+from hiso_jax.train import digits, finetune, folders, job
 from tests.helpers import REVIEWS
 
 CLIENTS = digits.digits(5)
@@ -187,5 +189,5 @@ def test_ledgers_that_do_not_say_how_to_merge(tmp_path: Path):
 
     old: Any = SimpleNamespace(header={"about": {}})
     (tmp_path / "extra.safetensors").write_bytes(b"")
-    said = replay_job._finish(old, tmp_path, tmp_path)
+    said = rebuild._finish(old, tmp_path, tmp_path)
     assert "extra.safetensors" in said and "does not say how to merge" in said

@@ -9,7 +9,8 @@ import pytest
 from transformers import BertConfig, LlamaConfig, OPTConfig
 
 import hiso_jax as hj
-from hiso_jax import directions, lazy, models
+from hiso_jax import directions, models
+from hiso_jax._engine import lazy
 from hiso_jax.algorithm import algorithm
 from hiso_jax.layout import Layout
 from tests.helpers import assert_same_bits, odd_loss, odd_tree

@@ -17,8 +17,9 @@ import optax
 import pytest
 
 import hiso_jax as hj
-from hiso_jax import aggregators, compact, fingerprint, rules
-from hiso_jax.ledger import Records
+from hiso_jax import aggregators, rules
+from hiso_jax.ledger import compact, digests
+from hiso_jax.ledger.store import Records
 from tests.helpers import assert_same_bits, odd_loss, odd_tree, quadratic_loss
 
 
@@ -74,7 +75,7 @@ def test_what_went_in_comes_out(written: dict[str, Any]):
         assert records.reported[round] == {"ann": 1.0, "bob": round / 2}
     end = jax.jit(alg.replay)(start(alg), records.scalars, records.learning_rates)
     assert_same_bits(end, written["end"])
-    assert records.digests[-1] == fingerprint.text(hj.digest(end))
+    assert records.digests[-1] == digests.text(hj.digest(end))
 
 
 def test_since_is_a_tail_and_its_bytes_are_counted(written: dict[str, Any]):
@@ -101,7 +102,7 @@ def test_the_header_says_what_the_run_was_made_of(written: dict[str, Any]):
     assert header["software"]["jax"] == jax.__version__
     assert header["software"]["backend"] == jax.default_backend()
     assert header["leaves"][0][:4] == ["w", "float32", [5], True]
-    assert header["base"] == fingerprint.text(hj.digest({"w": jnp.zeros(5)}))
+    assert header["base"] == digests.text(hj.digest({"w": jnp.zeros(5)}))
     built = rules.from_recipe(header["algorithm"]["rule"])
     assert built.recipe == header["algorithm"]["rule"]
 

@@ -14,7 +14,8 @@ import pytest
 from transformers import OPTConfig
 
 import hiso_jax as hj
-from hiso_jax import meshes, models, simulation
+from hiso_jax import federation, models
+from hiso_jax._engine import meshes
 from tests.helpers import ENVIRONMENT, assert_same_bits, finish, start
 
 C, K, P = 8, 2, 3
@@ -94,18 +95,18 @@ def test_only_scalars_cross_between_rows(problem: dict[str, Any], rows: int, wid
 def test_a_simulation_on_a_mesh():
     loss_fn = lambda params, batch: (params["w"].sum() - batch["x"].mean()) ** 2  # noqa: E731
     alg = hj.decomfl(loss_fn, 1e-3, num_perturbations=P)
-    clients = simulation.Clients({str(i): {"x": np.full(3, i, np.float32)} for i in range(6)})
+    clients = federation.Clients({str(i): {"x": np.full(3, i, np.float32)} for i in range(6)})
     ends = []
     for mesh in (None, meshes.make(2)):
         state = alg.init({"w": jnp.ones(4)}, jax.random.key(0))
-        *_, last = simulation.run(alg, state, clients, rounds=4, clients_per_round=4,
+        *_, last = federation.run(alg, state, clients, rounds=4, clients_per_round=4,
                                   batch_size=2, mesh=mesh)  # fmt: skip
         ends.append(np.asarray(last.state.params["w"]))
         assert len(last.state.params["w"].sharding.device_set) == (1 if mesh is None else 2)
     np.testing.assert_allclose(*ends, rtol=1e-4)
     state = alg.init({"w": jnp.ones(4)}, jax.random.key(0))
     with pytest.raises(ValueError, match="5 clients cannot be dealt out to 2 rows"):
-        next(simulation.run(alg, state, clients, rounds=1, clients_per_round=5, batch_size=2,
+        next(federation.run(alg, state, clients, rounds=1, clients_per_round=5, batch_size=2,
                             mesh=meshes.make(2)))  # fmt: skip
 
 

@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import BertConfig, LlamaConfig, OPTConfig, RobertaConfig
 
-from experiments import finetune
-from hiso_jax import models, trees
+from hiso_jax import models
+from hiso_jax._engine import trees
 from hiso_jax.models import torchfile
+from hiso_jax.train import finetune
 
 CONFIG = dict(
     vocab_size=99, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=36,

@@ -11,7 +11,8 @@ import optax
 import pytest
 
 import hiso_jax as hj
-from hiso_jax import fingerprint, replay, rules
+from hiso_jax import rules
+from hiso_jax.ledger import digests, replay
 from hiso_jax.models import subsets
 from tests.helpers import assert_same_bits
 
@@ -173,15 +174,15 @@ def what_comes_out() -> list[str]:
     signs = hj.federated_hiso(plain_loss, 1e-3, distribution="rademacher", **options)
     schedule = optax.cosine_decay_schedule(1e-3, 37)
     steps = hj.scalar_algorithm(plain_loss, schedule, rule=rules.rms(), local_steps=2, **options)
-    digests = [*faces(options), merged()]
+    found = [*faces(options), merged()]
     states = [alg.init(PARAMS, root()) for alg in (signs, steps)]
     programs = [jax.jit(alg.round) for alg in (signs, steps)]
     for number in range(3):
         for i, count in enumerate((1, 2)):
             batches = np.full((2, count, 3), number, np.float32)
             states[i], _ = programs[i](states[i], batches)
-            digests.append(hj.digest(states[i]))
-    return [fingerprint.text(x) for x in digests]
+            found.append(hj.digest(states[i]))
+    return [digests.text(x) for x in found]
 
 
 def faces(options: Any) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hiso_jax import models, trees
+from hiso_jax import models
+from hiso_jax._engine import trees
 from tests.test_checkpoints import LFS, load, refused
 from tests.test_models import random_folder
 

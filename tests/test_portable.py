@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 
 import hiso_jax as hj
-from hiso_jax import directions, exact, fingerprint, server, trees
+from hiso_jax import directions
+from hiso_jax._engine import exact, trees
+from hiso_jax.federation import server
+from hiso_jax.ledger import digests
 
 DATA = Path(__file__).parent / "data"
 ROUNDS, SHAPES = 30, [(33, 65), (129,), (4, 31, 17), (), (0, 3)]
@@ -46,7 +49,7 @@ def replayed(case: str) -> None:
         records = ledger.records()
     assert records.digests[-1] is not None and len(records.scalars) == ROUNDS
     end = server.catch_up(alg, state, records)
-    assert fingerprint.text(hj.digest(end)) == records.digests[-1]
+    assert digests.text(hj.digest(end)) == records.digests[-1]
 
 
 @pytest.mark.parametrize("case", CASES)

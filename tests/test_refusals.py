@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import digits, finetune, report
-from experiments import settings as kept
 from hiso_jax.tasks.prompts import TASKS
+from hiso_jax.train import digits, finetune, report
+from hiso_jax.train import settings as kept
 from tests.helpers import REVIEWS, refuse
 
 OWN = ("--text", "review", "--label", "mood")
@@ -163,7 +163,7 @@ def test_a_file_of_numbers_for_weights(place: Path):
     broken = problem._replace(params=jax.tree.map(lambda x: x * np.nan, problem.params))
     out = place / "new[1]"
     options = digits.Options(out=out, rounds=2, clients=5, clients_per_round=2)
-    from experiments import job
+    from hiso_jax.train import job
 
     with pytest.raises(SystemExit) as end:
         job.run(options, broken, digits.LEARNING_RATES)

@@ -12,10 +12,12 @@ import pytest
 from safetensors.flax import load_file, save_file
 
 import hiso_jax as hj
-from experiments import finetune
-from experiments import replay as replay_job
-from hiso_jax import models, replay, rules, trees
-from hiso_jax.tensorfile import TensorFile
+from hiso_jax import models, rules
+from hiso_jax._engine import trees
+from hiso_jax._engine.tensorfile import TensorFile
+from hiso_jax.ledger import replay
+from hiso_jax.train import finetune
+from hiso_jax.train import replay as replay_job
 from tests.helpers import assert_same_bits, finish, odd_loss, odd_tree, refuse, start
 
 CASES = [

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import hiso_jax as hj
-from hiso_jax import directions, ledger, pool, replay, rules
+from hiso_jax import directions, rules
+from hiso_jax.ledger import pool, replay
 from tests.helpers import assert_same_bits, odd_loss, odd_tree
 from tests.test_portable import CONTROL, CORRECT, equations
 
@@ -310,7 +311,7 @@ def test_a_run_without_a_pool_has_no_numbers():
         with pytest.raises(ValueError, match="without a seed pool"):
             pool.accumulate(written)
     hiso = hj.federated_hiso(odd_loss, 1e-2, seed_pool=9)
-    with ledger.Ledger.create(":memory:", hiso, hiso.init(odd_tree(), jax.random.key(1))) as other:
+    with hj.Ledger.create(":memory:", hiso, hiso.init(odd_tree(), jax.random.key(1))) as other:
         with pytest.raises(ValueError, match="identity rule only"):
             pool.accumulate(other)
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import hiso_jax as hj
-from hiso_jax import server, snapshots
+from hiso_jax.federation import server
+from hiso_jax.ledger import snapshots
 from tests.helpers import assert_same_bits, quadratic_loss
 
 CLIENTS = ["ann", "bob", "cem", "dia", "eve"]

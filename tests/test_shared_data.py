@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import compare, finetune, mnist, plays
-from hiso_jax import models, simulation
+from experiments import mnist, plays
+from hiso_jax import federation, models
 from hiso_jax.tasks import data
 from hiso_jax.tasks.prompts import TASKS
+from hiso_jax.train import compare, finetune
 from tests.helpers import finish, start
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -90,7 +91,7 @@ def test_language_model_with_speakers_as_clients(tmp_path: Path):
         batch = {k: v[:, 0] for k, v in built.clients.batches(names, round, 8).items()}
         params, state = step(params, state, batch)
     score = jax.jit(built.score)
-    first_order = simulation.evaluate(score, params, built.test, 64, built.prepare)
+    first_order = federation.evaluate(score, params, built.test, 64, built.prepare)
     adam = built.figure(first_order)[1]
     before, after = summary["perplexity_before"], summary["perplexity"]
     print(f"perplexity {before:.1f}; after 30 rounds HiSo {after:.1f}, Adam {adam:.1f}")

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import hiso_jax as hj
-from hiso_jax import simulation
-from hiso_jax.simulation import Clients, Traffic
+from hiso_jax import federation
+from hiso_jax.federation import Clients, Traffic
 from tests.helpers import assert_same_bits
 
 DATA = {f"c{i}": {"x": np.arange(100 * i, 100 * i + 3 + i, dtype=np.float32)} for i in range(6)}
@@ -86,9 +86,9 @@ def test_a_run_can_be_stopped_and_gone_on_with():
     alg, clients = hj.federated_hiso(loss_fn, 1e-4), Clients(DATA)
     options = dict(clients_per_round=2, batch_size=3, seed=4)
     start = lambda: alg.init({"w": jnp.zeros(())}, jax.random.key(0))  # noqa: E731
-    whole = list(simulation.run(alg, start(), clients, rounds=6, **options))
-    half = list(simulation.run(alg, start(), clients, rounds=3, **options))
-    rest = list(simulation.run(alg, half[-1].state, clients, rounds=6, **options))
+    whole = list(federation.run(alg, start(), clients, rounds=6, **options))
+    half = list(federation.run(alg, start(), clients, rounds=3, **options))
+    rest = list(federation.run(alg, half[-1].state, clients, rounds=6, **options))
     assert [r.round for r in half + rest] == [r.round for r in whole] == [1, 2, 3, 4, 5, 6]
     assert_same_bits(rest[-1].state, whole[-1].state)
 
@@ -99,7 +99,7 @@ def test_a_nan_names_the_client_and_loses_nothing():
     state = alg.init({"w": jnp.ones(())}, jax.random.key(0))
     seen = []
     with pytest.raises(FloatingPointError, match=r"clients \['bad'\] sent NaN"):
-        for report in simulation.run(
+        for report in federation.run(
             alg, state, clients, rounds=50, clients_per_round=2, batch_size=2
         ):
             seen.append(float(report.state.params["w"]))
@@ -122,7 +122,7 @@ def test_a_loss_that_is_nan_before_any_step_is_not_the_learning_rates_fault(
         own = {n: x if n in broken else data["b"] for n, x in data.items()}
         state = alg.init({"w": jnp.ones(())}, jax.random.key(0))
         with pytest.raises(FloatingPointError) as caught:
-            list(simulation.run(alg, state, Clients(own), **options))
+            list(federation.run(alg, state, Clients(own), **options))
         assert "sent NaN or infinite scalars" in str(caught.value)
         if broken:
             assert f"{kind} {place} the model's own parameters" in str(caught.value)
@@ -133,7 +133,7 @@ def test_a_loss_that_is_nan_before_any_step_is_not_the_learning_rates_fault(
 
 
 def test_evaluate_counts_every_example_once():
-    sums = simulation.evaluate(
+    sums = federation.evaluate(
         lambda params, batch: {"sum": (batch["x"] * batch["weight"]).sum(), "n": batch["weight"].sum()},
         None, {"x": np.arange(10.0)}, batch_size=4,
     )  # fmt: skip
@@ -144,7 +144,7 @@ def test_clients_that_drop_out_count_for_nothing_and_empty_rounds_move_nothing()
     alg, clients = hj.federated_hiso(loss_fn, optax.linear_schedule(1e-2, 0, 30)), Clients(DATA)
     state, seen = alg.init({"w": jnp.ones(())}, jax.random.key(0)), {"empty": 0, "part": 0}
     before, digest = state.params["w"], hj.digest(state)
-    for report in simulation.run(
+    for report in federation.run(
         alg, jax.tree.map(jnp.copy, state), clients, rounds=30, clients_per_round=3, batch_size=2,
         dropout=0.6,
     ):  # fmt: skip
@@ -165,7 +165,7 @@ def test_clients_that_drop_out_count_for_nothing_and_empty_rounds_move_nothing()
         before, digest = after, new
     assert seen["empty"] >= 2 and seen["part"] >= 10
     with pytest.raises(ValueError, match="dropout: expected"):
-        next(simulation.run(alg, state, clients, rounds=1, clients_per_round=1, batch_size=1,
+        next(federation.run(alg, state, clients, rounds=1, clients_per_round=1, batch_size=1,
                             dropout=1.5))  # fmt: skip
 
 

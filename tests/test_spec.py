@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import hiso_jax as hj
-from hiso_jax import aggregators, estimators, replay, rules, trees
+from hiso_jax import aggregators, estimators, rules
+from hiso_jax._engine import trees
 from hiso_jax.algorithm import algorithm
+from hiso_jax.ledger import replay
 from tests.helpers import assert_same_bits, quadratic_loss
 
 PARAMS = {"w": jnp.linspace(-1, 1, 40), "frozen": jnp.ones(3)}

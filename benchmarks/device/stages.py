@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import hiso_jax as hj
-from hiso_jax import directions, estimators, exact
+from hiso_jax import directions, estimators
+from hiso_jax._engine import exact
 
 COUNT = 4099
 """Numbers in a grid: odd, so that vectors and blocks have a rest."""

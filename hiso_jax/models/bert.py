@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hiso_jax import lazy
+from hiso_jax._engine import lazy
 from hiso_jax.models import attention, inputs
 
 

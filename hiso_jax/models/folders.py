@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from hiso_jax._engine.tensorfile import QUANTISED, TensorFile, stand_in
 from hiso_jax.models.torchfile import TorchFile
-from hiso_jax.tensorfile import QUANTISED, TensorFile, stand_in
 
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of the small files of a folder (tokenizer, generation) that go with the weights."""

@@ -15,13 +15,13 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from hiso_jax import exact, files, trees
+from hiso_jax._engine import exact, files, trees
+from hiso_jax._engine.tensorfile import QUANTISED, Tensor, TensorFile
 from hiso_jax.models import bert, configs, decoder, folders, names
 from hiso_jax.models.folders import SMALL_FILES as SMALL_FILES
 from hiso_jax.models.folders import folder_of, open_tensors
 from hiso_jax.models.folders import weight_files as weight_files
 from hiso_jax.models.names import find, is_stacked, is_turned, tensor_names
-from hiso_jax.tensorfile import QUANTISED, Tensor, TensorFile
 
 _FAMILIES: dict[str, Any] = {"bert": bert.Bert, "roberta": bert.Bert} | dict.fromkeys(
     ("opt", "llama", "qwen2", "qwen3", "gemma3_text", "smollm3"), decoder.Decoder

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiso_jax import checks
+from hiso_jax._engine import checks
 
 
 def positions(config: Any) -> int | None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiso_jax import checks, exact, trees
+from hiso_jax._engine import checks, exact, trees
 
 MASKS = {"all": "", "norms": r"norm", "biases": r"(^|/)bias$"}
 """Patterns of leaf names in lower case, by the name of a subset."""

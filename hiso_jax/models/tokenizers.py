@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hiso_jax.tensorfile import stand_in
+from hiso_jax._engine.tensorfile import stand_in
 
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
           "spiece.model", "tokenizer_config.json", "special_tokens_map.json",

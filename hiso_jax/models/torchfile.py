@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from hiso_jax.tensorfile import QUANTISED, Tensor, TensorFile, disguise
+from hiso_jax._engine.tensorfile import QUANTISED, Tensor, TensorFile, disguise
 
 _STORAGES = {"DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
              "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hiso_jax import checks
-from hiso_jax.tasks import labels
+from hiso_jax._engine import checks
+from hiso_jax.tasks import labels, splits
 from hiso_jax.tasks.prompts import Task, answers_in
 from hiso_jax.tasks.reading import FORMATS, Rows, alike, read_file
 
@@ -251,17 +251,12 @@ def _complete(where: str, parts: dict[str, Rows], seed: int, notes: list[str]) -
     rows = len(parts["train"])
     for name, share in (("test", 0.15), ("dev", 0.15 / 0.85)):
         if not parts.get(name):
-            parts["train"], parts[name] = _cut(parts["train"], share, seed)
+            whole = parts["train"]
+            picks = splits.hold_out(len(whole), share, seed)
+            parts["train"], parts[name] = ([whole[i] for i in own] for own in picks)
     if not parts["train"]:
         raise ValueError(f"{where}: {rows} rows with labels are too few to take dev and test from")
     return parts
-
-
-def _cut(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
-    order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
-    held = set(order[: max(int(share * len(rows)), 1)].tolist())
-    kept = [row for i, row in enumerate(rows) if i not in held]
-    return kept, [rows[i] for i in sorted(held)]
 
 
 def _from_datasets(found: Any) -> tuple[dict[str, Rows], list[str]]:

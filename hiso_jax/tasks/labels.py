@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hiso_jax import checks
+from hiso_jax._engine import checks
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+", re.ASCII)

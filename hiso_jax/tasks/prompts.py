@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hiso_jax import checks
+from hiso_jax._engine import checks
 from hiso_jax.tasks import labels
 
 _PIECES = re.compile(r"\{\{|\}\}|\{((?:\\.|[^{}\\])*)\}|[{}]", re.DOTALL)

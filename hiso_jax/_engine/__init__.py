@@ -1,0 +1,1 @@
+"""How it is computed: exact arithmetic, noise, packing, devices, files. Nothing here is public."""

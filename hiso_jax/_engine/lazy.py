@@ -1,0 +1,128 @@
+"""Perturbed leaves computed where they are used, so that no perturbed copy of all ever lives.
+
+A loss that is given `Lazy` leaves gets one layer's perturbed weights in one turn of its scan
+over layers (`scan`), and the perturbed rows of the tokens it looks up (`rows`); whatever else
+is done with such a leaf makes an array of it first. The numbers are those of
+`hiso_jax.directions.perturb` to the bit: number i of a leaf's noise can be drawn alone.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiso_jax._engine import exact
+
+Compute = Callable[[jax.Array, tuple[int, ...], tuple[jax.Array, ...]], jax.Array]
+"""(starts [...], shape, parts [..., *shape]) -> array [..., *shape]."""
+
+
+class Lazy:
+    """An array that is an elementwise function of stored arrays and of its own indices.
+
+    Args:
+      compute: ``(starts, shape, parts) -> array [*starts.shape, *shape]``: runs of elements, given
+        the number of each run's first element and the runs of the stored arrays.
+      shape: of the array.
+      dtype: of the array.
+      parts: stored arrays of that shape.
+      start: number of the first element.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.arange(6.0).reshape(3, 2)
+      >>> negated = Lazy(lambda starts, shape, parts: -parts[0], x.shape, x.dtype, (x,))
+      >>> rows(negated, jnp.array([2, 0])).tolist()
+      [[-4.0, -5.0], [-0.0, -1.0]]
+      >>> (1 + negated[...]).tolist()
+      [[1.0, 0.0], [-1.0, -2.0], [-3.0, -4.0]]
+    """
+
+    def __init__(
+        self,
+        compute: Compute,
+        shape: tuple[int, ...],
+        dtype: Any,
+        parts: tuple[jax.Array, ...] = (),
+        start: Any = 0,
+    ):
+        self.compute, self.shape, self.dtype = compute, shape, dtype
+        self.parts, self.start = parts, start
+
+    def __jax_array__(self) -> jax.Array:
+        return self.compute(jnp.asarray(self.start, jnp.uint32), self.shape, self.parts)
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        """As of an array, which is made first; ``[...]`` is the whole."""
+        whole = self.__jax_array__()
+        return whole if index is ... else whole[index]
+
+    def starts(self, indices: jax.Array) -> jax.Array:
+        """Numbers of the first elements of ``self[indices]``."""
+        run = np.uint32(math.prod(self.shape[1:]))
+        return jnp.asarray(self.start, jnp.uint32) + indices.astype(jnp.uint32) * run
+
+    def plus(self, x: jax.Array, scale: Any) -> "Lazy":
+        """``x + scale * self`` in the dtype of `x`, rounded alike however it is computed."""
+
+        def compute(
+            starts: jax.Array, shape: tuple[int, ...], parts: tuple[jax.Array, ...]
+        ) -> jax.Array:
+            own, *others = parts
+            return exact.move(own, scale, self.compute(starts, shape, tuple(others)))
+
+        return Lazy(compute, x.shape, x.dtype, (x, *self.parts), self.start)
+
+
+def rows(table: Any, indices: jax.Array) -> jax.Array:
+    """``table[indices]``, of an array or of a lazy leaf, of which only these rows are computed.
+
+    Args:
+      table: [V, ...].
+      indices: int array of any shape.
+    """
+    if not isinstance(table, Lazy):
+        return jnp.take(table, indices, axis=0)
+    parts = tuple(jnp.take(x, indices, axis=0) for x in table.parts)
+    return table.compute(table.starts(indices), table.shape[1:], parts)
+
+
+def scan(
+    layer: Callable[..., tuple[Any, Any]],
+    carry: Any,
+    layers: Any,
+    others: Any = None,
+    begin: int = 0,
+    end: int | None = None,
+) -> Any:
+    """``lax.scan`` over stacked layers, or some of them; their leaves [L, ...] may be lazy.
+
+    Args:
+      layer: ``(carry, (own, other)) -> (carry, output)``, `own` being one layer's arrays.
+      carry: to begin with.
+      layers: pytree of leaves [L, ...].
+      others: pytree of further leaves [L, ...].
+      begin, end: first layer, and the one to stop before; by default all L.
+    """
+    leaves, tree = jax.tree.flatten(layers)
+    stored = [x.parts if isinstance(x, Lazy) else x for x in leaves]
+    numbers = jnp.arange(leaves[0].shape[0], dtype=jnp.uint32)[begin:end]
+    some = len(numbers) < leaves[0].shape[0]
+
+    def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
+        number, own, other = inputs
+        if some:
+            # Looked up layer by layer: a slice of the stack would be a copy of all of them.
+            at = lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, keepdims=False)  # noqa: E731
+            own, other = jax.tree.map(at, (stored, others))
+        arrays = [
+            x.compute(x.starts(number), x.shape[1:], part) if isinstance(x, Lazy) else part
+            for x, part in zip(leaves, own, strict=True)
+        ]
+        return layer(carry, (tree.unflatten(arrays), other))
+
+    whole = (None, None) if some else (stored, others)
+    return jax.lax.scan(step, carry, (numbers, *whole))

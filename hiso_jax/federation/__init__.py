@@ -1,0 +1,26 @@
+"""Who takes part in a run: simulated clients and their rounds, the server of real ones.
+
+Example:
+  >>> import numpy as np
+  >>> from hiso_jax import federation
+  >>> clients = federation.Clients({"a": {"x": np.arange(3)}, "b": {"x": np.arange(10, 15)}})
+  >>> clients.sizes
+  {'a': 3, 'b': 5}
+"""
+
+from hiso_jax.federation.clients import Arrays, Clients
+from hiso_jax.federation.rounds import Report, answers, evaluate, run
+from hiso_jax.federation.server import Server, catch_up
+from hiso_jax.federation.traffic import Traffic
+
+__all__ = [
+    "Arrays",
+    "Clients",
+    "Report",
+    "Server",
+    "Traffic",
+    "answers",
+    "catch_up",
+    "evaluate",
+    "run",
+]

@@ -1,0 +1,152 @@
+"""Who takes part: clients by name, their examples, and what is drawn of both in a round.
+
+Everything random here is a function of (seed, round), so a run can be stopped after any
+round and resumed, and two methods can be given the very same clients and batches.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hiso_jax._engine import checks
+
+Arrays = dict[str, np.ndarray]
+"""Named columns of one client: each [N, ...], the same N."""
+
+
+class Clients:
+    """Clients by name, each with columns of its own examples.
+
+    Names are text, as in a ledger: ``str`` of what is given, which any method may be given again.
+
+    Args:
+      data: name -> columns; every column of a client has its number of examples first.
+
+    Raises:
+      ValueError: no client, a client without examples, columns that do not match, or names that
+        are missing or the same text.
+
+    Example:
+      >>> import numpy as np
+      >>> clients = Clients({"a": {"x": np.arange(3)}, "b": {"x": np.arange(10, 15)}})
+      >>> batch = clients.batches(["b"], round=0, batch_size=2)
+      >>> {name: column.shape for name, column in batch.items()}
+      {'x': (1, 1, 2), 'weight': (1, 1, 2)}
+    """
+
+    def __init__(self, data: Mapping[Any, Mapping[str, np.ndarray]]):
+        names = checks.clients("data", data)
+        clients = {
+            name: {k: np.asarray(v) for k, v in own.items()}
+            for name, own in zip(names, data.values(), strict=True)
+        }
+        columns = {(k, v.shape[1:], v.dtype) for k, v in next(iter(clients.values())).items()}
+        sizes = []
+        for name, own in clients.items():
+            lengths = {len(v) for v in own.values()}
+            if len(lengths) != 1 or min(lengths) == 0:
+                raise ValueError(
+                    f"data: client {name!r} needs columns of one length >= 1, got "
+                    f"{ {k: len(v) for k, v in own.items()} }"
+                )
+            if {(k, v.shape[1:], v.dtype) for k, v in own.items()} != columns or "weight" in own:
+                raise ValueError(
+                    f"data: client {name!r} must have the same columns as the others, and none "
+                    f'called "weight"; got { {k: (v.shape[1:], v.dtype) for k, v in own.items()} }'
+                )
+            sizes.append(lengths.pop())
+        first = clients[next(iter(clients))]
+        joined = {k: np.concatenate([own[k] for own in clients.values()]) for k in first}
+        self._hold(list(clients), np.array(sizes), joined)
+
+    @classmethod
+    def joined(
+        cls, names: Sequence[Any], sizes: Sequence[int], columns: Mapping[str, np.ndarray]
+    ) -> "Clients":
+        """Clients whose examples lie one client after the other; nothing is copied.
+
+        Args:
+          names: of the clients, different.
+          sizes: examples of each, >= 1.
+          columns: name -> array [sum(sizes), ...].
+
+        Raises:
+          ValueError: names, sizes and columns do not match, or names are missing or the same.
+
+        Example:
+          >>> Clients.joined(["a", "b"], [2, 1], {"x": np.arange(3)})["b"]["x"]
+          array([2])
+        """
+        lengths = {len(v) for v in columns.values()} | {int(np.sum(sizes))}
+        if len(names) != len(sizes) or not len(names) or min(sizes) < 1 or len(lengths) != 1:
+            raise ValueError(
+                f"sizes: expected one >= 1 a client that add up to the columns' length; got "
+                f"{len(names)} names, {len(sizes)} sizes and lengths {sorted(lengths)}"
+            )
+        clients = cls.__new__(cls)
+        clients._hold(checks.clients("names", names), np.asarray(sizes), dict(columns))
+        return clients
+
+    def _hold(self, names: list[str], sizes: np.ndarray, columns: Arrays) -> None:
+        self.names, self._columns, self._sizes = names, columns, sizes
+        self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        self._index = {name: i for i, name in enumerate(names)}
+        self._shares = sizes / sizes.sum()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def columns(self) -> Arrays:
+        """The examples of all clients, end to end in the order of `names`."""
+        return dict(self._columns)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Examples of each client."""
+        return dict(zip(self.names, self._sizes.tolist(), strict=True))
+
+    def __getitem__(self, name: Any) -> Arrays:
+        """A client's own columns."""
+        i = self._index[str(name)]
+        own = slice(self._starts[i], self._starts[i] + self._sizes[i])
+        return {k: v[own] for k, v in self._columns.items()}
+
+    def sample(self, count: int, round: int, seed: int = 0, sampling: str = "uniform") -> list[str]:
+        """Draw the names of `count` different clients for a round.
+
+        Args:
+          count: C.
+          round: number of the round.
+          seed: of the run.
+          sampling: ``"uniform"``, or ``"size"``: with probability in proportion to a
+            client's examples, so that the plain mean over clients stands for the mean over
+            examples (as in FedProx, arXiv 1812.06127).
+        """
+        checks.choice("sampling", sampling, ("uniform", "size"))
+        if not 1 <= count <= len(self):
+            raise ValueError(f"count: expected 1 to {len(self)} clients a round, got {count}")
+        rng = np.random.default_rng([seed, round, 0])
+        shares = self._shares if sampling == "size" else None
+        return [self.names[i] for i in rng.choice(len(self), count, replace=False, p=shares)]
+
+    def batches(
+        self, names: Sequence[Any], round: int, batch_size: int, local_steps: int = 1, seed: int = 0
+    ) -> Arrays:
+        """Draw the batches of a round, leaves [C, K, B, ...].
+
+        A client draws without repetition within a local step; one with fewer examples than
+        `batch_size` gives all it has, and the rest of its batch has ``weight`` 0.
+        """
+        shape = (len(names), local_steps, batch_size)
+        picks, weight = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        for c, name in enumerate(names):
+            i = self._index[str(name)]
+            size, kept = int(self._sizes[i]), min(int(self._sizes[i]), batch_size)
+            rng = np.random.default_rng([seed, round, 1, i])
+            for k in range(local_steps):
+                picks[c, k, :kept] = rng.permutation(size)[:kept]
+            picks[c] += self._starts[i]
+            weight[c, :, :kept] = 1
+        return {k: v[picks] for k, v in self._columns.items()} | {"weight": weight}

@@ -1,0 +1,151 @@
+"""The round loop of a simulation: many clients on one machine, in one program a round."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from hiso_jax._engine import checks, meshes
+from hiso_jax._engine.exact import compiler_options
+from hiso_jax.federation.clients import Arrays, Clients
+from hiso_jax.protocol import Algorithm, Metrics, State
+
+
+class Report(NamedTuple):
+    """What a simulated round leaves to look at."""
+
+    round: int  # rounds done
+    state: State
+    metrics: Metrics
+    names: list[str]  # who was asked
+    weights: np.ndarray  # float32 [C]: 0 for those who did not answer
+    bad: list[str]  # who sent NaN or infinite scalars, so that nothing moved
+
+    @property
+    def reported(self) -> dict[str, float]:
+        """Weights of those who answered, by name, as ``ledger.append`` takes them."""
+        return {n: float(w) for n, w in zip(self.names, self.weights, strict=True) if w > 0}
+
+
+def answers(count: int, round: int, seed: int, dropout: float) -> np.ndarray:
+    """Weights of the clients asked: 0 with probability `dropout`, else 1."""
+    chances = np.random.default_rng([seed, round, 2]).random(count)
+    return (chances >= dropout).astype(np.float32)
+
+
+def run(
+    algorithm: Algorithm,
+    state: State,
+    clients: Clients,
+    *,
+    rounds: int,
+    clients_per_round: int,
+    batch_size: int,
+    local_steps: int = 1,
+    seed: int = 0,
+    sampling: str = "uniform",
+    dropout: float = 0.0,
+    prepare: Callable[[Arrays], Arrays] = lambda batches: batches,
+    mesh: Mesh | None = None,
+) -> Iterator[Report]:
+    """Yield a report after every round, from ``state.round`` on.
+
+    The next batches are prepared while the device works. The state given in is not kept:
+    its buffers are reused, so copy what should outlive the first round.
+
+    Args:
+      algorithm: with the same `local_steps`.
+      state: from ``algorithm.init`` or an earlier report.
+      clients: whose data it is.
+      rounds: the round to stop before.
+      clients_per_round: C.
+      batch_size: B, examples of a client in a local step.
+      local_steps: K.
+      seed: of who takes part with which examples; independent of the noise.
+      sampling: ``"uniform"`` or ``"size"``, see `Clients.sample`.
+      dropout: chance in [0, 1] that a client that was asked does not answer. A round nobody
+        answers moves nothing; its record is NaN.
+      prepare: what is done to batches [C, K, B, ...] before they are computed with.
+      mesh: devices to work on, from `hiso_jax.meshes.make`; C must be a multiple of its rows.
+
+    Raises:
+      FloatingPointError: clients sent NaN or infinite scalars, by name, and whether their loss
+        was so before any step. It is raised after the report of that round, which moved nothing,
+        so the last good state is at hand.
+    """
+    checks.count("rounds", rounds)
+    checks.count("batch_size", batch_size)
+    checks.number("dropout", dropout, 0, 1)
+    step = jax.jit(algorithm.round, donate_argnums=0, compiler_options=compiler_options())
+
+    def draw(round: int) -> tuple[list[str], Any]:
+        names = clients.sample(clients_per_round, round, seed, sampling)
+        batches = prepare(clients.batches(names, round, batch_size, local_steps, seed))
+        return names, batches if mesh is None else meshes.place_batches(mesh, batches)
+
+    used = contextlib.nullcontext if mesh is None else lambda: jax.set_mesh(mesh)
+    if mesh is not None:
+        state = meshes.place_state(mesh, state)
+    first = int(state.round)
+    ahead = draw(first)
+    for round in range(first, rounds):
+        names, batches = ahead
+        weights = answers(len(names), round, seed, dropout)
+        with used():
+            state, metrics = step(state, batches, weights)
+        if round + 1 < rounds:
+            ahead = draw(round + 1)  # the device is still busy with this round
+        finite = np.asarray(metrics.finite) | (weights == 0)  # waits for the device
+        bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
+        stuck = bad and not np.isfinite(np.asarray(metrics.record)).all()
+        yield Report(round + 1, state, metrics, names, weights, bad if stuck else [])
+        if stuck:
+            raise FloatingPointError(
+                f"round {round}: clients {bad} sent NaN or infinite scalars; the round moved "
+                f"nothing{_advice(algorithm, metrics, round, names, bad)}"
+            )
+
+
+def _advice(
+    algorithm: Algorithm, metrics: Metrics, round: int, names: list[str], bad: list[str]
+) -> str:
+    """What may have made the scalars of the clients `bad` NaN or infinite."""
+    first = dict(zip(names, np.asarray(metrics.losses)[:, 0].tolist(), strict=True))
+    broken = [name for name in bad if not np.isfinite(first[name])]
+    if not broken:
+        return ". Lower the learning rate or the smoothing"
+    kind = "NaN" if all(np.isnan(first[name]) for name in broken) else "NaN or infinite"
+    # Other estimators take no loss at the parameters themselves.
+    place = "near" if algorithm.recipe.get("estimator") == "central" else "at"
+    earlier = ", and at the learning rate of the rounds before" if round else ""
+    return (
+        f": the loss of clients {broken} is {kind} {place} the model's own parameters, before "
+        f"any step of this round: look at their data and at the model{earlier}"
+    )
+
+
+def evaluate(
+    function: Any,
+    params: Any,
+    data: Mapping[str, np.ndarray],
+    batch_size: int,
+    prepare: Callable[[Arrays], Arrays] = lambda batch: batch,
+) -> Any:
+    """Sum ``function(params, batch)`` over all of `data`, in batches of one shape.
+
+    `function` returns a pytree of sums over its batch; the last batch is padded with
+    examples of ``weight`` 0.
+    """
+    size = len(next(iter(data.values())))
+    total = None
+    for start in range(0, size, batch_size):
+        picks = np.arange(start, start + batch_size)
+        batch = {k: v[np.minimum(picks, size - 1)] for k, v in data.items()}
+        batch["weight"] = (picks < size).astype(np.float32)
+        sums = function(params, prepare(batch))
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    return jax.device_get(total)

@@ -1,0 +1,262 @@
+"""A fine-tuned model from its base and a ledger, and the proof that it is the same bit for bit.
+
+Example:
+  >>> from hiso_jax.ledger import rebuild
+  >>> rebuild.rebuild("gone.sqlite", "base", "base")
+  Traceback (most recent call last):
+      ...
+  FileNotFoundError: gone.sqlite: no such file
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hiso_jax._engine import files
+from hiso_jax._engine.tensorfile import Tensor, TensorFile
+from hiso_jax.ledger.replay import Leaf, Replay, large
+from hiso_jax.ledger.store import Ledger
+from hiso_jax.ledger.tables import LedgerMismatch
+from hiso_jax.models import adapters, huggingface
+
+
+class Piece(NamedTuple):
+    """A whole tensor in a file, and where in which leaf its numbers are."""
+
+    leaf: Leaf
+    start: int  # in the flattened leaf
+    file: str | None  # None: a leaf that is not in the base, zeros
+    tensor: str
+    shape: tuple[int, ...]  # in the file
+    turned: bool  # the file has it transposed
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """(start, count) of what is worked on at a time; a turned tensor cannot be cut."""
+        size = int(np.prod(self.shape, dtype=np.int64))
+        room = size if self.turned else large()
+        for start in range(0, size, max(room, 1)):
+            yield start, min(room, size - start)
+
+
+def flat_pieces(leaves: dict[str, Leaf], base: dict[str, TensorFile]) -> list[Piece]:
+    """Tensors of a file whose names are the leaves'; leaves that are not in it are zeros."""
+    where = {name: path for path, file in base.items() for name in file.tensors}
+    return [Piece(leaf, 0, where.get(n), n, leaf.shape, False) for n, leaf in leaves.items()]
+
+
+def folder_pieces(leaves: dict[str, Leaf], base: dict[str, TensorFile], layers: int) -> list[Piece]:
+    """Tensors of a Hugging Face folder, found under the prefix that explains most leaves."""
+    where = {name: path for path, file in base.items() for name in file.tensors}
+
+    def found(prefix: str) -> dict[str, list[str]]:
+        names = {}
+        for leaf in leaves:
+            if leaf.startswith(prefix):
+                own = huggingface.tensor_names(leaf.removeprefix(prefix), layers)
+                names[leaf] = [n for name in own if (n := huggingface.find(name, where))]
+                if len(names[leaf]) < len(own):
+                    del names[leaf]
+        return names
+
+    starts = {leaf[: i + 1] for leaf in leaves for i, letter in enumerate(leaf) if letter == "/"}
+    best = max((found(prefix) for prefix in sorted({"", *starts})), key=len)
+    pieces = []
+    for name, leaf in leaves.items():
+        start = 0
+        for tensor in best.get(name, []):
+            file = where[tensor]
+            shape, turned = base[file].tensors[tensor].shape, huggingface.is_turned(name)
+            pieces.append(Piece(leaf, start, file, tensor, shape, turned))
+            start += base[file].tensors[tensor].size
+        if name not in best:
+            pieces.append(Piece(leaf, 0, None, name, leaf.shape, False))
+    return pieces
+
+
+def load(piece: Piece, base: dict[str, TensorFile], start: int, count: int) -> np.ndarray:
+    """Numbers of a chunk in the order and type of the leaf."""
+    if piece.file is None:
+        return np.zeros(count, piece.leaf.dtype)
+    x = base[piece.file].read(piece.tensor, start, count)
+    x = x.reshape(piece.shape).T.reshape(-1) if piece.turned else x
+    return x.astype(piece.leaf.dtype)
+
+
+def _write(
+    replay: Replay,
+    pieces: list[Piece],
+    base: dict[str, TensorFile],
+    out: Path,
+    step: Callable[[str, int], None],
+) -> None:
+    """Check the base, then write every file of `out`; raise LedgerMismatch if bits differ."""
+    covered: dict[str, int] = {}
+    for piece in pieces:
+        size = int(np.prod(piece.shape, dtype=np.int64))
+        covered[piece.leaf.name] = covered.get(piece.leaf.name, 0) + size
+    if wrong := [name for name, leaf in replay.leaves.items() if covered.get(name) != leaf.size]:
+        raise LedgerMismatch(f"the base has leaves of other sizes: {', '.join(wrong[:3])}")
+    work = [(piece, *chunk) for piece in pieces for chunk in piece.chunks()]
+
+    def read(piece: Piece, start: int, count: int) -> None:
+        x = load(piece, base, start, count)
+        replay.read(piece.leaf.name, piece.start + start, x)
+        step("reading the base", count)
+
+    extra = {p.tensor: Tensor(p.leaf.dtype, p.shape) for p in pieces if p.file is None}
+    types = {(p.file, p.tensor): p.leaf.dtype for p in pieces}
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        list(pool.map(read, *zip(*work, strict=True)))
+        replay.check_base()
+        written: dict[str | None, TensorFile] = {}
+        for path, file in base.items():
+            tensors = {n: t._replace(dtype=types.get((path, n), t.dtype))
+                       for n, t in file.tensors.items()}  # fmt: skip
+            target = out / _as_safetensors(path) if out.is_dir() else out
+            made = TensorFile.create(target, tensors, file.metadata)
+            written[path] = stack.enter_context(made)
+            for name, tensor in file.tensors.items():
+                for start in range(0, 0 if (path, name) in types else tensor.size, large()):
+                    count = min(large(), tensor.size - start)
+                    made.write(name, start, file.read(name, start, count))
+        if extra:
+            if not out.is_dir():
+                raise LedgerMismatch(f"the base lacks {', '.join(extra)}")
+            written[None] = stack.enter_context(TensorFile.create(out / "extra.safetensors", extra))
+
+        def advance(piece: Piece, start: int, count: int) -> None:
+            x = load(piece, base, start, count)
+            if piece.leaf.trainable:
+                x = replay.advance(piece.leaf.name, piece.start + start, x)
+            x = x.reshape(piece.shape[::-1]).T if piece.turned else x
+            written[piece.file].write(piece.tensor, start, x.reshape(-1))
+            step("replaying", count)
+
+        list(pool.map(advance, *zip(*work, strict=True)))
+    if replay.wanted not in (None, replay.digest):
+        raise LedgerMismatch(f"the digest is {replay.digest}, the ledger's {replay.wanted}")
+
+
+def _as_safetensors(text: str) -> str:
+    """Names of files in PyTorch's own format as those of the safetensors they become."""
+    return text.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+
+
+def open_ledger(path: Path) -> Ledger:
+    """Open a ledger, or the compact file of one."""
+    with open(path, "rb") as file:
+        if file.read(16).startswith(b"SQLite"):
+            return Ledger.open(path, read_only=True)
+    return Ledger.import_(path)
+
+
+@contextlib.contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path` and rename it on success."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield part
+        with contextlib.suppress(OSError):  # some mounts have no modes
+            part.chmod(0o755)
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+class Rebuilt(NamedTuple):
+    """What was rebuilt and what that proves."""
+
+    rounds: int
+    parameters: int
+    digest: str  # of the state that was reached
+    proved: bool  # the ledger has a digest of it, which is the same
+    note: str  # how what was trained beside the weights was merged, if something was
+
+
+def rebuild(
+    ledger: str | Path,
+    base: str | Path,
+    out: str | Path,
+    on_step: Callable[[str, int, int], None] = lambda what, count, total: None,
+) -> Rebuilt:
+    """Rebuild a fine-tuned model from its base and its ledger.
+
+    Args:
+      ledger: ledger.sqlite of a run, or the ledger.safetensors that was sent.
+      base: what the run started from: a Hugging Face folder, or a .safetensors file whose tensors
+        have the leaves' names.
+      out: becomes the same kind of thing, whole or not at all; must not exist.
+      on_step: called with what is done, how many parameters are, and how many there are in all;
+        from several threads.
+
+    Raises:
+      FileExistsError: `out` exists.
+      FileNotFoundError: `ledger` or `base` does not.
+      LedgerMismatch: the base is another, or the digest differs in the end.
+      ValueError: there is nothing to replay.
+    """
+    ledger, base, out = Path(ledger), Path(base), Path(out)
+    if not ledger.is_file():
+        raise FileNotFoundError(f"{ledger}: no such file")
+    if out.exists():
+        raise FileExistsError(f"{out} exists; nothing is written over")
+    folder = base.is_dir()
+    kind, paths = huggingface.weight_files(base) if folder else (TensorFile, [base])
+    if not paths[0].is_file():
+        raise FileNotFoundError(f"{base}: no such file or folder")
+    with contextlib.ExitStack() as stack:
+        records = stack.enter_context(open_ledger(ledger))
+        if not records.rounds:
+            raise ValueError(f"{ledger}: no rounds are in it, there is nothing to replay")
+        replay = Replay(records)
+        opened = {path.name: stack.enter_context(kind(path)) for path in paths}
+        for file in opened.values():
+            file.check_length()
+        if folder:
+            config = json.loads((base / "config.json").read_text())
+            pieces = folder_pieces(replay.leaves, opened, config["num_hidden_layers"])
+        else:
+            pieces = flat_pieces(replay.leaves, opened)
+        size = sum(leaf.size for leaf in replay.leaves.values())
+        made = stack.enter_context((_whole_folder if folder else files.whole)(out))
+        _write(replay, pieces, opened, made, lambda what, count: on_step(what, count, size))
+        if folder:
+            _copy_small_files(base, paths[0], made)
+        note = _finish(records, base, made)
+        return Rebuilt(records.rounds, size, replay.digest, replay.wanted is not None, note)
+
+
+def _copy_small_files(base: Path, weights: Path, made: Path) -> None:
+    """Copy config and tokenizer; an index is rewritten for the names of safetensors."""
+    for small in base.iterdir():
+        if not (small.is_file() and small.suffix in huggingface.SMALL_FILES):
+            continue
+        if not small.name.endswith(".index.json"):
+            shutil.copyfile(small, made / small.name)
+        elif weights.name not in ("model.safetensors", "pytorch_model.bin"):
+            index = _as_safetensors(small.read_text())
+            (made / _as_safetensors(small.name)).write_text(index)
+        # Else it is a stale one: the weights are in a file that needs none.
+
+
+def _finish(ledger: Ledger, base: Path, made: Path) -> str:
+    """Make a whole model of weights and what was trained beside them; say what was done."""
+    if not (made / "extra.safetensors").exists():
+        return ""
+    adapter = ledger.header["about"].get("train")
+    if adapter is None:
+        return (
+            "The weights are those of the base: what was trained is beside them, in "
+            "extra.safetensors; this ledger, of an earlier version, does not say how to merge it"
+        )
+    return adapters.finish(adapter, base, made)

@@ -1,0 +1,118 @@
+"""What a job trains: parameters, a loss, clients and the data to evaluate on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiso_jax.federation import Arrays, Clients
+
+
+class Cut(NamedTuple):
+    """The last layers of a model, as of a `hiso_jax.Split`."""
+
+    trunk: Callable[[Any, Any], Any]  # (params, batch) -> kept
+    head: Callable[[Any, Any], jax.Array]  # (params, kept) -> loss
+    leaves: dict[str, int]  # that lie above -> first row
+
+
+class Problem(NamedTuple):
+    """A problem over simulated clients."""
+
+    name: str
+    params: Any
+    loss_fn: Callable[[Any, Any], jax.Array]  # (params, batch) -> loss
+    score: Callable[[Any, Any], dict[str, jax.Array]]  # (params, batch) -> sums, for `figure`
+    clients: Clients  # columns of the batch
+    dev: Arrays  # chosen on
+    test: Arrays  # reported
+    save: Callable[[Path, Any], None]  # (run folder, params)
+    metric: str = "accuracy"  # "accuracy", "f1" or "perplexity"
+    prepare: Callable[[Arrays], Arrays] = lambda batch: batch  # before a batch is computed with
+    trainable: Any = None  # as in `hiso_jax.trees.select`
+    lazy: bool = False  # the loss takes lazy leaves, see `hiso_jax.lazy`
+    upper: Callable[[int], "Cut"] | None = None  # number of layers -> where they begin
+    measure: Callable[[Any], dict[str, float]] = lambda params: {}  # more, of the test split
+    classes: tuple[tuple[str, str], ...] = ()  # label and word of each, in the order of numbers
+    notes: tuple[str, ...] = ()  # what was left out of the data, or done otherwise
+    adapter: dict[str, Any] | None = None  # how what is trained becomes a model, for replay
+
+    def figure(self, sums: dict[str, Any]) -> tuple[float, float]:
+        """Mean loss, and the metric, of sums over a split; NaN where a logit was."""
+        loss = float(sums["loss"] / sums["count"])
+        if self.metric == "perplexity":
+            with np.errstate(over="ignore"):
+                return loss, float(np.exp(loss))
+        confusion = np.asarray(sums["confusion"], float)  # [label, prediction]
+        if not np.isfinite(confusion).all():
+            return loss, float("nan")
+        if self.metric == "accuracy":
+            return loss, float(np.trace(confusion) / confusion.sum())
+        both = confusion.sum(0) + confusion.sum(1)
+        present = both > 0
+        return loss, float((2 * np.diag(confusion)[present] / both[present]).mean())
+
+
+def classification(logits_fn: Callable[[Any, Any], jax.Array]) -> tuple[Any, Any]:
+    """Loss and score of logits [B, labels] against column ``label``."""
+
+    def losses(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        logits = logits_fn(params, batch).astype(jnp.float32)
+        picked = jnp.take_along_axis(logits, batch["label"][..., None], -1)[..., 0]
+        return jax.nn.logsumexp(logits, -1) - picked, logits
+
+    def loss_fn(params: Any, batch: Any) -> jax.Array:
+        """Mean cross-entropy over the examples of a batch that are not padding."""
+        weight = batch["weight"]
+        return (losses(params, batch)[0] * weight).sum() / weight.sum()
+
+    def score(params: Any, batch: Any) -> dict[str, jax.Array]:
+        """Sums over a batch: ``loss``, ``count`` and ``confusion`` [label, prediction]."""
+        each, logits = losses(params, batch)
+        weight, size = batch["weight"], logits.shape[-1]
+        label = jax.nn.one_hot(batch["label"], size) * weight[:, None]
+        # The largest of NaN is none: a broken model must not look like one that guesses class 0.
+        broken = jnp.isnan(logits).any(-1, keepdims=True)
+        guess = jnp.where(broken, jnp.nan, jax.nn.one_hot(logits.argmax(-1), size))
+        confusion = label.T @ guess
+        return {"loss": (each * weight).sum(), "count": weight.sum(), "confusion": confusion}
+
+    return loss_fn, score
+
+
+def language(
+    hidden: Callable[[Any, Any], jax.Array],
+    head: Callable[[Any, jax.Array], jax.Array],
+    room: int | None = None,
+) -> tuple[Any, Any]:
+    """Loss and score of the tokens whose ``target`` is 1.
+
+    Args:
+      hidden: ``(params, batch) -> [B, T, D]``.
+      head: ``(params, [B, n, D]) -> logits [B, n, V]``.
+      room: all targets are among the last `room` columns: the head is computed there only.
+    """
+
+    def sums(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        ids, target = batch["input_ids"], batch["target"]
+        kept = ids.shape[1] - 1 if room is None else min(room, ids.shape[1] - 1)
+        logits = head(params, hidden(params, batch)[:, -kept - 1 : -1])
+        picked = jnp.take_along_axis(logits, ids[:, -kept:, None], -1)[..., 0]
+        weight = target[:, -kept:] * batch["weight"][:, None]
+        each = (jax.nn.logsumexp(logits, -1) - picked) * weight
+        return each.sum(), weight.sum()
+
+    def loss_fn(params: Any, batch: Any) -> jax.Array:
+        """Mean negative log-likelihood of a target."""
+        total, count = sums(params, batch)
+        return total / jnp.maximum(count, 1)
+
+    def score(params: Any, batch: Any) -> dict[str, jax.Array]:
+        """Sums over a batch: ``loss`` and ``count`` of targets."""
+        total, count = sums(params, batch)
+        return {"loss": total, "count": count}
+
+    return loss_fn, score

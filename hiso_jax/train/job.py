@@ -1,0 +1,342 @@
+"""One job: it trains, and leaves a folder with the model, the ledger and what was measured."""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from safetensors import SafetensorError
+
+import hiso_jax as hj
+from hiso_jax import federation
+from hiso_jax._engine import files, meshes
+from hiso_jax.federation import baselines
+from hiso_jax.ledger import digests, snapshots
+from hiso_jax.tasks.problem import Problem
+from hiso_jax.train import folders, methods, report, resume, settings
+from hiso_jax.train.report import console
+from hiso_jax.train.settings import Options, settle
+
+__all__ = ["COMPARED", "Options", "algorithm", "main", "rounds", "run", "settle", "train"]
+
+COMPARED = ("hiso", "decomfl")
+
+
+class Base(NamedTuple):
+    """What was measured before the first round."""
+
+    score: Any  # jitted
+    dev: tuple[float, float]  # loss and metric
+    test: tuple[float, float]
+
+
+def algorithm(
+    options: Options, problem: Problem, learning_rate: float
+) -> hj.Algorithm | baselines.Baseline:
+    """Build the method that the options ask for; its rate falls linearly to 0."""
+    schedule = optax.linear_schedule(learning_rate, 0.0, options.rounds)
+    return methods.build(options, problem, schedule)
+
+
+def rounds(
+    options: Options, problem: Problem, alg: Any, state: hj.State
+) -> Iterator[federation.Report]:
+    """Simulate the rounds that the options ask for, from `state` on."""
+    return federation.run(
+        alg,
+        state,
+        problem.clients,
+        rounds=options.rounds,
+        clients_per_round=options.clients_per_round,
+        batch_size=options.batch_size,
+        local_steps=options.local_steps,
+        seed=options.seed,
+        sampling=options.sampling,
+        dropout=options.dropout,
+        prepare=problem.prepare,
+        mesh=meshes.make(*options.mesh) if options.mesh else None,
+    )
+
+
+def _evaluate(
+    problem: Problem, score: Any, params: Any, data: federation.Arrays
+) -> tuple[float, float]:
+    """Loss and metric on a split."""
+    sums = federation.evaluate(score, params, data, batch_size=64, prepare=problem.prepare)
+    return problem.figure(sums)
+
+
+def measure_base(problem: Problem) -> Base:
+    """Measure the model as it comes.
+
+    Raises:
+      ValueError: its own loss is NaN or infinite: no difference of losses says anything then.
+    """
+    score = jax.jit(problem.score)
+    dev, test = (_evaluate(problem, score, problem.params, x) for x in (problem.dev, problem.test))
+    for split, (loss, _) in (("dev", dev), ("test", test)):
+        if not np.isfinite(loss):
+            what = "NaN" if np.isnan(loss) else "infinite"
+            raise ValueError(
+                f"the model's own loss on the {split} split is {what} before any step; look for "
+                "weights that overflow (--dtype float32 has more room than float16) or are NaN"
+            )
+    return Base(score, dev, test)
+
+
+class Trained(NamedTuple):
+    """What the rounds left."""
+
+    state: hj.State
+    done: int
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    traffic: federation.Traffic
+    seconds: list[float]  # of the rounds of this process
+    sizes: tuple[int, int]  # bytes of the records, and of the compact ledger
+    broken: str  # why the rounds ended early, if a NaN was the reason
+
+
+def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: Base) -> Trained:
+    """Take all rounds that are to do; each is recorded before the next begins."""
+    folder, metric = options.out, problem.metric
+    seconds: list[float] = []
+    broken = ""
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(report.progress())
+        ledger, state, rows = resume.open_run(options, problem, alg, bar)
+        stack.enter_context(ledger)
+        traffic = resume.account(options, problem, alg, ledger, size)
+        if not rows:
+            rows.append({"round": 0, "dev_loss": base.dev[0], f"dev_{metric}": base.dev[1]})
+        with files.whole(folder / "metrics.jsonl") as part:
+            part.write_text("".join(report.dumps(row) + "\n" for row in rows))
+        log = stack.enter_context(open(folder / "metrics.jsonl", "a"))
+        done, last_dev = ledger.rounds, [r[f"dev_{metric}"] for r in rows if "dev_loss" in r][-1]
+        task = bar.add_task(
+            methods.title(options.method), total=options.rounds, completed=done, status="compiling"
+        )
+        start = time.perf_counter()
+        stop = stack.enter_context(folders.stop_on_ctrl_c())
+        try:
+            for step in rounds(options, problem, alg, state):
+                seconds.append(time.perf_counter() - start)
+                state = step.state
+                if step.bad:
+                    continue  # it moved nothing, and is not part of the run
+                done = step.round
+                traffic.ask(step.names, done - 1, step.reported)
+                up, down = sum(traffic.up.values()), sum(traffic.down.values())
+                loss = float(step.metrics.loss)  # NaN if nobody answered
+                row: dict[str, Any] = dict(
+                    round=done,
+                    loss=loss,
+                    clients=step.names,
+                    uplink_bytes=up,
+                    downlink_bytes=down,
+                    seconds=round(seconds[-1], 4),
+                )
+                looked = done % options.eval_every == 0 or done == options.rounds
+                if looked:
+                    dev = _evaluate(problem, base.score, state.params, problem.dev)
+                    row.update({"dev_loss": dev[0], f"dev_{metric}": dev[1]})
+                    last_dev = dev[1]
+                # The row comes first: a record without its row could not be given one later.
+                log.write(report.dumps(row) + "\n")
+                log.flush()
+                rows.append(row)
+                ledger.append(
+                    step.metrics.record, hj.digest(state), step.metrics.learning_rate, step.reported
+                )
+                if done % options.snapshot_every == 0 or done == options.rounds:
+                    snapshots.save(folder / "snapshots", alg, state)
+                status = (
+                    f"loss {loss:.3f}  dev {report.figure(metric, last_dev)}  "
+                    f"{1 / np.median(seconds[-20:]):.1f} rounds/s  "
+                    f"up {report.size(up)}  down {report.size(down)}"
+                )
+                bar.update(task, completed=done, status=status)
+                if looked and not console.is_terminal:
+                    report.say(f"round {done}/{options.rounds}  {status}")
+                start = time.perf_counter()
+                if stop.is_set():
+                    break
+        except FloatingPointError as error:
+            report.fail(error)
+            broken = str(error)
+        sizes = ledger.records().nbytes, ledger.export(folder / "ledger.safetensors")
+    return Trained(state, done, rows, traffic, seconds, sizes, broken)
+
+
+def train(
+    options: Options, problem: Problem, learning_rate: float, base: Base | None = None
+) -> dict[str, Any]:
+    """Run one method, or go on with it, and write its folder; return the summary.
+
+    The weights are written before anything is measured: what fails then costs a number, not
+    the run. Its reason is in the summary, under ``failed``.
+    """
+    folder, clients, metric = options.out, problem.clients, problem.metric
+    base = measure_base(problem) if base is None else base
+    folder.mkdir(parents=True, exist_ok=True)
+    alg = algorithm(options, problem, learning_rate)
+    size = sum(x.size for x in alg.trainable(problem.params).values())
+    found = _rounds(options, problem, alg, size, base)
+    params, traffic, seconds = found.state.params, found.traffic, found.seconds
+    problem.save(folder, params)
+    traffic.catch_up(clients.names, found.done)  # everybody ends with the model
+    after, measured, failed = (np.nan, np.nan), {}, []
+    with _failing(failed):
+        after = _evaluate(problem, base.score, params, problem.test)
+    with _failing(failed):
+        whole = problem.measure(params)
+        measured = {f"{name}_before": x for name, x in problem.measure(problem.params).items()}
+        measured |= whole
+    each = [row["seconds"] for row in found.rows if "seconds" in row]
+    steady = float(np.median(each[1:] or each or [0.0]))
+    summary: dict[str, Any] = dict(
+        method=options.method,
+        task=problem.name,
+        rounds=found.done,
+        digest=digests.text(hj.digest(found.state)),
+        learning_rate=learning_rate,
+        seed=options.seed,
+        clients=len(clients),
+        parameters=sum(x.size for x in jax.tree.leaves(problem.params)),
+        trained_parameters=size,
+        metric=metric,
+        **{f"{metric}_before": base.test[1], metric: after[1]},
+        loss_before=base.test[0],
+        loss=after[0],
+        **measured,
+        uplink_bytes_per_client=sum(traffic.up.values()) / len(clients),
+        downlink_bytes_per_client=sum(traffic.down.values()) / len(clients),
+        fedavg_bytes_per_client=8 * size * found.done * options.clients_per_round / len(clients),
+        shipped_bytes=found.sizes[1],
+        payload_bytes=found.sizes[0],
+        seconds_per_round=steady,
+        compile_seconds=max(seconds[0] - steady, 0.0) if seconds else 0.0,
+    )
+    summary |= {"stopped": found.broken} if found.broken else {}
+    summary |= {"failed": failed} if failed else {}
+    report.write_json(folder / "summary.json", summary)
+    report.draw(
+        {methods.title(options.method): found.rows}, metric, problem.name, folder / "curve.png"
+    )
+    return summary | {"rows": found.rows}
+
+
+@contextlib.contextmanager
+def _failing(failed: list[str]) -> Iterator[None]:
+    """Note what goes wrong in a measurement, and go on."""
+    try:
+        yield
+    except Exception as error:
+        failed.append(f"{type(error).__name__}: {error}")
+
+
+def _picture_split(options: Options, problem: Problem) -> None:
+    """Draw who has what: examples of every label, client by client. It does not change."""
+    clients, path = problem.clients, options.out / "split.png"
+    if problem.classes:
+        report.write_json(options.out / "labels.json", report.counts(problem))
+    if not path.exists():
+        labels = {n: clients[n]["label"] for n in clients.names if "label" in clients[n]}
+        report.draw_split(labels, clients.sizes, path)
+
+
+def _rates(options: Options, learning_rates: dict[str, float]) -> dict[str, float]:
+    """Methods to run, each with its peak learning rate."""
+    chosen = list(COMPARED) if options.compare else [options.method]
+    for method in chosen:
+        methods.check(method)
+    given = options.learning_rate
+    if given is None and (untuned := [m for m in chosen if m not in learning_rates]):
+        raise ValueError(f"--learning-rate: none was tuned for {untuned[0]} here; give one")
+    return {method: learning_rates[method] if given is None else given for method in chosen}
+
+
+def run(options: Options, problem: Problem, learning_rates: dict[str, float]) -> None:
+    """Run what the options ask for, print the table, and say where the files are."""
+    saved: dict[str, Any] | None = None
+    with report.door():  # nothing is written or moved before all of it holds
+        if options.resume is None:
+            rates = _rates(options, learning_rates)
+        else:
+            saved = settings.read(options.out)
+            rates = saved["learning_rates"]
+        settings.check(options)
+        if options.clients_per_round > (there := len(problem.clients)):
+            raise ValueError(
+                f"--clients-per-round: expected at most {there}, for there are {there} clients; "
+                f"got {options.clients_per_round}"
+            )
+        for method, rate in rates.items():
+            alg = algorithm(dataclasses.replace(options, method=method), problem, rate)
+            jax.eval_shape(alg.init, problem.params, resume.root_key(options))
+        if options.mesh:
+            meshes.make(*options.mesh)
+        report.show_data(problem)
+        made_of = resume.made_of(problem)
+        if saved and (other := [k for k, v in made_of.items() if saved.get(k, v) != v]):
+            what = resume.MADE_OF[other[0]]
+            raise ValueError(f"--resume {options.out}: {what} not what the run began with")
+        base = measure_base(problem)
+    summaries = []
+    try:
+        if saved is None:
+            folders.make_room(options.out)
+        with folders.alone(options.out):
+            settings.write(options, rates, made_of, saved)
+            _picture_split(options, problem)
+            for method, rate in rates.items():
+                out = options.out / method if options.compare else options.out
+                own = dataclasses.replace(options, method=method, out=out)
+                summaries.append(train(own, problem, rate, base))
+            if options.compare:
+                curves = {methods.title(s["method"]): s["rows"] for s in summaries}
+                report.draw(curves, problem.metric, problem.name, options.out / "curve.png")
+                bare = [{k: v for k, v in s.items() if k != "rows"} for s in summaries]
+                report.write_json(options.out / "summary.json", bare)
+    except (OSError, hj.LedgerError, SafetensorError) as error:  # the last: a full disk
+        report.fail(error)
+        if (options.out / "options.json").exists():
+            report.say(f"What was recorded is safe. To go on: --resume {options.out}")
+        sys.exit(1)
+    _say_how_it_ended(options, summaries)
+
+
+def _say_how_it_ended(options: Options, summaries: list[dict[str, Any]]) -> None:
+    """Print the table and where the files are; exit with 1 unless all is as it was asked for."""
+    console.print(report.table(summaries))
+    report.say(
+        "Written to ", f"{options.out}/", ": curve.png, split.png, metrics.jsonl, summary.json, "
+        "ledger.sqlite, ledger.safetensors, weights"
+    )  # fmt: skip
+    broken = [s for s in summaries if s.get("stopped")]
+    for summary in (s for s in summaries if s.get("failed")):
+        report.fail(f"Not measured: {'; '.join(summary['failed'])}. The weights are written.")
+    if broken:
+        report.fail(f"It ended after {broken[0]['rounds']} of {options.rounds} rounds: NaN.")
+    elif any(s["rounds"] < options.rounds for s in summaries):
+        report.say(f"To go on with it: --resume {options.out}")
+    if broken or any(s.get("failed") for s in summaries):
+        sys.exit(1)
+
+
+def main(
+    kind: type[Options], build: Callable[[Any], Problem], learning_rates: dict[str, float]
+) -> None:
+    """Parse the command line, build the problem and run."""
+    import tyro
+
+    options = settle(tyro.cli(kind))
+    with report.door():
+        settings.check(options)
+        report.say("Reading data and model ...")
+        problem = build(options)
+    run(options, problem, learning_rates)

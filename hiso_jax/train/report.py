@@ -1,0 +1,220 @@
+"""What a person sees of a run: bars, tables, curves."""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from hiso_jax import LedgerError
+from hiso_jax._engine import files
+from hiso_jax.tasks.problem import Problem
+from hiso_jax.train.methods import title
+
+MOST = 40
+"""Labels that are printed; the file has all."""
+console = Console(emoji=False, highlight=False)
+
+
+def say(*parts: str, style: str = "") -> None:
+    """Print a line as it is: no markup, no breaks; every second part, a path say, is bold."""
+    line = Text.assemble(*((p, "bold" if i % 2 else "") for i, p in enumerate(parts)), style=style)
+    console.print(line, soft_wrap=True)
+
+
+def fail(error: BaseException | str) -> None:
+    """Print what went wrong, in one line."""
+    say(" ".join(str(error).split()) or repr(error), style="red")
+
+
+@contextlib.contextmanager
+def door() -> Iterator[None]:
+    """End with one line and exit code 1 on what was asked for and cannot be had."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LedgerError) as error:
+        fail(error)
+        sys.exit(1)
+    except (ArithmeticError, LookupError, MemoryError, RuntimeError) as error:
+        fail(f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def progress(count: str = "{task.completed}/{task.total}") -> Progress:
+    """A bar that keeps a line of figures beside it."""
+    return Progress(
+        TextColumn("{task.description}", style="bold", markup=False),
+        BarColumn(bar_width=20),
+        TextColumn(count),
+        # On a narrow terminal the figures go on on the next line.
+        TextColumn("{task.fields[status]}", markup=False, table_column=Column(overflow="fold")),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: what is not a finite number is None.
+
+    Example:
+      >>> plain({"loss": float("nan"), "curve": (1, float("inf"))})
+      {'loss': None, 'curve': [1, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def dumps(content: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes, without NaN."""
+    return json.dumps(plain(content), indent=indent, default=str, allow_nan=False)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with files.whole(path) as part:
+        part.write_text(dumps(content, 2) + "\n")
+
+
+def size(count: float) -> str:
+    """A number of bytes as people write it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def percent(metric: str) -> int:
+    """What people multiply a metric by: 100, but a perplexity is no share of anything."""
+    return 1 if metric == "perplexity" else 100
+
+
+def figure(metric: str, value: float | None) -> str:
+    """A metric as people write it."""
+    if value is None or math.isnan(value):
+        return "not a number"
+    return f"{value:.2f}" if percent(metric) == 1 else f"{value:.1%}"
+
+
+def blank(width: float, height: float) -> Any:
+    """An empty picture."""
+    # Imported here, for it takes as long as jax; and no pyplot: no display, no state.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw(curves: dict[str, list[dict[str, Any]]], metric: str, title: str, path: Path) -> None:
+    """Draw metric and loss on the dev split against rounds, one curve a method."""
+    picture = blank(9, 3.4)
+    axes, scale = picture.subplots(1, 2), percent(metric)
+    for name, rows in curves.items():
+        # What was infinite is None in a file.
+        points = [r for r in rows if r.get("dev_loss") is not None]
+        rounds = [r["round"] for r in points]
+        figures = [math.nan if (y := r[f"dev_{metric}"]) is None else scale * y for r in points]
+        axes[0].plot(rounds, figures, marker=".", label=name)
+        axes[1].plot(rounds, [r["dev_loss"] for r in points], marker=".", label=name)
+    for axis, label in zip(axes, (f"dev {metric}" + ", %" * (scale > 1), "dev loss"), strict=True):
+        axis.set(xlabel="round", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    picture.suptitle(title, fontsize=10, parse_math=False)  # a name may have a $ in it
+    with files.whole(path) as part:
+        picture.savefig(part, dpi=150)
+
+
+def draw_split(labels: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -> None:
+    """Draw a bar a client, largest first, in a colour a label."""
+    picture = blank(9, 3)
+    axis = picture.subplots()
+    names = sorted(sizes, key=lambda name: -sizes[name])
+    edges, bottom = np.arange(len(names) + 1) - 0.5, np.zeros(len(names))
+    if labels:
+        for kind in np.unique(np.concatenate(list(labels.values()))):
+            top = bottom + [(labels[name] == kind).sum() for name in names]
+            axis.stairs(top, edges, baseline=bottom, fill=True, label=f"label {kind}")
+            bottom = top
+        axis.legend(frameon=False, ncols=2, fontsize=8)
+    else:
+        axis.stairs([sizes[name] for name in names], edges, fill=True)
+    axis.set(xlabel=f"{len(names)} clients", ylabel="examples")
+    axis.spines[["top", "right"]].set_visible(False)
+    with files.whole(path) as part:
+        picture.savefig(part, dpi=150)
+
+
+def table(summaries: list[dict[str, Any]]) -> Table:
+    """The table at the end of a run."""
+    first = summaries[0]
+    name = f"{first['task']}: {first['rounds']} rounds, {first['clients']} clients"
+    out = Table(title=escape(name))
+    out.add_column("", justify="left")
+    for summary in summaries:
+        out.add_column(escape(title(summary["method"])), justify="right")
+    metric = first["metric"]
+    lines = {
+        f"test {metric} before": lambda s: figure(metric, s[f"{metric}_before"]),
+        f"test {metric} after": lambda s: f"[bold]{figure(metric, s[metric])}",
+    }
+    for name in ("exact_match", "f1", "rouge_l"):
+        if f"{name}_before" in first and name != metric:
+            lines[f"test {name} before, after"] = lambda s, name=name: (
+                f"{figure(name, s[f'{name}_before'])}, {figure(name, s[name])}"
+            )
+    lines |= {
+        "sent by a client": lambda s: size(s["uplink_bytes_per_client"]),
+        "received by a client": lambda s: size(s["downlink_bytes_per_client"]),
+        "the whole run as a file": lambda s: size(s["shipped_bytes"]),
+        "FedAvg would have moved": lambda s: size(s["fedavg_bytes_per_client"]),
+        "seconds a round": lambda s: f"{s['seconds_per_round']:.3g}",
+        "compile seconds": lambda s: f"{s['compile_seconds']:.1f}",
+    }
+    for name, cell in lines.items():
+        out.add_row(name, *(cell(s) for s in summaries))
+    return out
+
+
+def counts(problem: Problem) -> list[dict[str, Any]]:
+    """Label, word and number of examples by split, a row a class."""
+    clients = problem.clients.columns
+    parts = {"train": clients, "dev": problem.dev, "test": problem.test}
+    return [
+        {"label": label, "word": word}
+        | {name: int((part["label"] == number).sum()) for name, part in parts.items()}
+        for number, (label, word) in enumerate(problem.classes)
+    ]
+
+
+def show_data(problem: Problem) -> None:
+    """Print what the labels are, and all that was done to the data."""
+    rows = counts(problem)
+    if rows:
+        out = Table(title="labels")
+        shown = [name for name in rows[0] if name != "word" or any(row["word"] for row in rows)]
+        for name in shown:
+            out.add_column(name, justify="left" if name in ("label", "word") else "right")
+        for row in rows[:MOST]:
+            out.add_row(*(escape(str(row[name])) for name in shown))
+        console.print(out)
+    if len(rows) > MOST:
+        say(f"and {len(rows) - MOST} more labels, all in labels.json")
+    lines = [f"train has no example of label {row['label']!r}, there is nothing to learn it from"
+             for row in rows if not row["train"]]  # fmt: skip
+    for line in (*problem.notes, *lines):
+        say(f"Note: {line}", style="yellow")

@@ -1,0 +1,207 @@
+"""The options of every job, and how a run is gone on with by those it was started with."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+import jax
+
+from hiso_jax import directions
+from hiso_jax._engine import checks
+from hiso_jax.train import report
+from hiso_jax.train.report import console
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of every job."""
+
+    method: str = "hiso"
+    """The algorithm to run: hiso, decomfl, rms, mezo, meazo, fzoo, hizoo, momentum, adam, fedkseed;
+    fedavg, fedadam, fedyogi, fedadagrad, fedzo, which send models; or module:function of yours."""
+    compare: bool = False
+    """Run HiSo and DeComFL on the same seeds and draw both curves."""
+    rounds: int = 200
+    """Communication rounds."""
+    out: Path = Path("runs/job")
+    """Folder of the run; one that is there is moved aside, to a name with a number."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with the options it was started with."""
+    seed: int = 0
+    """Of the noise, of who takes part and of the batches."""
+    learning_rate: float | None = None
+    """Peak learning rate, falling linearly to 0; by default the tuned one of the method."""
+    clients_per_round: int = 8
+    """Clients sampled a round (C)."""
+    sampling: Literal["uniform", "size"] = "uniform"
+    """Which clients take part: all alike, or in proportion to their examples."""
+    dropout: float = 0.0
+    """Chance that a sampled client does not answer."""
+    batch_size: int = 4
+    """Examples of a client in a local step."""
+    local_steps: int = 1
+    """Local steps of a client (K)."""
+    num_perturbations: int = 5
+    """Scalars a local step (P); an update costs P + 1 forward passes."""
+    own_directions: bool = False
+    """Every client has directions of its own: more for the server to average, no more to do."""
+    upper_directions: int = 0
+    """Of the scalars of a local step, so many along directions that move the upper layers only,
+    whose passes start from the activations below them."""
+    upper_layers: int = 1
+    """How many layers those are."""
+    smoothing: float = 1e-3
+    """Finite-difference step (mu)."""
+    estimator: Literal["forward", "central"] = "forward"
+    """Differences: forward costs P + 1 forward passes, central 2 P."""
+    decay: float = 0.95
+    """Weight of the old curvature (HiSo only)."""
+    distribution: directions.Distribution = "rademacher"
+    """Noise: normal is the paper's, near_normal and rademacher are cheaper."""
+    eval_every: int = 25
+    """Rounds between evaluations on the dev split."""
+    snapshot_every: int = 50
+    """Rounds between snapshots; a resumed run replays at most as many."""
+    mesh: tuple[int, int] | None = None
+    """Devices for clients, and for parts of the model: 8 1 has eight with the whole model."""
+    distributed: str | None = None
+    """Processes that train together: auto (TPU pods, clusters), or host:port,processes,number."""
+
+
+OWN = ("out", "resume", "distributed")  # of a process, not of the run
+MOVABLE = ("data", "model")  # may be elsewhere when a run goes on; their content is compared
+SomeOptions = TypeVar("SomeOptions", bound=Options)
+
+
+def settle(options: SomeOptions) -> SomeOptions:
+    """Return the options of the run to resume, if one is; else those given.
+
+    Raises:
+      SystemExit: there is no run to resume, it is of another job, or other options are given.
+    """
+    options = _join(options)
+    if options.resume is None:
+        return options
+    kind = type(options)
+    given = dataclasses.asdict(options) | {"resume": None, "distributed": None}
+    given["out"] = kind().out if jax.process_index() else options.out
+    changed = {k: v for k, v in given.items() if v != getattr(kind(), k)}
+    if others := changed.keys() - set(MOVABLE):
+        names = ", ".join(f"--{k.replace('_', '-')}" for k in changed if k in others)
+        sys.exit(f"--resume takes all options from the run; {names} cannot be given with it")
+    saved = read(options.resume)
+    if saved["job"] != job_of(options):
+        sys.exit(f"{options.resume} is a run of experiments.{saved['job']}")
+    kept: dict[str, Any] = {
+        name: _typed(hint, saved["options"][name])
+        for name, hint in get_type_hints(kind).items()
+        if name in saved["options"]
+    } | changed
+    return kind(**kept, out=options.resume, resume=options.resume)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `write` left in a run's folder.
+
+    Raises:
+      SystemExit: there is no run, or the file is not as it was written.
+    """
+    path = folder / "options.json"
+    if not path.is_file():
+        sys.exit(f"{path} is not there: no run to resume; start it without --resume")
+    try:
+        saved = json.loads(path.read_text())
+        _ = saved["job"], saved["options"], saved["learning_rates"]
+    except (ValueError, LookupError, TypeError) as error:
+        sys.exit(f"{path}: not the options of a run: {error!r}")
+    return saved
+
+
+def write(
+    options: Options, rates: dict[str, float], made_of: dict[str, str], seen: Any = None
+) -> None:
+    """Write down what `settle` needs, before anything is computed.
+
+    Args:
+      options: of the run; paths are kept as absolute ones.
+      rates: peak learning rate by method.
+      made_of: digests of the clients' data and of the base model.
+      seen: what `read` gave, if it is there: the file is left alone if nothing has changed.
+    """
+    kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in OWN}
+    for name in MOVABLE:  # a model may also be the name of one on the hub
+        if kept.get(name) is not None and os.path.exists(kept[name]):
+            kept[name] = os.path.abspath(kept[name])
+    for name, value in kept.items():  # JSON has no infinity, which some take
+        if isinstance(value, float) and not math.isfinite(value):
+            kept[name] = str(value)
+    content = {"job": job_of(options), "options": kept, "learning_rates": rates, **made_of}
+    if json.loads(report.dumps(content)) != seen:
+        report.write_json(options.out / "options.json", content)
+
+
+def _join(options: SomeOptions) -> SomeOptions:
+    """Join the other processes, if there are any."""
+    if options.distributed is None:
+        return options
+    host, *numbers = options.distributed.split(",")
+    if host != "auto" and not (len(numbers) == 2 and "".join(numbers).isdecimal()):
+        sys.exit("--distributed: expected auto or host:port,processes,number, got "
+                 f"{options.distributed}")  # fmt: skip
+    jax.distributed.initialize(*([] if host == "auto" else [host, *map(int, numbers)]))
+    if number := jax.process_index():
+        console.quiet = True  # the first speaks for all
+        own = lambda path: path and path.with_name(f"{path.name}.process{number}")  # noqa: E731
+        options = dataclasses.replace(options, out=own(options.out), resume=own(options.resume))
+    return options
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """An option as JSON has it, back in the type that it had."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and float in (hint, *get_args(hint)):
+        return float(value)
+    return Path(value) if isinstance(value, str) and Path in (hint, *get_args(hint)) else value
+
+
+def job_of(options: Options) -> str:
+    """Name of the module that a job's options are of."""
+    return Path(sys.modules[type(options).__module__].__file__ or "").stem
+
+
+COUNTS = ("rounds", "clients_per_round", "batch_size", "local_steps", "num_perturbations",
+          "upper_layers", "eval_every", "snapshot_every")  # fmt: skip
+
+
+def check(options: Options) -> None:
+    """Raise unless the options are in their ranges; the message names the option."""
+    name = lambda field: f"--{field.replace('_', '-')}"  # noqa: E731
+    for field in COUNTS:
+        if checks.count(name(field), getattr(options, field)) >= 2**31:
+            raise ValueError(
+                f"{name(field)}: expected less than 2^31, got {getattr(options, field)}"
+            )
+    clients, steps = options.clients_per_round, options.local_steps
+    if clients * steps * options.batch_size > 2**26:
+        raise ValueError(f"--batch-size: {options.batch_size} examples for {steps} local steps of "
+                         f"{clients} clients are more than 2^26 a round")  # fmt: skip
+    checks.number("--seed", options.seed, 0, 2**32 - 1)
+    checks.number("--dropout", options.dropout, 0, 1)
+    checks.number("--smoothing", options.smoothing, 1e-30, 1e30)
+    checks.number("--decay", options.decay, 0, 1)
+    checks.number("--upper-directions", options.upper_directions, 0, options.num_perturbations)
+    if options.learning_rate is not None:
+        checks.number("--learning-rate", options.learning_rate, 0, 1e38)
+    if options.compare and options.method != Options.method:
+        raise ValueError(f"--method: --compare runs HiSo and DeComFL, got {options.method}")
+    if options.out.resolve() == Path().resolve():
+        raise ValueError(f"--out: expected a folder of its own, got {str(options.out)!r}")
+    for size in options.mesh or ():
+        checks.count("--mesh", size)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out: {options.out} is a file, expected a folder")
