@@ -36,7 +36,7 @@ def measure(options: Options) -> dict[str, float]:
         def run(x: jax.Array, key: jax.Array) -> jax.Array:
             def add(p: jax.Array, x: jax.Array) -> jax.Array:
                 noise = directions.draw(jax.random.fold_in(key, p), x.shape, law)
-                return exact.move(x, 1e-3, noise)
+                return exact.axpy(x, 1e-3, noise)
 
             return jax.lax.fori_loop(0, options.times, add, x)
 

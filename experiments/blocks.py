@@ -6,8 +6,8 @@ cannot show one by one. A block is a layer's part of a leaf, or a leaf that has 
 With noise of covariance D a round's best expected decrease is
 ``P (g' D g)^2 / (2 s tr(D Hessian))``, with g the gradient and s the mean square of a scalar,
 ``E[g_b' D g_b]`` over the gradients g_b of what it is measured on: a round's batch if clients
-share directions, a client's if each has its own, C P in all. So *own directions* gain C times
-the one s over the other; and *block scales* what the best D with a number per block gains over
+share directions, a client's if each has its own, C P in all. So *per-client directions* gain C
+times the one s over the other; and *block scales* what the best D with a number per block gains over
 D = 1. Those are chosen on half of the examples and probes and judged on the other, since the
 best of a hundred noisy ratios looks better than it is.
 
@@ -237,7 +237,7 @@ TITLES = {
     "round": "round", "loss": "loss", "gradient": "g squared", "batch_gradient": "of a batch",
     "client_gradient": "of a client's", "trace": "trace", "trace_error": "its error",
     "largest": "largest", "kappa": "kappa", "zeta": "zeta",
-    "gain_blocks": "gain of block scales", "gain_own": "gain of own directions",
+    "gain_blocks": "gain of block scales", "gain_own": "gain of per-client directions",
 }  # fmt: skip
 
 
@@ -266,7 +266,7 @@ def main(options: Blocks) -> None:
         each = {n: [float(x) for x in own] for n, own in zip(names, columns, strict=True)}
         kept.append(figures | {"blocks": each})
         # After every look, since each takes minutes.
-        with files.whole(options.out) as part:
+        with files.atomic_write(options.out) as part:
             part.write_text(report.dumps(kept, 1) + "\n")
         console.print({k: round(v, 4) for k, v in figures.items()})
 

@@ -3,7 +3,7 @@
 set -euo pipefail
 data=$(realpath "$1")
 cd "$(dirname "$0")/.."
-run() { # seeds, rates, methods, own directions, rounds, more options
+run() { # seeds, rates, methods, per-client directions, rounds, more options
   .venv/bin/python -m experiments.compare --task mnist --data "$data" --seeds $1 \
     --processes "${PROCESSES:-2}" --out docs/results/mnist.jsonl --learning-rate $2 --method $3 \
     --vary rounds=$5 eval_every=25 own_directions=$4 distribution=rademacher ${6:-}

@@ -125,7 +125,7 @@ TITLES = {
     "trace": "trace", "kappa": "kappa", "zeta": "zeta", "h_mean": "mean H",
     "h_spread": "spread of log H", "correlation": "correlation of logs", "gain_h": "gain of H",
     "gain_curvature": "gain of the true diagonal", "gain_blocks": "gain of block scales",
-    "gain_own": "gain of own directions",
+    "gain_own": "gain of per-client directions",
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def main(
     rows = speeches(source.read_text("utf-8-sig"))
     if not rows:
         raise ValueError(f"{source}: no speeches; expected 'NAME:' on a line, and the speech below")
-    with files.whole(out) as part:
+    with files.atomic_write(out) as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"{len(rows)} speeches of {len({row['client'] for row in rows})} speakers: {out}")
 

@@ -112,7 +112,7 @@ def accuracy(
     except FloatingPointError:
         return 0.0
     sums = federation.evaluate(jax.jit(problem.score), state.params, problem.test, 256)
-    return problem.figure(sums)[1]
+    return problem.metric_value(sums)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _one(options: Robustness, point: dict[str, Any], seed: int) -> float:
 
         def tamper(scalars: jax.Array, key: jax.Array) -> jax.Array:
             noise = point["noise"]
-            return privacy.privatise(scalars, key, clip=point["clip"], noise_multiplier=noise)
+            return privacy.privatize(scalars, key, clip=point["clip"], noise_multiplier=noise)
 
     else:
         aggregator = AGGREGATORS[point["aggregator"]](point["share"], count)

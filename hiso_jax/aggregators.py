@@ -25,11 +25,11 @@ class Aggregator:
 
     Attributes:
       function: ``(scalars [C, K, P], weights [C]) -> record [K, P]``.
-      recipe: what a ledger writes down, ``"trimmed_mean(0.1)"``; None if it has no name.
+      config: what a ledger writes down, ``"trimmed_mean(0.1)"``; None if it has no name.
     """
 
     function: Callable[[jax.Array, jax.Array], jax.Array]
-    recipe: str | None
+    config: str | None
 
     def __call__(self, scalars: jax.Array, weights: jax.Array) -> jax.Array:
         """The record."""
@@ -63,33 +63,34 @@ def mean() -> Aggregator:
     return Aggregator(aggregate, "mean()")
 
 
-def side_by_side(places: int, outputs: int = 1) -> Aggregator:
+def concatenate(clients: int, outputs: int = 1) -> Aggregator:
     """For clients with directions of their own: every scalar is kept, the weight is in it.
 
-    The record is [K, places P]: client c's scalars times ``places`` and its share of the weight,
+    The record is [K, clients P]: client c's scalars times ``clients`` and its share of the weight,
     so that the mean over all directions is the weighted mean over clients; zero for those that
     are not there.
 
     Args:
-      places: C, clients asked in a round.
+      clients: C, clients asked in a round.
       outputs: scalars of a direction; second differences come after all first ones.
 
     Example:
       >>> import jax.numpy as jnp
       >>> scalars = jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])
-      >>> side_by_side(2)(scalars, jnp.array([1.0, 1.0])).tolist()
+      >>> concatenate(2)(scalars, jnp.array([1.0, 1.0])).tolist()
       [[1.0, 2.0, 3.0, 4.0]]
     """
 
     def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
         count, steps, width = scalars.shape
-        if count > places:
-            raise ValueError(f"scalars: expected at most own_directions={places} clients, got "
-                             f"{count}")  # fmt: skip
-        shares = places * weights / weights.sum()
-        each = jnp.pad(shares[:, None, None] * scalars, ((0, places - count), (0, 0), (0, 0)))
-        parts = each.reshape(places, steps, outputs, width // outputs)
-        return jnp.moveaxis(parts, 0, 2).reshape(steps, places * width)
+        if count > clients:
+            raise ValueError(
+                f"scalars: expected at most per_client_directions={clients} clients, got {count}"
+            )
+        shares = clients * weights / weights.sum()
+        each = jnp.pad(shares[:, None, None] * scalars, ((0, clients - count), (0, 0), (0, 0)))
+        parts = each.reshape(clients, steps, outputs, width // outputs)
+        return jnp.moveaxis(parts, 0, 2).reshape(steps, clients * width)
 
     return Aggregator(aggregate, "side_by_side()")
 
@@ -141,10 +142,10 @@ def trimmed_mean(trim: float = 0.1) -> Aggregator:
 
 
 def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
-    """Krum, or multi-Krum: the clients closest to their neighbours (Blanchard et al. 2017).
+    """Krum, or multi-Krum: the clients closest to their neighbors (Blanchard et al. 2017).
 
     A client's score is the sum of squared distances, over all its K x P scalars, to its
-    C - num_byzantine - 2 nearest neighbours; the weighted mean of the `num_selected` lowest
+    C - num_byzantine - 2 nearest neighbors; the weighted mean of the `num_selected` lowest
     scores is returned.
 
     Args:
@@ -168,9 +169,9 @@ def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
         absent = weights <= 0
         other = ~(jnp.eye(clients, dtype=bool) | absent[None])
         nearest = jnp.sort(jnp.where(other, squared, jnp.inf), axis=1)
-        # Absent clients are nobody's neighbours, so fewer are counted.
-        neighbours = jnp.maximum((~absent).sum() - num_byzantine - 2, 1)
-        counted = jnp.arange(clients)[None] < neighbours
+        # Absent clients are nobody's neighbors, so fewer are counted.
+        neighbors = jnp.maximum((~absent).sum() - num_byzantine - 2, 1)
+        counted = jnp.arange(clients)[None] < neighbors
         score = jnp.where(absent, jnp.inf, jnp.where(counted, nearest, 0).sum(1))
         rank = jnp.argsort(jnp.argsort(score))
         kept = jnp.where(rank < num_selected, weights, 0)
@@ -182,7 +183,7 @@ def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
 AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "mean": mean, "median": median, "trimmed_mean": trimmed_mean, "krum": krum,
 }  # fmt: skip
-"""By the name in a recipe."""
+"""By the name in a config."""
 
 
 class Combine(NamedTuple):
@@ -225,25 +226,25 @@ class Combine(NamedTuple):
         return jnp.where(usable, self.aggregator(scalars, weights), jnp.nan), weights, finite
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """As data."""
-        return {"aggregator": self.aggregator.recipe, "nonfinite": self.nonfinite}
+        return {"aggregator": self.aggregator.config, "nonfinite": self.nonfinite}
 
     @classmethod
-    def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
-        """The inverse of `recipe`, which may hold more; an aggregator of yours is only a name."""
-        text = str(recipe.get("aggregator", "mean()"))
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The inverse of `config`, which may hold more; an aggregator of yours is only a name."""
+        text = str(config.get("aggregator", "mean()"))
         name, _, arguments = text.removesuffix(")").partition("(")
-        if recipe.get("own_directions") is not None:
-            outputs = estimators.scalars_per_direction(recipe.get("estimator", "forward"))
-            aggregator = side_by_side(int(recipe["own_directions"]), outputs)
+        if config.get("own_directions") is not None:
+            outputs = estimators.scalars_per_direction(config.get("estimator", "forward"))
+            aggregator = concatenate(int(config["own_directions"]), outputs)
         elif name in AGGREGATORS:
             aggregator = AGGREGATORS[name](
                 *ast.literal_eval(f"({arguments},)") if arguments else ()
             )
         else:
             aggregator = Aggregator(_unknown(text), text)
-        return cls(aggregator, recipe.get("nonfinite", "raise"))
+        return cls(aggregator, config.get("nonfinite", "raise"))
 
 
 def _unknown(name: str) -> Callable[..., Any]:

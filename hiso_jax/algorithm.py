@@ -33,7 +33,7 @@ class Spec(NamedTuple):
       >>> alg.spec.record, alg.spec.directions.distribution
       ((1, 5), 'normal')
       >>> central = alg.spec._replace(estimator=hj.estimators.make("central", 5, 1e-3))
-      >>> algorithm(central).recipe["estimator"]
+      >>> algorithm(central).config["estimator"]
       'central'
     """
 
@@ -53,14 +53,14 @@ class Spec(NamedTuple):
 
     @property
     def record(self) -> tuple[int, int]:
-        """Shape of a record: that of what is sent, or C times as wide with their own directions."""
+        """Shape of a record: as of what is sent, but C times as wide with per-client directions."""
         return self.steps, self.directions.total * self.estimator.per_direction
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """Every hyper-parameter by name, as data: each choice brings its own."""
-        parts = (self.estimator.recipe, self.directions.recipe, self.combine.recipe)
-        whole = dict(rule=self.rule.recipe, learning_rate=self.rate.recipe, local_steps=self.steps)
+        parts = (self.estimator.config, self.directions.config, self.combine.config)
+        whole = dict(rule=self.rule.config, learning_rate=self.rate.config, local_steps=self.steps)
         return {name: value for part in (whole, *parts) for name, value in part.items()}
 
     @classmethod
@@ -77,16 +77,16 @@ class Spec(NamedTuple):
         Raises:
           ValueError: something in it has no name here.
         """
-        recipe = header["algorithm"]
+        config = header["algorithm"]
         return cls(
             loss_fn,
-            Rate.from_recipe(recipe["learning_rate"]),
-            rules.from_recipe(recipe["rule"]) if rule is None else rule,
-            estimators.from_recipe(recipe),
-            directions.Directions.from_recipe(recipe),
-            aggregators.Combine.from_recipe(recipe),
+            Rate.from_config(config["learning_rate"]),
+            rules.from_config(config["rule"]) if rule is None else rule,
+            estimators.from_config(config),
+            directions.Directions.from_config(config),
+            aggregators.Combine.from_config(config),
             Layout(trainable=trees.mask_of(header["leaves"])),
-            int(recipe["local_steps"]),
+            int(config["local_steps"]),
         )
 
 
@@ -184,7 +184,7 @@ def algorithm(spec: Spec) -> Algorithm:
         round=partial(round, spec),
         replay=partial(replay, spec),
         learning_rate=spec.rate,
-        recipe=spec.recipe,
+        config=spec.config,
         trainable=spec.layout.select,
         spec=spec,
     )

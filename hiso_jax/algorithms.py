@@ -6,13 +6,14 @@ from typing import Any, Unpack
 import optax
 
 from hiso_jax import aggregators, directions, estimators, rules, split
-from hiso_jax._engine import checks, trees
+from hiso_jax._engine import checks, renamed, trees
 from hiso_jax.algorithm import Spec, algorithm
 from hiso_jax.layout import Layout
 from hiso_jax.protocol import Algorithm, LossFn, Options, Rate
 from hiso_jax.split import Split
 
 
+@renamed.arguments(own_directions="per_client_directions")
 def scalar_algorithm(
     loss_fn: LossFn,
     learning_rate: optax.ScalarOrSchedule,
@@ -27,7 +28,7 @@ def scalar_algorithm(
     trainable: trees.Trainable = None,
     nonfinite: str = "raise",
     seed_pool: int | None = None,
-    own_directions: int | None = None,
+    per_client_directions: int | None = None,
     upper: Split | Sequence[Split] | None = None,
     lazy: bool = False,
 ) -> Algorithm:
@@ -61,9 +62,9 @@ def scalar_algorithm(
         ``"exclude"``: it gets weight 0.
       seed_pool: every direction is one of so many, picked by the shared key, as in FedKSeed;
         by default no two are the same. See `hiso_jax.pool`.
-      own_directions: C, the clients asked in a round, of whom each then evaluates P directions
-        of its own: client c of the round the directions c P to c P + P - 1. By default all
-        evaluate the same. A client does and sends no more, the record is [K, C P], and the
+      per_client_directions: C, the clients asked in a round, of whom each then evaluates P
+        directions of its own: client c of the round the directions c P to c P + P - 1. By default
+        all evaluate the same. A client does and sends no more, the record is [K, C P], and the
         step an average over C P directions instead of P. What has no common quantity to
         compare cannot be aggregated but by the weighted mean.
       upper: some of the P directions move the upper part of the model only and start from the
@@ -103,15 +104,17 @@ def scalar_algorithm(
     if seed_pool is not None:
         checks.count("seed_pool", seed_pool)
     combine = aggregators.mean() if aggregator is None else aggregators.named(aggregator)
-    if own_directions is not None:
-        checks.count("own_directions", own_directions)
+    if per_client_directions is not None:
+        checks.count("per_client_directions", per_client_directions)
         if aggregator is not None:
-            raise ValueError("aggregator: clients with own_directions have nothing in common to "
-                             "aggregate; leave one of the two out")  # fmt: skip
-        combine = aggregators.side_by_side(own_directions, measure.per_direction)
+            raise ValueError(
+                "aggregator: clients with per_client_directions have nothing in common to "
+                "aggregate; leave one of the two out"
+            )
+        combine = aggregators.concatenate(per_client_directions, measure.per_direction)
     still = None
     if upper is not None:
-        if measure.recipe["estimator"] != "forward" or seed_pool is not None:
+        if measure.config["estimator"] != "forward" or seed_pool is not None:
             raise ValueError('upper: goes with estimator="forward" and without seed_pool, got '
                              f"{estimator!r} and {seed_pool!r}")  # fmt: skip
         splits = split.of(upper, perturbations)
@@ -121,7 +124,7 @@ def scalar_algorithm(
         Rate(learning_rate),
         rule,
         measure,
-        directions.Directions(perturbations, law, own_directions, seed_pool, still),
+        directions.Directions(perturbations, law, per_client_directions, seed_pool, still),
         aggregators.Combine(combine, nonfinite),
         Layout(trainable, lazy),
         steps,

@@ -139,7 +139,7 @@ def perturb(
         z = direction.get(trees.leaf_name(path))
         if isinstance(z, lazy.Lazy):
             return z.plus(leaf, scale)
-        return leaf if z is None else exact.move(leaf, scale, z)
+        return leaf if z is None else exact.axpy(leaf, scale, z)
 
     return jax.tree_util.tree_map_with_path(moved, params)
 
@@ -205,24 +205,24 @@ class Directions(NamedTuple):
         """Raise ValueError unless `count` clients have directions from a slot on."""
         if self.clients is not None and not 0 <= slot <= self.clients - count:
             raise ValueError(f"batches: {count} clients from place {slot} on, but "
-                             f"own_directions={self.clients}")  # fmt: skip
+                             f"per_client_directions={self.clients}")  # fmt: skip
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """As data; options that are not used are left out."""
         given = {"seed_pool": self.pool, "own_directions": self.clients}
-        given |= {"upper": None if self.still is None else self.still.recipe}
+        given |= {"upper": None if self.still is None else self.still.config}
         whole = {"num_perturbations": self.per_client, "distribution": self.distribution}
         return whole | {name: value for name, value in given.items() if value is not None}
 
     @classmethod
-    def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
-        """The inverse of `recipe`, which may hold more."""
-        upper = recipe.get("upper")
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The inverse of `config`, which may hold more."""
+        upper = config.get("upper")
         return cls(
-            int(recipe["num_perturbations"]),
-            check_distribution(recipe["distribution"]),
-            recipe.get("own_directions"),
-            recipe.get("seed_pool"),
-            None if upper is None else Still.from_recipe(upper),
+            int(config["num_perturbations"]),
+            check_distribution(config["distribution"]),
+            config.get("own_directions"),
+            config.get("seed_pool"),
+            None if upper is None else Still.from_config(upper),
         )

@@ -24,12 +24,12 @@ class Estimator(NamedTuple):
     Attributes:
       scalars: ``(loss_fn, params, batch, direction) -> (value, scalars [S P])``.
       per_direction: S, scalars of a direction; second ones come after all first ones.
-      recipe: as data: ``estimator``, None if it has no name, and ``smoothing``.
+      config: as data: ``estimator``, None if it has no name, and ``smoothing``.
     """
 
     scalars: Callable[..., tuple[jax.Array, jax.Array]]
     per_direction: int
-    recipe: Mapping[str, Any]
+    config: Mapping[str, Any]
 
 
 def forward_difference(
@@ -131,7 +131,7 @@ ESTIMATORS: dict[str, Difference] = {
     "central": central_difference,
     "three_point": three_point,
 }
-"""By the name in a recipe."""
+"""By the name in a config."""
 
 
 def make(
@@ -146,7 +146,7 @@ def make(
       second: whether second differences are wanted.
 
     Example:
-      >>> make(central_difference, 5, 1e-3).recipe
+      >>> make(central_difference, 5, 1e-3).config
       {'estimator': 'central', 'smoothing': 0.001}
     """
     difference = get(estimator, second)
@@ -158,16 +158,16 @@ def make(
         loss = lambda x: jnp.asarray(loss_fn(x, batch))  # noqa: E731
         return difference(loss, params, direction, num_perturbations, smoothing)
 
-    recipe = {"estimator": name_of(estimator), "smoothing": smoothing}
-    return Estimator(scalars, scalars_per_direction(estimator), recipe)
+    config = {"estimator": name_of(estimator), "smoothing": smoothing}
+    return Estimator(scalars, scalars_per_direction(estimator), config)
 
 
-def from_recipe(recipe: Mapping[str, Any]) -> Estimator:
-    """Build an estimator again from a recipe; one of your own only knows its shape."""
-    name, smoothing = recipe.get("estimator", "forward"), recipe.get("smoothing", 1e-3)
+def from_config(config: Mapping[str, Any]) -> Estimator:
+    """Build an estimator again from a config; one of your own only knows its shape."""
+    name, smoothing = config.get("estimator", "forward"), config.get("smoothing", 1e-3)
     if name in ESTIMATORS:
         second = scalars_per_direction(name) == 2
-        return make(name, int(recipe["num_perturbations"]), smoothing, second)
+        return make(name, int(config["num_perturbations"]), smoothing, second)
 
     def unknown(*args: Any) -> Any:
         raise ValueError(f"estimator: {name!r} is none of {tuple(ESTIMATORS)}; build the algorithm "
@@ -259,7 +259,7 @@ def reconstruct(
 
     def add(p: jax.Array, totals: Any) -> Any:
         u, (first, second) = noise(p), totals
-        first = {n: first[n] + exact.seal(firsts[p] * u[n]) for n in first}
+        first = {n: first[n] + exact.no_fma(firsts[p] * u[n]) for n in first}
         if each is not None:
             # The square of noise may be tiny, but is then of no weight.
             second = {n: second[n] + exact.mul(each[p], exact.mul(u[n], u[n])) for n in second}

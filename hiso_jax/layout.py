@@ -161,7 +161,7 @@ class Laid(NamedTuple):
         record = (scalars[None], jnp.bool_(True))
         return over_blocks(
             self.layout, rule, this, leaves, state, record, rate,
-            entered=self.rule, lasts=jnp.zeros(1, bool), wanted=wanted, discard=not rule.carried,
+            entered=self.rule, is_last=jnp.zeros(1, bool), wanted=wanted, discard=not rule.carried,
         )  # fmt: skip
 
     def advance(
@@ -188,7 +188,7 @@ def over_blocks(
     rate: jax.Array,
     *,
     entered: Any = None,
-    lasts: Any = None,
+    is_last: Any = None,
     wanted: Any = None,
     discard: bool = False,
     cast: Callable[[str, jax.Array, Any], jax.Array] = lambda name, x, start: x,
@@ -197,7 +197,7 @@ def over_blocks(
 
     Args:
       layout: with `flat` decided.
-      rule, leaves, state, record, rate, lasts: as of `steps.advance`.
+      rule, leaves, state, record, rate, is_last: as of `steps.advance`.
       noise: of the leaves.
       entered: the rule's state that entered the round, if that is another.
       wanted: bool; if False, nothing is even computed.
@@ -238,8 +238,8 @@ def over_blocks(
             own = part(name, at(before if discard else state, nodes, i))
             then = own if entered is None else part(name, at(start_of_round, first, i))
             old = {name: lax.dynamic_index_in_dim(x, i, 0, False)}
-            narrow = lambda wide: {name: cast(name, wide[name], start)}  # noqa: E731
-            new, later = steps.advance(rule, draw, then, old, own, record, rate, narrow, lasts)
+            cast_back = lambda wide: {name: cast(name, wide[name], start)}  # noqa: E731
+            new, later = steps.advance(rule, draw, then, old, own, record, rate, cast_back, is_last)
             put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)  # noqa: E731
             x = put(x, new[name])
             if discard:

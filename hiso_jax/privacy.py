@@ -8,10 +8,10 @@ included, has to be trusted: the guarantee is local, for all of a client's data.
 import jax
 import jax.numpy as jnp
 
-from hiso_jax._engine import checks
+from hiso_jax._engine import checks, renamed
 
 
-def privatise(
+def privatize(
     scalars: jax.Array, key: jax.Array, *, clip: float, noise_multiplier: float
 ) -> jax.Array:
     """Clip clients' scalars and add noise; what comes back may be sent.
@@ -27,7 +27,7 @@ def privatise(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> sent = privatise(jnp.full((1, 4), 10.0), jax.random.key(0), clip=2.0, noise_multiplier=0)
+      >>> sent = privatize(jnp.full((1, 4), 10.0), jax.random.key(0), clip=2.0, noise_multiplier=0)
       >>> sent.tolist()
       [[1.0, 1.0, 1.0, 1.0]]
     """
@@ -50,7 +50,7 @@ def epsilon(noise_multiplier: float, rounds: int, delta: float = 1e-5) -> float:
     any other, which turns its clipped vector around), composed by Renyi divergences.
 
     Args:
-      noise_multiplier: as of `privatise`, > 0.
+      noise_multiplier: as of `privatize`, > 0.
       rounds: in which the client took part.
       delta: of (epsilon, delta)-differential privacy.
 
@@ -73,3 +73,6 @@ def epsilon(noise_multiplier: float, rounds: int, delta: float = 1e-5) -> float:
     accountant = rdp.RdpAccountant()
     accountant.compose(dp_accounting.SelfComposedDpEvent(each, rounds))
     return float(accountant.get_epsilon(delta))
+
+
+__getattr__ = renamed.functions(globals(), privatise="privatize")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hiso_jax import aggregators, estimators
-from hiso_jax._engine import exact, trees
+from hiso_jax._engine import exact, renamed, trees
 from hiso_jax.split import Split
 
 LossFn = Callable[[trees.Params, Any], jax.Array]
@@ -42,17 +42,17 @@ class Rate:
             return jnp.asarray(self.value, jnp.float32)
         schedule: Any = self.value
         with exact.usual_types():
-            return exact.apart(lambda r: jnp.asarray(schedule(r), jnp.float32), round)
+            return exact.compiled_alone(lambda r: jnp.asarray(schedule(r), jnp.float32), round)
 
     @property
-    def recipe(self) -> Any:
+    def config(self) -> Any:
         """The number; ``"schedule"`` for a schedule, whose values are in the records then."""
         return "schedule" if self.value is None or callable(self.value) else self.value
 
     @classmethod
-    def from_recipe(cls, recipe: Any) -> Self:
-        """The inverse of `recipe`."""
-        return cls(None if recipe == "schedule" else recipe)
+    def from_config(cls, config: Any) -> Self:
+        """The inverse of `config`."""
+        return cls(None if config == "schedule" else config)
 
 
 class Metrics(NamedTuple):
@@ -72,7 +72,7 @@ class Algorithm(NamedTuple):
     Attributes:
       init: ``(params, key) -> State``.
       probe: ``(state, batches, place=0) -> scalars [C, K, P]``; batch leaves are [C, K, ...].
-        With `own_directions` the clients are those that were asked from number `place` on.
+        With `per_client_directions` the clients are those that were asked from number `place` on.
       aggregate: ``(scalars [C, K, P], weights [C] or None) -> record [K, P]``.
       advance: ``(state, record [K, P], learning_rate=None) -> State``. The rate of a schedule
         is itself computed; a party whose schedule might round differently, or that has none,
@@ -81,7 +81,7 @@ class Algorithm(NamedTuple):
         one program; the one to jit in a simulation.
       replay: ``(state, records [R, K, P], learning_rates=None) -> State``: the fold of `advance`.
       learning_rate: ``round -> float32``, what `advance` takes by default.
-      recipe: every hyper-parameter by name, as data: what a `hiso_jax.Ledger` writes down.
+      config: every hyper-parameter by name, as data: what a `hiso_jax.Ledger` writes down.
       trainable: ``params -> Leaves``: the leaves that are trained, by name.
       spec: what it was made of: a `hiso_jax.algorithm.Spec`, from which another can be made.
     """
@@ -93,9 +93,10 @@ class Algorithm(NamedTuple):
     round: Callable[..., tuple[State, Metrics]]
     replay: Callable[..., State]
     learning_rate: Callable[[jax.Array], jax.Array]
-    recipe: dict[str, Any]
+    config: dict[str, Any]
     trainable: Callable[[trees.Params], trees.Leaves]
     spec: Any = None
+    recipe = renamed.attribute("recipe", "config")
 
 
 class Options(TypedDict, total=False):
@@ -110,6 +111,6 @@ class Options(TypedDict, total=False):
     trainable: trees.Trainable
     nonfinite: str
     seed_pool: int | None
-    own_directions: int | None
+    per_client_directions: int | None
     upper: Split | Sequence[Split] | None
     lazy: bool

@@ -21,7 +21,7 @@ Where `carried` is false, clients with several local steps need no copy of the s
 
 What makes replay exact, and possible in blocks of a leaf: every function works element by
 element on the leaves (numbers that belong to no element come from `scalars` alone), and
-uses `hiso_jax.exact` for products, roots and sums of scalars. `recipe` names the rule and its
+uses `hiso_jax.exact` for products, roots and sums of scalars. `config` names the rule and its
 arguments, so that a ledger can build it again; it is a function of `RULES`.
 """
 
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hiso_jax._engine import checks, exact
+from hiso_jax._engine import checks, exact, renamed
 from hiso_jax._engine.trees import Leaves
 
 
@@ -41,9 +41,13 @@ class Rule(NamedTuple):
     init: Callable[[Leaves], Any]
     direction: Callable[[Any, Leaves], Leaves]
     update: Callable[[Any, Any, jax.Array, jax.Array], tuple[Leaves, Any]]
-    recipe: Mapping[str, Any] | None = None  # {"rule": name, argument: value, ...}
+    config: Mapping[str, Any] | None = None  # {"rule": name, argument: value, ...}
     second: bool = False  # whether it takes second differences too
     carried: bool = True  # whether the step of `update` depends on the state given to it
+    recipe = renamed.attribute("recipe", "config")
+
+
+Rule.__new__ = renamed.arguments(recipe="config")(Rule.__new__)  # pyright: ignore
 
 
 class HisoState(NamedTuple):
@@ -78,12 +82,12 @@ def hiso(decay: Any = 0.95, epsilon: Any = 1e-8, update_steps: str = "last") -> 
 
         def average(h: jax.Array, d: jax.Array) -> jax.Array:
             new = exact.mul(decay, h) + exact.mul(1 - decay, exact.mul(d, d) + epsilon)
-            return jnp.where(enters, exact.flush(new), h)
+            return jnp.where(enters, exact.flush_subnormals(new), h)
 
         return delta, HisoState({n: average(h, delta[n]) for n, h in state.curvature.items()})
 
-    recipe = dict(rule="hiso", decay=decay, epsilon=epsilon, update_steps=update_steps)
-    return Rule(_ones, _whitened, update, recipe, carried=False)
+    config = dict(rule="hiso", decay=decay, epsilon=epsilon, update_steps=update_steps)
+    return Rule(_ones, _whitened, update, config, carried=False)
 
 
 def identity() -> Rule:
@@ -92,7 +96,7 @@ def identity() -> Rule:
         init=lambda leaves: (),
         direction=lambda state, noise: noise,
         update=lambda state, delta, scalars, last: (delta, state),
-        recipe=dict(rule="identity"),
+        config=dict(rule="identity"),
     )
 
 
@@ -103,7 +107,7 @@ class ScaleState(NamedTuple):
     weight: jax.Array  # shape=(), float32: 1 - decay^steps, what the average has seen
 
 
-def _normalised(square: Callable[[jax.Array], jax.Array], decay: Any, recipe: Any) -> Rule:
+def _normalized(square: Callable[[jax.Array], jax.Array], decay: Any, config: Any) -> Rule:
     """Divide the step by the root of a running average of a number made of the scalars."""
     checks.number("decay", decay, 0, 1)
 
@@ -116,13 +120,13 @@ def _normalised(square: Callable[[jax.Array], jax.Array], decay: Any, recipe: An
             average(state.square, square(scalars)), average(state.weight, jnp.float32(1))
         )
         # 1 / sqrt(square / weight), the root of the average free of its start at zero. Below
-        # 2^-60, where all scalars are, nothing is left to normalise.
+        # 2^-60, where all scalars are, nothing is left to normalize.
         mean = exact.mul(state.square, exact.reciprocal(jnp.maximum(state.weight, 2.0**-60)))
         scale = exact.rsqrt(jnp.maximum(mean, 2.0**-60))
         return {n: exact.mul(scale, d) for n, d in delta.items()}, state
 
     init = lambda leaves: ScaleState(_zero(), _zero())  # noqa: E731
-    return Rule(init, lambda state, u: u, update, recipe)
+    return Rule(init, lambda state, u: u, update, config)
 
 
 def rms(decay: Any = 0.99) -> Rule:
@@ -139,7 +143,7 @@ def rms(decay: Any = 0.99) -> Rule:
     def square(scalars: jax.Array) -> jax.Array:
         return exact.mul(exact.total(exact.mul(scalars, scalars)), 1 / scalars.shape[0])
 
-    return _normalised(square, decay, dict(rule="rms", decay=decay))
+    return _normalized(square, decay, dict(rule="rms", decay=decay))
 
 
 def meazo(decay: Any = 0.99) -> Rule:
@@ -157,7 +161,7 @@ def meazo(decay: Any = 0.99) -> Rule:
         mean = exact.mul(exact.total(scalars), 1 / scalars.shape[0])
         return exact.mul(mean, mean)
 
-    return _normalised(square, decay, dict(rule="meazo", decay=decay))
+    return _normalized(square, decay, dict(rule="meazo", decay=decay))
 
 
 def fzoo() -> Rule:
@@ -232,7 +236,10 @@ def momentum(decay: Any = 0.9) -> Rule:
         state: MomentumState, delta: Leaves, scalars: jax.Array, last: jax.Array
     ) -> tuple[Leaves, MomentumState]:
         del scalars, last
-        trace = {n: exact.flush(exact.mul(decay, m) + delta[n]) for n, m in state.trace.items()}
+        trace = {
+            n: exact.flush_subnormals(exact.mul(decay, m) + delta[n])
+            for n, m in state.trace.items()
+        }
         return trace, MomentumState(trace)
 
     init = lambda leaves: MomentumState(_zeros(leaves))  # noqa: E731
@@ -265,7 +272,10 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, epsilon: Any = 1e-8) -> Rule:
         state: AdamState, delta: Leaves, scalars: jax.Array, last: jax.Array
     ) -> tuple[Leaves, AdamState]:
         del scalars, last
-        average = lambda b, old, new: exact.flush(exact.mul(b, old) + exact.mul(1 - b, new))  # noqa: E731
+
+        def average(b: float, old: jax.Array, new: jax.Array) -> jax.Array:
+            return exact.flush_subnormals(exact.mul(b, old) + exact.mul(1 - b, new))
+
         first = {n: average(b1, m, delta[n]) for n, m in state.first.items()}
         second = {n: average(b2, v, exact.mul(delta[n], delta[n])) for n, v in state.second.items()}
         one = jnp.float32(1)
@@ -283,8 +293,8 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, epsilon: Any = 1e-8) -> Rule:
     def init(leaves: Leaves) -> AdamState:
         return AdamState(_zeros(leaves), _zeros(leaves), (_zero(), _zero()))
 
-    recipe = dict(rule="adam", b1=b1, b2=b2, epsilon=epsilon)
-    return Rule(init, lambda state, u: u, update, recipe)
+    config = dict(rule="adam", b1=b1, b2=b2, epsilon=epsilon)
+    return Rule(init, lambda state, u: u, update, config)
 
 
 def _whitened(state: HisoState, noise: Leaves) -> Leaves:
@@ -314,24 +324,24 @@ RULES: dict[str, Callable[..., Rule]] = {
     "momentum": momentum,
     "adam": adam,
 }
-"""By the name in a recipe."""
+"""By the name in a config."""
 
 
-def from_recipe(recipe: Mapping[str, Any]) -> Rule:
-    """Build a rule again from ``rule.recipe``.
+def from_config(config: Mapping[str, Any]) -> Rule:
+    """Build a rule again from ``rule.config``.
 
     Raises:
       ValueError: no rule of that name, or arguments it does not take.
 
     Example:
-      >>> from_recipe(hiso(decay=0.9).recipe).recipe["decay"]
+      >>> from_config(hiso(decay=0.9).config).config["decay"]
       0.9
     """
-    arguments = dict(recipe)
+    arguments = dict(config)
     name = arguments.pop("rule", None)
     if name not in RULES:
-        raise ValueError(f"recipe: expected a rule of {tuple(RULES)}, got {name!r}")
+        raise ValueError(f"config: expected a rule of {tuple(RULES)}, got {name!r}")
     try:
         return RULES[name](**arguments)
     except TypeError as error:
-        raise ValueError(f"recipe: rule {name!r}: {error}") from None
+        raise ValueError(f"config: rule {name!r}: {error}") from None

@@ -31,7 +31,7 @@ def admit(record: jax.Array) -> tuple[jax.Array, jax.Array]:
     usable = jnp.isfinite(record).all()
     # Without the barrier the scalars may be computed anew, and differently, where used.
     record = lax.optimization_barrier(jnp.where(usable, record, 0))
-    return exact.seal(record), usable
+    return exact.no_fma(record), usable
 
 
 def ascent(
@@ -51,7 +51,7 @@ def ascent(
       like: name -> array; gives names and shapes.
     """
     # Apart, so that roots are not computed once for x and once more for the rule.
-    whiten = lambda total: exact.apart(rule.direction, state, total)  # noqa: E731
+    whiten = lambda total: exact.compiled_alone(rule.direction, state, total)  # noqa: E731
     if not rule.second:
         return whiten(estimators.reconstruct(scalars, noise, like))
     firsts, seconds = jnp.split(scalars, 2)
@@ -59,7 +59,7 @@ def ascent(
     return whiten(total), squares
 
 
-def move(
+def descent_of(
     rule: rules.Rule,
     entered: Any,
     state: Any,
@@ -88,7 +88,7 @@ def local_steps(
     state: Any,
     record: jax.Array,
     rate: jax.Array,
-    lasts: Any = None,
+    is_last: Any = None,
 ) -> tuple[trees.Leaves, Any]:
     """Take the local steps of a record [K, P]: ``x <- x - rate * move_k`` for k < K.
 
@@ -101,20 +101,26 @@ def local_steps(
       state: the rule's state so far.
       record: float32 [K, P], as `admit` gives it; [K, 2 P] with second differences.
       rate: learning rate, float32.
-      lasts: bool [K]: which is the round's last local step; by default the last of the record.
+      is_last: bool [K]: which is the round's last local step; by default the last of the record.
 
     Returns:
       The moved leaves and the rule's new state.
     """
-    lasts = jnp.arange(len(record)) == len(record) - 1 if lasts is None else lasts
+    is_last = jnp.arange(len(record)) == len(record) - 1 if is_last is None else is_last
 
     def step(carry: Any, inputs: Any) -> tuple[Any, None]:
         (leaves, state), (k, scalars, last) = carry, inputs
-        descent, state = move(rule, entered, state, scalars, noise(k), leaves, last)
+        descent, state = descent_of(rule, entered, state, scalars, noise(k), leaves, last)
         shift = {n: exact.mul(rate, descent[n]).astype(x.dtype) for n, x in leaves.items()}
-        return ({n: exact.flush(exact.flush(x) - shift[n]) for n, x in leaves.items()}, state), None
+        return (
+            {
+                n: exact.flush_subnormals(exact.flush_subnormals(x) - shift[n])
+                for n, x in leaves.items()
+            },
+            state,
+        ), None
 
-    return lax.scan(step, (leaves, state), (jnp.arange(len(record)), record, lasts))[0]
+    return lax.scan(step, (leaves, state), (jnp.arange(len(record)), record, is_last))[0]
 
 
 def advance(
@@ -126,12 +132,12 @@ def advance(
     record: tuple[jax.Array, Any],
     rate: jax.Array,
     cast: Cast = lambda wide: wide,
-    lasts: Any = None,
+    is_last: Any = None,
 ) -> tuple[trees.Leaves, Any]:
     """Take a round on leaves of any float dtype.
 
     Args:
-      rule, noise, entered, state, rate, lasts: as of `local_steps`.
+      rule, noise, entered, state, rate, is_last: as of `local_steps`.
       leaves: name -> array.
       record: from `admit`, and whether it is usable; if not, nothing changes.
       cast: see `Cast`.
@@ -141,6 +147,6 @@ def advance(
     """
     scalars, usable = record
     wide = {name: exact.wide(x) for name, x in leaves.items()}
-    ends, new = local_steps(rule, noise, entered, wide, state, scalars, rate, lasts)
+    ends, new = local_steps(rule, noise, entered, wide, state, scalars, rate, is_last)
     kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731
     return jax.tree.map(kept, (cast(ends), new), (leaves, state))

@@ -79,8 +79,8 @@ def _transform(
         direction = lambda p: rule.direction(state.rule, noise(p))  # noqa: E731
         loss = lambda x: jnp.asarray(value_fn(x))  # noqa: E731  # a Python float, say
         value, scalars = estimate(loss, params, direction, perturbations, smoothing)
-        scalars = exact.seal(jax.lax.optimization_barrier(scalars))
-        step, rule_state = steps.move(
+        scalars = exact.no_fma(jax.lax.optimization_barrier(scalars))
+        step, rule_state = steps.descent_of(
             rule, state.rule, state.rule, scalars, noise, leaves, jnp.bool_(True)
         )
         if learning_rate is not None:

@@ -157,7 +157,7 @@ def refuse_with(number: int) -> Any:
 
 
 def write(path: Path) -> None:
-    with files.whole(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text("all")
 
 

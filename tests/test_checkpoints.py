@@ -128,12 +128,12 @@ ODD: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "other family": (lambda t: t | {"cls.more.weight": zeros(3, 3)}, "head of another family"),
     "wrapped": (lambda t: {f"module.{n}": x for n, x in t.items()}, "missing.*inside the wrapper"),
     "both names": (lambda t: t | {"embeddings.LayerNorm.gamma": zeros(WIDTH)}, "unknown.*gamma"),
-    "bytes": (lambda t: t | {QUERY: zeros(WIDTH, WIDTH, dtype=np.int8)}, f"{QUERY}.*int8.*quantised"),
+    "bytes": (lambda t: t | {QUERY: zeros(WIDTH, WIDTH, dtype=np.int8)}, f"{QUERY}.*int8.*quantized"),
     "packed": (lambda t: t | {QUERY: zeros(288, 1, dtype=np.uint8), f"{QUERY}.absmax": zeros(9)},
-               "absmax.*quantised"),
-    "scales": (lambda t: t | {f"{QUERY}_scale_inv": zeros(1, 1)}, "scale_inv.*quantised"),
+               "absmax.*quantized"),
+    "scales": (lambda t: t | {f"{QUERY}_scale_inv": zeros(1, 1)}, "scale_inv.*quantized"),
     "codes": (lambda t: {n: x for n, x in t.items() if n != QUERY} | {
-        QUERY.replace("weight", "qweight"): zeros(3, 24, dtype=np.int32)}, "qweight.*quantised"),
+        QUERY.replace("weight", "qweight"): zeros(3, 24, dtype=np.int32)}, "qweight.*quantized"),
     "shape": (lambda t: t | {QUERY: zeros(WIDTH, 7)}, r"\(24, 7\), expected \(24, 24\)"),
 }  # fmt: skip
 
@@ -169,7 +169,7 @@ FILES = {
     "cut in its header": (header("F32")[:30], "truncated, a header of"),
     "too short for its shape": (header("F32"), "not a safetensors file: tensor 'w' of shape"),
     "words": (header("C64"), "tensor 'w' has type C64: unsupported"),
-} | {kind: (header(kind), f"'w' has type {kind}: a quantised checkpoint, .*unquantised one")
+} | {kind: (header(kind), f"'w' has type {kind}: a quantized checkpoint, .*unquantized one")
      for kind in ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F4")}  # fmt: skip
 
 
@@ -197,11 +197,11 @@ CONFIGS = {
     "other type": (b'{"model_type": "gpt2"}', "'gpt2' is not supported"),
     "wrong field": (b'{"model_type": "bert", "hidden_size": "24"}', "not a config: .*hidden_size"),
     "fp8": (b'{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}',
-            r"\(fp8\): a quantised checkpoint, .*unquantised"),
+            r"\(fp8\): a quantized checkpoint, .*unquantized"),
     "no method": (b'{"model_type": "llama", "quantization_config": {"load_in_4bit": true}}',
-                  "load_in_4bit.*a quantised checkpoint"),
+                  "load_in_4bit.*a quantized checkpoint"),
     "packed": (b'{"model_type": "llama", "compression_config": {"format": "pack-quantized"}}',
-               "pack-quantized.*a quantised checkpoint"),
+               "pack-quantized.*a quantized checkpoint"),
     "decoder": (b'{"model_type": "bert", "is_decoder": true}', "is_decoder is not supported"),
     "relative": (b'{"model_type": "bert", "position_embedding_type": "relative_key"}', "relative_k"),
     "activation": (b'{"model_type": "opt", "activation_function": "quick_gelu"}', "quick_gelu"),

@@ -99,9 +99,11 @@ def test_the_table_says_what_the_rows_say(tmp_path: Path):
 
 
 def test_own_directions_are_a_curve_of_their_own():
-    rows = [row("decomfl", 1.0, 0, [0.1, 0.5]) | {"own_directions": own} for own in (False, True)]
-    assert [c.method for c in results.curves(rows)] == ["decomfl", "decomfl, own directions"]
-    assert results.summary(rows)[1][1][0] == "DeComFL, own directions"
+    rows = [
+        row("decomfl", 1.0, 0, [0.1, 0.5]) | {"per_client_directions": own} for own in (False, True)
+    ]
+    assert [c.method for c in results.curves(rows)] == ["decomfl", "decomfl, per-client directions"]
+    assert results.summary(rows)[1][1][0] == "DeComFL, per-client directions"
 
 
 def test_what_most_rows_have_is_that_of_plain_rows():
@@ -182,12 +184,14 @@ def test_bad_options_are_named():
         ("rounds", "name=value"),
         ("round=3", "an option"),
         ("rounds=x", "values of"),
-        ("own_directions=2", "values of"),
+        ("per_client_directions=2", "values of"),
     ):
         with pytest.raises(SystemExit, match=f"--vary: .*{said}"):
             compare.varied(digits.Options, (text,))
     assert compare.varied(mnist.Options, ("alpha=0.1,inf",))["alpha"] == (0.1, float("inf"))
-    assert compare.varied(digits.Options, ("own-directions=true",)) == {"own_directions": (True,)}
+    assert compare.varied(digits.Options, ("own-directions=true",)) == {
+        "per_client_directions": (True,)
+    }
     optional = ("length=48", "model=folder")  # None by default
     assert compare.varied(finetune.Options, optional) == {"length": (48,), "model": ("folder",)}
     with pytest.raises(SystemExit, match="--method: expected one of"):
@@ -234,8 +238,8 @@ def test_every_task_has_a_grid_of_rows_that_differ(task: str):
 def test_upper_directions_are_a_curve_of_their_own():
     plain = row("decomfl", 1.0, 0, [0.1, 0.5]) | {"num_perturbations": 5}
     upper = plain | {"num_perturbations": 10, "upper_directions": 8, "upper_layers": 2}
-    named = results.variant([results.LATER | r for r in (plain, plain, upper)])
-    assert named(results.LATER | plain) == ""
+    named = results.variant([results.DEFAULTS_OF_OLD_ROWS | r for r in (plain, plain, upper)])
+    assert named(results.DEFAULTS_OF_OLD_ROWS | plain) == ""
     assert named(upper) == ", 8 of 10 in the last 2 layers"
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hiso_jax.tasks import data, reading
 from hiso_jax.tasks.prompts import TASKS, Task
 
-TASK = Task("{text}", label="y", words=("a", "b"))
+TASK = Task("{text}", label="y", verbalizer=("a", "b"))
 ROWS = [{"text": f"film {i}", "y": i % 2} for i in range(30)]
 
 # What a file may hold in a field: anything but half of a pair of UTF-16.

@@ -127,7 +127,7 @@ def test_near_normal_is_as_near_as_it_says():
     assert abs((weight * z**4).sum() - 3) < 0.01 and abs(z).max() < 6.5
 
 
-def test_signs_of_a_word_and_of_neighbours_are_uncorrelated():
+def test_signs_of_a_word_and_of_neighbors_are_uncorrelated():
     u = np.asarray(directions.draw(jax.random.key(6), (400_000,), "rademacher"))
     for lag in (1, 2, 31, 32, 33, 64, 1024):
         assert abs((u[lag:] * u[:-lag]).mean()) < 5 / np.sqrt(u.size - lag), lag

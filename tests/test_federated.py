@@ -1,4 +1,4 @@
-"""The algorithm against an independent transcription of its paper, and its behaviour."""
+"""The algorithm against an independent transcription of its paper, and its behavior."""
 
 import functools
 from typing import Any, get_args

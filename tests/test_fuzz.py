@@ -108,7 +108,7 @@ def make(rng: Rng, folder: Path) -> dict[str, Any]:
     if kind in ("own", "sst2"):
         options["label"] = names[1]
     if kind in ("own", "prompt") and rng.random() < 0.6:
-        options["words"] = ("up", "down", "great", "terrible")[: pick(rng, [2, 2, 2, 3, 4])]
+        options["verbalizer"] = ("up", "down", "great", "terrible")[: pick(rng, [2, 2, 2, 3, 4])]
     if rng.random() < 0.3:
         options |= dict(split="column", client_column=names[2])
     elif rng.random() < 0.4:

@@ -179,7 +179,7 @@ def test_a_text_is_no_list_of_names():
         HOST.ledger.append(np.ones((1, 1)), "0" * 16, reported={"a": float("nan")})
 
 
-PLACED = hj.decomfl(quadratic_loss, 0.1, num_perturbations=1, own_directions=3)
+PLACED = hj.decomfl(quadratic_loss, 0.1, num_perturbations=1, per_client_directions=3)
 
 
 @settings(deadline=None, max_examples=25)

@@ -71,7 +71,7 @@ def test_divergence_is_said(tmp_path: Path):
 
 
 @pytest.mark.parametrize("job, option", [
-    ("finetune", "--rounds"), ("digits", "--own-directions"), ("mnist", "--alpha"),
+    ("finetune", "--rounds"), ("digits", "--per-client-directions"), ("mnist", "--alpha"),
     ("compare", "--vary"), ("results", "--where"), ("robustness", "--shares"),
     ("curvature", "--decay"),
 ])  # fmt: skip

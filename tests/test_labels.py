@@ -46,13 +46,13 @@ def test_classes(values: list[Any], wanted: tuple[str, ...]):
 
 
 def test_a_number_is_never_taken_for_a_place():
-    stars = Task("{x}", label="y", words=tuple("12345"), values=tuple("12345"))
+    stars = Task("{x}", label="y", verbalizer=tuple("12345"), values=tuple("12345"))
     for value in (1, 5, 1.0, "3"):
         assert stars.label_of({"y": value}) == int(value) - 1
     for value in (0, 6, -1, "one", None, "", float("nan"), True):
         with pytest.raises(ValueError, match="column 'y': expected one of"):
             stars.label_of({"y": value})
-    spelled = stars._replace(words=("no", "yes"), values=("no", "yes"))
+    spelled = stars._replace(verbalizer=("no", "yes"), values=("no", "yes"))
     with pytest.raises(ValueError, match="expected one of"):
         spelled.label_of({"y": 0})  # nobody said that 0 is no
     assert TASKS["rte"].label_of({"label": 1}) == 1  # the hub's way to say not_entailment

@@ -84,8 +84,8 @@ def test_lazy_leaf(law: Any):
     assert_same_bits(whole, late[...])
     assert_same_bits(whole, jnp.asarray(late))
     ids = jnp.array([[4, 0], [5, 4]])
-    assert_same_bits(whole[ids], lazy.rows(late, ids))
-    assert_same_bits(whole[ids], lazy.rows(whole, ids))
+    assert_same_bits(whole[ids], lazy.take(late, ids))
+    assert_same_bits(whole[ids], lazy.take(whole, ids))
     scanned = lazy.scan(lambda i, inputs: (i + 1, inputs), 0, {"a": late, "b": x}, {"n": x})
     assert scanned[0] == 6
     assert_same_bits(scanned[1], ({"a": whole, "b": x}, {"n": x}))

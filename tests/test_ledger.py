@@ -103,8 +103,8 @@ def test_the_header_says_what_the_run_was_made_of(written: dict[str, Any]):
     assert header["software"]["backend"] == jax.default_backend()
     assert header["leaves"][0][:4] == ["w", "float32", [5], True]
     assert header["base"] == digests.text(hj.digest({"w": jnp.zeros(5)}))
-    built = rules.from_recipe(header["algorithm"]["rule"])
-    assert built.recipe == header["algorithm"]["rule"]
+    built = rules.from_config(header["algorithm"]["rule"])
+    assert built.config == header["algorithm"]["rule"]
 
 
 def test_other_tools_can_read_it(written: dict[str, Any]):
@@ -167,9 +167,9 @@ def test_bad_input_at_the_door(tmp_path: Path):
         hj.Ledger.create(tmp_path / "a", alg, state._replace(round=jnp.int32(1)))
     with pytest.raises(ValueError, match="about: expected plain data"):
         hj.Ledger.create(tmp_path / "a", alg, state, about={"x": object()})
-    unnamed = rules.identity()._replace(recipe=None)
+    unnamed = rules.identity()._replace(config=None)
     plain = hj.scalar_algorithm(quadratic_loss, 0.1, rule=unnamed)
-    with pytest.raises(ValueError, match="its rule has no recipe"):
+    with pytest.raises(ValueError, match="its rule has no config"):
         hj.Ledger.create(tmp_path / "a", plain, start(plain))
     with pytest.raises(FileNotFoundError, match="no such ledger"):
         hj.Ledger.open(tmp_path / "a", alg, state)

@@ -242,8 +242,8 @@ def test_pytorch_files_new_and_old(archive: bool, tmp_path: Path):
         "none": (kept, "no tensors"),
         "tensor": (flat, "expected a dict of tensors, found a tensor"),
         "module": (torch.nn.Linear(2, 2), "Linear has no place"),
-        "bytes": ({n: x.to(torch.int8) for n, x in tensors.items()}, "int8.*quantised"),
-        "small": ({n: x.to(torch.float8_e4m3fn) for n, x in tensors.items()}, "a quantised"),
+        "bytes": ({n: x.to(torch.int8) for n, x in tensors.items()}, "int8.*quantized"),
+        "small": ({n: x.to(torch.float8_e4m3fn) for n, x in tensors.items()}, "a quantized"),
     }.values():
         save(content)
         refused(tmp_path, text)

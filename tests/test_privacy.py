@@ -15,7 +15,7 @@ from hiso_jax import privacy
 @given(st.floats(0.1, 10), st.integers(0, 2**31 - 1))
 def test_norm_is_bounded_and_small_ones_stay(clip: float, seed: int):
     scalars = 3 * jax.random.normal(jax.random.key(seed), (6, 2, 4))
-    sent = privacy.privatise(scalars, jax.random.key(0), clip=clip, noise_multiplier=0)
+    sent = privacy.privatize(scalars, jax.random.key(0), clip=clip, noise_multiplier=0)
     norms, before = (np.sqrt((np.asarray(x) ** 2).sum((1, 2))) for x in (sent, scalars))
     np.testing.assert_allclose(norms, np.minimum(before, clip), rtol=1e-5)
     cosine = (np.asarray(sent) * scalars).sum((1, 2)) / (norms * before)
@@ -24,9 +24,9 @@ def test_norm_is_bounded_and_small_ones_stay(clip: float, seed: int):
 
 def test_noise_is_gaussian_of_the_size_asked_for_and_of_the_key():
     zeros = jnp.zeros((5, 100, 100))
-    sent = privacy.privatise(zeros, jax.random.key(1), clip=2.0, noise_multiplier=3.0)
+    sent = privacy.privatize(zeros, jax.random.key(1), clip=2.0, noise_multiplier=3.0)
     assert stats.kstest(np.asarray(sent).ravel() / 6.0, "norm").pvalue > 1e-6
-    other = privacy.privatise(zeros, jax.random.key(2), clip=2.0, noise_multiplier=3.0)
+    other = privacy.privatize(zeros, jax.random.key(2), clip=2.0, noise_multiplier=3.0)
     assert abs(np.corrcoef(np.asarray(sent).ravel(), np.asarray(other).ravel())[0, 1]) < 0.03
 
 
@@ -47,10 +47,10 @@ def test_epsilon_bounds_what_a_single_gaussian_gives_away():
 def test_bad_arguments_are_named():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="clip: .*0"):
-        privacy.privatise(jnp.ones((1, 1)), key, clip=0, noise_multiplier=1)
+        privacy.privatize(jnp.ones((1, 1)), key, clip=0, noise_multiplier=1)
     with pytest.raises(ValueError, match="noise_multiplier: .*-1"):
-        privacy.privatise(jnp.ones((1, 1)), key, clip=1, noise_multiplier=-1)
+        privacy.privatize(jnp.ones((1, 1)), key, clip=1, noise_multiplier=-1)
     with pytest.raises(ValueError, match=r"scalars: .*\(3,\)"):
-        privacy.privatise(jnp.ones(3), key, clip=1, noise_multiplier=1)
+        privacy.privatize(jnp.ones(3), key, clip=1, noise_multiplier=1)
     with pytest.raises(ValueError, match="delta"):
         privacy.epsilon(1.0, 1, 0.0)

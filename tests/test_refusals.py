@@ -56,8 +56,8 @@ def refused(*options: str) -> str:
     (("--task", "nothing"), "--task: expected docstrings or one of"),
     (("--text", "review", "--label", "nobody"), "lacks columns ['nobody']"),
     (("--text", "nobody", "--label", "mood"), "lacks columns ['nobody']; it has ['review'"),
-    ((*OWN, "--words", "a"), "--words: expected 2"), ((*OWN, "--words", "a", ""), "words: expected none"),
-    ((*OWN, "--words", "up", "up"), "not told apart"),
+    ((*OWN, "--verbalizer", "a"), "--verbalizer: expected 2"), ((*OWN, "--verbalizer", "a", ""), "verbalizer: expected none"),
+    ((*OWN, "--verbalizer", "up", "up"), "not told apart"),
     ((*OWN, "--train", "some"), "--train: expected all"), ((*OWN, "--train", "last-0"), "--train: expected"),
     ((*OWN, "--train", "last-9"), "expected 1 to 2 layers"),
     ((*OWN, "--train", "lora", "--lora-targets", "x"), "targets: expected some of"),
@@ -83,9 +83,9 @@ def refused(*options: str) -> str:
     (("--prompt", "It was", "--label", "mood"), "--prompt: 'It was' names no column"),
     ((*OWN, "--prompt", "{who} It was"), "--text: 'review' is not in --prompt"),
     (("--task", "sst2", "--text", "review", "--label", "mood"), "train, row 1: column 'mood': expected one of (0, 1)"),
-    (("--task", "sst2", "--text", "review", "--words", "a", "b", "c"), "--words: expected 2, one a label of sst2"),
+    (("--task", "sst2", "--text", "review", "--verbalizer", "a", "b", "c"), "--verbalizer: expected 2, one a label of sst2"),
     (("--task", "squad", "--text", "review"), "--text: squad reads the columns"),
-    (("--task", "lm", "--text", "review", "--words", "a"), "--words: --task lm reads plain text"),
+    (("--task", "lm", "--text", "review", "--verbalizer", "a"), "--verbalizer: --task lm reads plain text"),
     (("--label", "mood"), "--text: needed with --data"), ((*OWN, "--columns", "a", "b"), "columns: line 1"),
     ((*OWN, "--rounds", "0"), "--rounds: expected an int >= 1"), ((*OWN, "--batch-size", "-1"), "--batch-size"),
     ((*OWN, "--eval-every", "0"), "--eval-every: expected"), ((*OWN, "--snapshot-every", "0"), "--snapshot-every"),
@@ -110,7 +110,7 @@ def test_options(options: tuple[str, ...], said: str, place: Path):
 
 
 @pytest.mark.parametrize("options", [
-    OWN, ("--words", "a", "b"), ("--columns", "a"), ("--prompt", "{a}"), ("--num-clients", "3"),
+    OWN, ("--verbalizer", "a", "b"), ("--columns", "a"), ("--prompt", "{a}"), ("--num-clients", "3"),
     ("--split", "iid"),
 ])  # fmt: skip
 def test_options_that_would_be_passed_over(options: tuple[str, ...], place: Path):
@@ -251,7 +251,7 @@ def test_labels_are_shown_with_words_and_counts(place: Path):
     (place / FILE).unlink()
     built = finetune.build(finetune.Options(
         model="model", data=place, text="review", label="mood", num_clients=3, length=24,
-        words=("down", "up", "great"),
+        verbalizer=("down", "up", "great"),
     ))  # fmt: skip
     table = report.counts(built)
     assert [(row["label"], row["word"]) for row in table] == [

@@ -37,7 +37,7 @@ def make(distribution: str, steps: int, dtype: Any, rule: str) -> tuple[hj.Algor
     alg = hj.scalar_algorithm(
         lambda p, b: odd_loss(jax.tree.map(lambda x: x.astype(jnp.float32), p), b),
         optax.linear_schedule(1e-2, 0, 20),
-        rule=rules.from_recipe({"rule": rule}),
+        rule=rules.from_config({"rule": rule}),
         local_steps=steps,
         distribution=distribution,
         trainable=mask,

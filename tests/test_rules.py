@@ -1,4 +1,4 @@
-"""Every rule: as its paper writes it, in the same bits by every program, rebuilt from its recipe."""
+"""Every rule: as its paper writes it, in the same bits by every program, rebuilt from its config."""
 
 import functools
 from collections.abc import Callable
@@ -160,9 +160,9 @@ LIKE = {"meazo": "rms", "rms": "fzoo", "momentum": "adam"}  # in what they keep,
     ],
 )
 def test_same_bits(name: str):
-    """Fused round, scanned history and replay in blocks; the recipe makes the rule again."""
+    """Fused round, scanned history and replay in blocks; the config makes the rule again."""
     rule = rules.RULES[name]()
-    assert rules.from_recipe(rule.recipe or {}).recipe == rule.recipe
+    assert rules.from_config(rule.config or {}).config == rule.config
     first = odd_tree()["first"]
     params = {n: first[n] for n in ("leaf0", "leaf3", "leaf6", "leaf9")}
     alg = hj.scalar_algorithm(
@@ -319,7 +319,7 @@ def test_a_run_without_a_pool_has_no_numbers():
 def test_a_client_s_own_directions_are_its_part_of_the_record():
     """Each client's scalars are those it would send if its directions were the shared ones."""
     common: dict[str, Any] = dict(smoothing=1e-2, distribution="normal")
-    own = hj.federated_hiso(odd_loss, 1e-2, own_directions=3, num_perturbations=2, **common)
+    own = hj.federated_hiso(odd_loss, 1e-2, per_client_directions=3, num_perturbations=2, **common)
     wide = hj.federated_hiso(odd_loss, 1e-2, num_perturbations=6, **common)
     params = odd_tree()["second"]
     batches = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 4)), jnp.float32)
@@ -346,7 +346,7 @@ def test_a_client_s_own_directions_are_its_part_of_the_record():
 def test_own_directions_in_all_programs(steps: int, rule: str):
     made = rules.RULES[rule]()
     alg = hj.scalar_algorithm(
-        odd_loss, 1e-2, rule=made, own_directions=4, local_steps=steps, num_perturbations=2,
+        odd_loss, 1e-2, rule=made, per_client_directions=4, local_steps=steps, num_perturbations=2,
         estimator="three_point" if made.second else "forward", distribution="rademacher",
     )  # fmt: skip
     params = odd_tree()["second"]
@@ -366,13 +366,13 @@ def test_own_directions_in_all_programs(steps: int, rule: str):
 
 
 def test_a_server_keeps_everybody_s_place():
-    alg = hj.decomfl(odd_loss, 1e-2, own_directions=3, num_perturbations=2)
+    alg = hj.decomfl(odd_loss, 1e-2, per_client_directions=3, num_perturbations=2)
     params = {"w": jnp.linspace(-1, 1, 7)}
     start = alg.init(params, jax.random.key(1))
     batches = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 4)), jnp.float32)
     with hj.Ledger.create(":memory:", alg, start) as written:
         server = hj.server.Server(alg, start, written)
-        with pytest.raises(ValueError, match="at most own_directions=3, got 4"):
+        with pytest.raises(ValueError, match="at most per_client_directions=3, got 4"):
             server.open(["a", "b", "c", "d"])
         server.open(["a", "b", "c"])
         for place, name in ((2, "c"), (0, "a")):  # b never answers
@@ -385,13 +385,13 @@ def test_a_server_keeps_everybody_s_place():
 
 
 def test_own_directions_are_refused_where_they_make_no_sense():
-    with pytest.raises(ValueError, match="own_directions have nothing in common"):
-        hj.decomfl(loss, 0.1, own_directions=2, aggregator=hj.aggregators.median())
-    alg = hj.decomfl(odd_loss, 0.1, own_directions=2)
+    with pytest.raises(ValueError, match="per_client_directions have nothing in common"):
+        hj.decomfl(loss, 0.1, per_client_directions=2, aggregator=hj.aggregators.median())
+    alg = hj.decomfl(odd_loss, 0.1, per_client_directions=2)
     start = alg.init({"w": jnp.ones(3)}, jax.random.key(0))
     with pytest.raises(ValueError, match="3 clients from place 0"):
         alg.probe(start, jnp.ones((3, 1, 2)))
     with pytest.raises(ValueError, match="1 clients from place 2"):
         alg.probe(start, jnp.ones((1, 1, 2)), place=2)
-    with pytest.raises(ValueError, match="at most own_directions=2"):
+    with pytest.raises(ValueError, match="at most per_client_directions=2"):
         alg.aggregate(jnp.ones((3, 1, 5)))

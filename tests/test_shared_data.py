@@ -92,7 +92,7 @@ def test_language_model_with_speakers_as_clients(tmp_path: Path):
         params, state = step(params, state, batch)
     score = jax.jit(built.score)
     first_order = federation.evaluate(score, params, built.test, 64, built.prepare)
-    adam = built.figure(first_order)[1]
+    adam = built.metric_value(first_order)[1]
     before, after = summary["perplexity_before"], summary["perplexity"]
     print(f"perplexity {before:.1f}; after 30 rounds HiSo {after:.1f}, Adam {adam:.1f}")
     assert adam < 0.97 * after
@@ -108,7 +108,7 @@ def test_real_files(task: str, folder: str, options: tuple[str, ...], train: int
     assert abs(sizes["train"] - train) < 1200 and min(sizes.values()) > 150
     row = parts["train"][0]
     assert TASKS[task].read(row) and TASKS[task].answers(row)
-    if TASKS[task].words:
+    if TASKS[task].verbalizer:
         labels = [TASKS[task].label_of(r) for rows in parts.values() for r in rows]
         assert 0.4 < np.mean(labels) < 0.6
 

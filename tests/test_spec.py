@@ -28,7 +28,7 @@ def keep_all(params: Any, batch: Any) -> Any:
 
 UPPER = hj.Split(keep_all, quadratic_loss, {"w": 8}, directions=1)
 OPTIONS: list[dict[str, Any]] = [
-    dict(rule=rules.hiso()), dict(rule=rules.rms(), own_directions=2, local_steps=2),
+    dict(rule=rules.hiso()), dict(rule=rules.rms(), per_client_directions=2, local_steps=2),
     dict(rule=rules.identity(), seed_pool=16, distribution="near_normal"),
     dict(rule=rules.hizoo(), estimator="three_point"), dict(rule=rules.adam(), upper=UPPER),
     dict(rule=rules.momentum(), upper=[UPPER, UPPER._replace(leaves={"w": 0}, directions=2)]),
@@ -44,7 +44,7 @@ def test_a_header_becomes_the_algorithm_again(options: dict[str, Any]):
     with hj.Ledger.create(":memory:", alg, state) as ledger:
         spec = hj.Spec.from_header(json.loads(json.dumps(ledger.header)), loss_fn=quadratic_loss)
     again = algorithm(spec)
-    assert again.recipe == alg.recipe and spec.sent == alg.spec.sent
+    assert again.config == alg.config and spec.sent == alg.spec.sent
     assert spec.record == alg.spec.record == ledger.shape
     assert list(again.trainable(PARAMS)) == ["w"]
     record = np.random.default_rng(0).normal(size=spec.record).astype(np.float32)
@@ -105,17 +105,17 @@ def test_named_methods_refuse_instead_of_overriding(make: Any, options: Any, sai
 
 
 def test_named_methods_take_what_they_are():
-    assert hj.mezo(quadratic_loss, 0.1, num_perturbations=1).recipe["estimator"] == "central"
+    assert hj.mezo(quadratic_loss, 0.1, num_perturbations=1).config["estimator"] == "central"
     central = estimators.central_difference
-    assert hj.mezo(quadratic_loss, 0.1, estimator=central).recipe["estimator"] == "central"
+    assert hj.mezo(quadratic_loss, 0.1, estimator=central).config["estimator"] == "central"
     assert hj.fzoo(quadratic_loss, 0.1, distribution="rademacher").spec.directions.per_client == 5
 
 
 def test_an_estimator_has_one_name():
-    """By its name or as the function: the same recipe, and the same right to be used."""
+    """By its name or as the function: the same config, and the same right to be used."""
     both = ("forward", estimators.forward_difference)
     first, second = (hj.decomfl(quadratic_loss, 0.1, estimator=e, upper=UPPER) for e in both)
-    assert first.recipe == second.recipe
+    assert first.config == second.config
 
 
 def mine(scalars: jax.Array, weights: jax.Array) -> jax.Array:
@@ -132,9 +132,9 @@ def test_what_has_no_name_is_not_written_down(options: dict[str, Any]):
     with pytest.raises(ValueError, match=f"its {next(iter(options))} has no name"):
         hj.Ledger.create(":memory:", alg, alg.init({"w": jnp.zeros(3)}, KEY))
     named = hj.decomfl(quadratic_loss, 0.1, aggregator=mine)
-    assert named.recipe["aggregator"] == "mine"
+    assert named.config["aggregator"] == "mine"
     called = aggregators.Aggregator(lambda scalars, weights: scalars.mean(0), "the mean")
-    assert hj.decomfl(quadratic_loss, 0.1, aggregator=called).recipe["aggregator"] == "the mean"
+    assert hj.decomfl(quadratic_loss, 0.1, aggregator=called).config["aggregator"] == "the mean"
 
 
 def test_a_client_of_one_step_does_not_take_it():
@@ -142,7 +142,7 @@ def test_a_client_of_one_step_does_not_take_it():
     sizes = []
     for steps in (1, 2):
         alg = hj.scalar_algorithm(
-            quadratic_loss, 0.1, rule=rules.rms(), own_directions=2, local_steps=steps
+            quadratic_loss, 0.1, rule=rules.rms(), per_client_directions=2, local_steps=steps
         )
         state = alg.init({"w": jnp.zeros(4)}, KEY)
         program = jax.make_jaxpr(alg.probe)(state, jnp.ones((2, steps, 4)))

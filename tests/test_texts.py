@@ -77,7 +77,7 @@ def write(path: Path, rows: data.Rows) -> Path:
     return path
 
 
-OWN = Task("{review}\nmood:", label="mood", words=("down", "up"), values=("down", "up"))
+OWN = Task("{review}\nmood:", label="mood", verbalizer=("down", "up"), values=("down", "up"))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -125,10 +125,10 @@ def test_every_task_is_complete(name: str):
     row: dict[str, Any] = {column: f"<{column}>" for column in task.columns}
     shown = task.read(row)
     assert all(f"<{column}>" in shown for column in task.columns)
-    if task.words is None:
+    if task.verbalizer is None:
         assert task.answers({task.label: {"text": ["yes", "no"]}}) == ["yes", "no"]
         return
-    for number, word in enumerate(task.words):
+    for number, word in enumerate(task.verbalizer):
         for value in (
             {number, str(number)} if task.values is None else {number, task.values[number]}
         ):
@@ -144,11 +144,11 @@ def test_prompts_end_in_the_last_column(tokenizer: Any):
         assert (np.diff(mask) >= 0).all()  # padded on the left
     shared, firsts = text.word_tokens(OWN, tokenizer, ROWS)
     assert shared == [] and len(set(firsts.tolist())) == 2
-    for first, word in zip(firsts, OWN.words or (), strict=True):
+    for first, word in zip(firsts, OWN.verbalizer or (), strict=True):
         assert f" {word}".startswith(tokenizer.decode([first]))
     with pytest.raises(ValueError, match="not told apart"):
-        text.word_tokens(OWN._replace(words=("up", "up")), tokenizer, ROWS)
-    alike = OWN._replace(words=("upx", "upy"))  # they share their first tokens
+        text.word_tokens(OWN._replace(verbalizer=("up", "up")), tokenizer, ROWS)
+    alike = OWN._replace(verbalizer=("upx", "upy"))  # they share their first tokens
     shared, firsts = text.word_tokens(alike, tokenizer, ROWS)
     assert tokenizer.decode(shared) == " up" and len(set(firsts.tolist())) == 2
 
@@ -187,7 +187,7 @@ def test_f1_and_perplexity_are_those_of_the_libraries():
     sums = score({}, batch)
     np.testing.assert_array_equal(sums["confusion"], confusion_matrix(label, guess))
     fields = dict.fromkeys(problem.Problem._fields) | {"metric": "f1"}
-    figure = problem.Problem(**fields).figure(sums)[1]  # pyright: ignore
+    figure = problem.Problem(**fields).metric_value(sums)[1]  # pyright: ignore
     assert figure == pytest.approx(f1_score(label, guess, average="macro"))
     assert float(loss_fn({}, batch)) == pytest.approx(float(sums["loss"] / sums["count"]), rel=1e-5)
 
@@ -254,7 +254,7 @@ def test_a_pass_that_starts_at_the_last_layer(tiny: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("options", [
-    ("--text", "review", "--label", "mood", "--words", "bad", "good"),
+    ("--text", "review", "--label", "mood", "--verbalizer", "bad", "good"),
     pytest.param(("--text", "review", "--label", "mood", "--train", "lora"),
                  marks=pytest.mark.slow),
     pytest.param(("--text", "review", "--label", "mood", "--train", "prefix-3"),
@@ -314,7 +314,7 @@ def test_an_encoder_tells_words_by_its_mask(tmp_path: Path):
         initializer_range=0.2, architectures=["RobertaForMaskedLM"],
     )  # fmt: skip
     models.save_pretrained(models.from_config(config, jax.random.key(0)), folder)
-    own = OWN._replace(prompt="{review} It was", words=("bad", "good"))
+    own = OWN._replace(prompt="{review} It was", verbalizer=("bad", "good"))
     arrays = text.masked(own, AutoTokenizer.from_pretrained(folder), ROWS, 14)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for ids, mask, place in zip(
@@ -327,7 +327,7 @@ def test_an_encoder_tells_words_by_its_mask(tmp_path: Path):
 
     built = finetune.build(finetune.Options(
         model=str(folder), data=write(tmp_path / "reviews.csv", ROWS), text="review", label="mood",
-        prompt="{review} It was", words=("bad", "good"), num_clients=3, length=24,
+        prompt="{review} It was", verbalizer=("bad", "good"), num_clients=3, length=24,
     ))  # fmt: skip
     alg = hj.decomfl(built.loss_fn, 2e-3, distribution="rademacher")
     score, state = jax.jit(built.score), alg.init(built.params, jax.random.key(0))

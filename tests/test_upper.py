@@ -54,7 +54,7 @@ UPPER = hj.Split(trunk, head, {"v": 0}, directions=3)
 @pytest.mark.parametrize("own", [None, 2])
 @pytest.mark.parametrize("directions", [3, 5])
 def test_scalars_are_those_of_whole_passes(own: int | None, directions: int):
-    common: dict[str, Any] = dict(num_perturbations=5, smoothing=1e-2, own_directions=own)
+    common: dict[str, Any] = dict(num_perturbations=5, smoothing=1e-2, per_client_directions=own)
     kept = UPPER._replace(directions=directions)
     same = kept._replace(trunk=nothing, head=loss)  # from the very start
     found = []
@@ -98,7 +98,7 @@ def test_several_cuts_in_one_round(steps: int, own: int | None):
         ),
     ]
     alg = hj.decomfl(whole, 0.1, local_steps=steps, num_perturbations=7, upper=cuts, smoothing=1e-2,
-                     own_directions=own, distribution="rademacher")  # fmt: skip
+                     per_client_directions=own, distribution="rademacher")  # fmt: skip
     begin = alg.init(DEEP, KEY)
     batches = {k: np.repeat(v, steps, 1) for k, v in BATCHES.items()}
     state, metrics = jax.jit(alg.round)(begin, batches)
@@ -169,7 +169,7 @@ def test_upper_directions_in_all_programs(steps: int, rule: str, directions: int
     upper = hj.Split(nothing, odd_loss, rows, directions=directions)
     alg = hj.scalar_algorithm(
         odd_loss, 1e-2, rule=rules.RULES[rule](), local_steps=steps, num_perturbations=3,
-        distribution="rademacher", upper=upper, own_directions=own,
+        distribution="rademacher", upper=upper, per_client_directions=own,
     )  # fmt: skip
     begin = state = alg.init(params, jax.random.key(1))
     round, advance, records = jax.jit(alg.round), jax.jit(alg.advance), []

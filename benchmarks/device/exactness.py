@@ -39,7 +39,7 @@ class Program(NamedTuple):
     dtype: tuple[str, ...] = ("float32",)  # of the leaves, in turn
     tree: str = "odd"
     perturbations: int = 3  # P
-    own: int | None = None  # own_directions
+    own: int | None = None  # per_client_directions
     upper: int | None = None  # directions of the upper part
     pool: int | None = None  # seed_pool
     all_steps: bool = False  # update_steps="all"
@@ -68,8 +68,8 @@ PROGRAMS: dict[str, Program] = {
     "hiso, near_normal, large leaves, K = 3": Program("hiso", "near_normal", 3, tree="large"),
     "hiso, normal, large leaves, bfloat16": Program("hiso", "normal", 1, HALF, "large"),
     "adam, near_normal, mixed leaves, K = 3": Program("adam", "near_normal", 3, BOTH),
-    "rms, rademacher, own directions": Program("rms", "rademacher", own=3),
-    "hiso, normal, own directions, K = 3": Program("hiso", "normal", 3, own=2),
+    "rms, rademacher, per-client directions": Program("rms", "rademacher", own=3),
+    "hiso, normal, per-client directions, K = 3": Program("hiso", "normal", 3, own=2),
     "rms, rademacher, upper part": Program("rms", "rademacher", upper=2),
     "hiso, near_normal, upper part only, mixed leaves": Program(
         "hiso", "near_normal", 1, BOTH, upper=3
@@ -102,7 +102,7 @@ def build(program: Program) -> tuple[hj.Algorithm, hj.State]:
         local_steps=program.steps,
         num_perturbations=program.perturbations,
         distribution=program.law,
-        own_directions=program.own,
+        per_client_directions=program.own,
         seed_pool=program.pool,
         upper=upper,
     )

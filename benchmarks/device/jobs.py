@@ -114,7 +114,7 @@ def _language() -> tuple[Any, Any, federation.Clients, str]:
     model, tokenizer = models.from_pretrained(folder), models.load_tokenizer(folder)
     examples = docstrings.load()
     # Letters, which every tokenizer tells apart: which words they are takes no time.
-    task = Task("{text}\nTopic:", words=tuple("ABCDEF"))
+    task = Task("{text}\nTopic:", verbalizer=tuple("ABCDEF"))
     rows = [e._asdict() for e in examples]
     shared, firsts = text.word_tokens(task, tokenizer, rows)
     columns, words = text.words(task, tokenizer, rows, LENGTH, shared), jnp.asarray(firsts)

@@ -76,7 +76,7 @@ def _uniform() -> np.ndarray:
 
 def _contracted(a: Any, b: Any, c: Any) -> jax.Array:
     """A product and a sum that a compiler would like to make one operation of."""
-    return exact.seal(a * b) + c
+    return exact.no_fma(a * b) + c
 
 
 def _draw(law: str) -> Callable[..., Any]:
@@ -128,15 +128,15 @@ def all_stages() -> dict[str, Stage]:
     pair = (np.stack([ordinary(7), ordinary(8)]), np.stack([ordinary(9)[:5], ordinary(10)[:5]]))
     found = {
         "transfer to the device, and the digest itself": Stage(lambda x: x, (signed(),)),
-        "sum": Stage(lambda a, b: exact.flush(a + b), (ordinary(4), ordinary(5))),
-        "exact.flush": Stage(exact.flush, (signed(),)),
+        "sum": Stage(lambda a, b: exact.flush_subnormals(a + b), (ordinary(4), ordinary(5))),
+        "exact.flush_subnormals": Stage(exact.flush_subnormals, (signed(),)),
         "exact.mul": Stage(exact.mul, (signed(), ordinary(4) * np.float32(2.0**-20))),
-        "exact.seal": Stage(_contracted, (ordinary(4), ordinary(5), ordinary(6))),
+        "exact.no_fma": Stage(_contracted, (ordinary(4), ordinary(5), ordinary(6))),
         "exact.total": Stage(exact.total, (ordinary(4)[:129],)),
         "exact.rsqrt": Stage(exact.rsqrt, (positive(),)),
         "exact.sqrt": Stage(exact.sqrt, (positive(),)),
         "exact.reciprocal": Stage(exact.reciprocal, (few,)),
-        "exact.move": Stage(lambda x, z: exact.move(x, 1e-3, z), (ordinary(4), ordinary(5))),
+        "exact.axpy": Stage(lambda x, z: exact.axpy(x, 1e-3, z), (ordinary(4), ordinary(5))),
         "exact.normal_quantile": Stage(exact.normal_quantile, (_uniform(),)),
         "exact.near_normal": Stage(exact.near_normal, (words(3).view(np.int32) >> np.int32(10),)),
         "directions.fold_in": Stage(

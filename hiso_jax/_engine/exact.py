@@ -3,14 +3,14 @@
 Three things make two parties that run the same source disagree in the last bit:
 
 * Compilers contract ``a * b + c`` into a fused multiply-add in one program and not in the
-  next. A product that has passed through `seal` or `mul` cannot be contracted: they
+  next. A product that has passed through `no_fma` or `mul` cannot be contracted: they
   are integer operations that change what a NaN or a subnormal number would become, so no
   compiler may look through them.
 * Divisions, square roots and transcendental functions are approximations of their own on
   every accelerator. Nothing here uses one: only integer operations, comparisons, sums and
   products, which IEEE 754 rounds correctly everywhere.
 * Subnormal numbers (below 2^-126) are kept by some processors and zero on others. `mul`
-  and `flush` make them zero on all.
+  and `flush_subnormals` make them zero on all.
 """
 
 import contextlib
@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from hiso_jax._engine import renamed
 
 
 def compiler_options() -> dict[str, int]:
@@ -35,7 +37,7 @@ def compiler_options() -> dict[str, int]:
     return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
 
 
-def apart(function: Callable[..., Any], *args: Any) -> Any:
+def compiled_alone(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function compiled by itself, as the branch of a condition that always holds.
 
     Nothing around it is fused into it, so what it computes is computed once, and rounds alike
@@ -43,7 +45,7 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> float(apart(jnp.sqrt, jnp.float32(4.0)))
+      >>> float(compiled_alone(jnp.sqrt, jnp.float32(4.0)))
       2.0
     """
     nothing = jax.tree.map(
@@ -71,7 +73,7 @@ def usual_types() -> Iterator[None]:
         yield
 
 
-def seal(x: jax.Array) -> jax.Array:
+def no_fma(x: jax.Array) -> jax.Array:
     """Return `x` unchanged, uncontractable; the cheapest, for products that cannot be subnormal.
 
     One integer minimum, which touches no number but a NaN (that stays one). A clamp costs
@@ -83,22 +85,22 @@ def seal(x: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> seal(jnp.array([1.5, -0.0, jnp.inf])).tolist()
+      >>> no_fma(jnp.array([1.5, -0.0, jnp.inf])).tolist()
       [1.5, -0.0, inf]
     """
     pattern = lax.bitcast_convert_type(x, jnp.uint32)
     return lax.bitcast_convert_type(jnp.minimum(pattern, jnp.uint32(2**32 - 2)), jnp.float32)
 
 
-def flush(x: jax.Array) -> jax.Array:
+def flush_subnormals(x: jax.Array) -> jax.Array:
     """Make the subnormal numbers of a float32 array zero of the same sign, uncontractable.
 
     Those of a float64 array likewise.
 
     Example:
       >>> import numpy as np
-      >>> flush(np.array([1e-40, 1e-30, -2.0], np.float32)).tolist() == [0.0, np.float32(1e-30), -2]
-      True
+      >>> flush_subnormals(np.array([1e-40, 1.0, -2.0], np.float32)).tolist()
+      [0.0, 1.0, -2.0]
     """
     double = x.dtype == jnp.float64
     whole, exponent, sign = (
@@ -130,13 +132,13 @@ def mul(a: jax.typing.ArrayLike, b: jax.typing.ArrayLike) -> jax.Array:
       1.5
     """
     # With 64-bit types a float64 number of NumPy's, unlike Python's, would make float64 of it all.
-    return flush(jnp.asarray(a, jnp.float32) * jnp.asarray(b, jnp.float32))
+    return flush_subnormals(jnp.asarray(a, jnp.float32) * jnp.asarray(b, jnp.float32))
 
 
-def move(x: jax.Array, scale: Any, direction: jax.Array) -> jax.Array:
+def axpy(x: jax.Array, scale: Any, direction: jax.Array) -> jax.Array:
     """Return ``x + scale * direction`` in the dtype of `x`, computed in float32 at least."""
     start = wide(x)
-    step = seal(jnp.asarray(scale, jnp.float32) * direction)
+    step = no_fma(jnp.asarray(scale, jnp.float32) * direction)
     return (start + step.astype(start.dtype)).astype(x.dtype)
 
 
@@ -151,10 +153,10 @@ def rsqrt(x: jax.Array) -> jax.Array:
       0.5
     """
     guess = jnp.int32(0x5F3759DF) - (lax.bitcast_convert_type(x, jnp.int32) >> 1)
-    y, half = lax.bitcast_convert_type(guess, jnp.float32), seal(jnp.float32(0.5) * x)
+    y, half = lax.bitcast_convert_type(guess, jnp.float32), no_fma(jnp.float32(0.5) * x)
     for _ in range(3):
         # As a correction of y, not a product: so the roots of powers of four are exact.
-        y = y + seal(y * (jnp.float32(0.5) - seal(seal(half * y) * y)))
+        y = y + no_fma(y * (jnp.float32(0.5) - no_fma(no_fma(half * y) * y)))
     return y
 
 
@@ -194,7 +196,7 @@ def total(x: jax.Array) -> jax.Array:
 
 def _times(a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiply numbers whose product is never subnormal."""
-    return seal(a * b)
+    return no_fma(a * b)
 
 
 def _horner(x: jax.Array, coefficients: Sequence[jax.typing.ArrayLike]) -> jax.Array:
@@ -273,9 +275,14 @@ def stochastic_round(words: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Ar
     # Not towards infinity, which JAX's debug modes would take for a fault; it is the same step.
     limit = jnp.finfo(dtype).max
     towards = jnp.where(error > 0, limit, -limit).astype(dtype)
-    neighbour = jnp.nextafter(nearest, towards)
-    gap = jnp.abs(neighbour.astype(jnp.float32) - nearest.astype(jnp.float32))
+    neighbor = jnp.nextafter(nearest, towards)
+    gap = jnp.abs(neighbor.astype(jnp.float32) - nearest.astype(jnp.float32))
     # 24 random bits make a uniform number in [0, 1) without rounding.
     uniform = (words >> 8).astype(jnp.float32)
     move = mul(uniform, gap) < mul(jnp.abs(error), jnp.float32(2**24))
-    return jnp.where(move & jnp.isfinite(neighbour), neighbour, nearest)
+    return jnp.where(move & jnp.isfinite(neighbor), neighbor, nearest)
+
+
+__getattr__ = renamed.functions(
+    globals(), seal="no_fma", apart="compiled_alone", move="axpy", flush="flush_subnormals"
+)

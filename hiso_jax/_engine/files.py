@@ -12,7 +12,7 @@ _NOT_THERE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path in the same folder; rename it to `path` on success.
 
     On an error or an interrupt the temporary file is removed and `path` is what it was. Network
@@ -25,7 +25,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     Example:
       >>> import tempfile, pathlib
       >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
-      >>> with whole(target) as part:
+      >>> with atomic_write(target) as part:
       ...     _ = part.write_text("all of it")
       >>> target.read_text()
       'all of it'

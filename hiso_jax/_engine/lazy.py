@@ -35,7 +35,7 @@ class Lazy:
       >>> import jax.numpy as jnp
       >>> x = jnp.arange(6.0).reshape(3, 2)
       >>> negated = Lazy(lambda starts, shape, parts: -parts[0], x.shape, x.dtype, (x,))
-      >>> rows(negated, jnp.array([2, 0])).tolist()
+      >>> take(negated, jnp.array([2, 0])).tolist()
       [[-4.0, -5.0], [-0.0, -1.0]]
       >>> (1 + negated[...]).tolist()
       [[1.0, 0.0], [-1.0, -2.0], [-3.0, -4.0]]
@@ -72,12 +72,12 @@ class Lazy:
             starts: jax.Array, shape: tuple[int, ...], parts: tuple[jax.Array, ...]
         ) -> jax.Array:
             own, *others = parts
-            return exact.move(own, scale, self.compute(starts, shape, tuple(others)))
+            return exact.axpy(own, scale, self.compute(starts, shape, tuple(others)))
 
         return Lazy(compute, x.shape, x.dtype, (x, *self.parts), self.start)
 
 
-def rows(table: Any, indices: jax.Array) -> jax.Array:
+def take(table: Any, indices: jax.Array) -> jax.Array:
     """``table[indices]``, of an array or of a lazy leaf, of which only these rows are computed.
 
     Args:

@@ -125,7 +125,7 @@ def draw(
         signs = jax.lax.platform_dependent(
             jax.random.key_data(key),
             start >> 5,
-            cpu=lambda *args: exact.apart(cipher, *args),
+            cpu=lambda *args: exact.compiled_alone(cipher, *args),
             default=cipher,
         )
         drawn = (signs, signs)

@@ -67,15 +67,15 @@ class Still(NamedTuple):
                     )
 
     @property
-    def recipe(self) -> Any:
+    def config(self) -> Any:
         """As data: one part, or a list of them."""
         parts = [{"leaves": dict(p.leaves), "directions": p.directions} for p in self.parts]
         return parts[0] if len(parts) == 1 else parts
 
     @classmethod
-    def from_recipe(cls, recipe: Any) -> Self:
-        """The inverse of `recipe`."""
-        parts = recipe if isinstance(recipe, list) else [recipe]
+    def from_config(cls, config: Any) -> Self:
+        """The inverse of `config`."""
+        parts = config if isinstance(config, list) else [config]
         return cls(tuple(Part(part["leaves"], int(part["directions"])) for part in parts))
 
 

@@ -18,7 +18,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
            "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
            "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
 _NAMES = {name: code for code, name in _DTYPES.items()}
-QUANTISED = "a quantised checkpoint, which is not supported; use the unquantised one"
+QUANTIZED = "a quantized checkpoint, which is not supported; use the unquantized one"
 """What is said of weights that are codes and not numbers."""
 
 
@@ -69,7 +69,7 @@ def _entries(header: dict[str, Any], begin: int) -> dict[str, Tensor]:
         code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if code not in _DTYPES:
             # Floats and ints of less than a byte, and of a byte with its scales elsewhere.
-            kind = QUANTISED if code[:2] in ("F8", "F6", "F4", "E8", "I4", "U4") else "unsupported"
+            kind = QUANTIZED if code[:2] in ("F8", "F6", "F4", "E8", "I4", "U4") else "unsupported"
             raise ValueError(f"tensor {name!r} has type {code}: {kind}")
         tensors[name] = tensor = Tensor(jnp.dtype(_DTYPES[code]), shape, begin + start)
         if not 0 <= start <= end or end - start != tensor.size * tensor.dtype.itemsize:
@@ -109,7 +109,7 @@ class TensorFile:
             text = str(error)
             if begin.startswith((b"PK", b"\x80\x02")):
                 text = "in PyTorch's own format: it should be called pytorch_model.bin"
-            if QUANTISED not in text:  # a sound file, of what nothing here can use
+            if QUANTIZED not in text:  # a sound file, of what nothing here can use
                 text = f"not a safetensors file: {disguise(begin) or text}"
             raise ValueError(f"{path}: {text}") from error
         except OSError:

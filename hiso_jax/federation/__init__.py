@@ -9,7 +9,7 @@ Example:
 """
 
 from hiso_jax.federation.clients import Arrays, Clients
-from hiso_jax.federation.rounds import Report, answers, evaluate, run
+from hiso_jax.federation.rounds import Report, evaluate, participation, run
 from hiso_jax.federation.server import Server, catch_up
 from hiso_jax.federation.traffic import Traffic
 
@@ -19,8 +19,8 @@ __all__ = [
     "Report",
     "Server",
     "Traffic",
-    "answers",
     "catch_up",
     "evaluate",
+    "participation",
     "run",
 ]

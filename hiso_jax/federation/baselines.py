@@ -37,7 +37,7 @@ class Baseline(NamedTuple):
     init: Callable[..., hj.State]
     round: Callable[..., tuple[hj.State, hj.Metrics]]
     learning_rate: Callable[[jax.Array], jax.Array]
-    recipe: dict[str, Any]
+    config: dict[str, Any]
     trainable: Callable[[trees.Params], trees.Leaves]
 
 
@@ -56,19 +56,19 @@ def _build(
 
     Args:
       gradient: (leaves -> loss, leaves, key) -> loss and gradient.
-      server: learning rate -> optimiser; None moves to the mean of the clients' models.
+      server: learning rate -> optimizer; None moves to the mean of the clients' models.
       client_rate: of the clients' SGD; None takes the learning rate.
       forward_passes: what a gradient costs; a backward pass is about two.
     """
     steps = checks.count("local_steps", local_steps)
     rate_of = learning_rate if callable(learning_rate) else lambda round: learning_rate
     rate_at = lambda round: jnp.asarray(rate_of(round), jnp.float32)  # noqa: E731
-    optimiser = optax.identity() if server is None else server(rate_at)
+    optimizer = optax.identity() if server is None else server(rate_at)
     chosen = lambda params: trees.select(params, trainable)  # noqa: E731
 
     def init(params: trees.Params, key: jax.Array) -> hj.State:
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
-        return hj.State(params, key, jnp.zeros((), jnp.int32), optimiser.init(chosen(params)))
+        return hj.State(params, key, jnp.zeros((), jnp.int32), optimizer.init(chosen(params)))
 
     def round(state: hj.State, batches: Any, weights: Any = None) -> tuple[hj.State, hj.Metrics]:
         count = len(jax.tree.leaves(batches)[0])
@@ -100,7 +100,7 @@ def _build(
             updates, memory = {n: -x for n, x in mean.items()}, state.rule
         else:
             slope = {n: x / (own_rate * steps) for n, x in mean.items()}
-            updates, memory = optimiser.update(slope, state.rule, leaves)
+            updates, memory = optimizer.update(slope, state.rule, leaves)
         kept = lambda new, old: jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old)  # noqa: E731
         moved = kept(optax.apply_updates(leaves, updates), leaves)
         metrics = hj.Metrics(
@@ -115,8 +115,8 @@ def _build(
         memory = kept(memory, state.rule)
         return hj.State(params, state.key, state.round + 1, memory), metrics
 
-    recipe = dict(name=name, local_steps=steps, forward_passes=forward_passes)
-    return Baseline(init, round, rate_at, recipe, chosen)
+    config = dict(name=name, local_steps=steps, forward_passes=forward_passes)
+    return Baseline(init, round, rate_at, config, chosen)
 
 
 def _backward(
@@ -143,10 +143,10 @@ def first_order(
     Args:
       name: ``"fedavg"`` or one of `SERVERS`.
       loss_fn: as of `hiso_jax.scalar_algorithm`, and differentiable.
-      learning_rate: of the server's optimiser; of the clients' SGD for FedAvg.
+      learning_rate: of the server's optimizer; of the clients' SGD for FedAvg.
       local_steps: K.
       trainable: mask, as in `hiso_jax.trees.select`.
-      client_learning_rate: of the clients' SGD where the server has an optimiser.
+      client_learning_rate: of the clients' SGD where the server has an optimizer.
     """
     checks.choice("name", name, ("fedavg", *SERVERS))
     server, own = SERVERS.get(name), None if name == "fedavg" else client_learning_rate
@@ -163,7 +163,7 @@ def fedzo(
     distribution: str = "normal",
     trainable: trees.Trainable = None,
 ) -> Baseline:
-    """FedZO: clients estimate gradients with their own directions, the server averages models."""
+    """FedZO: clients estimate gradients with per-client directions, the server averages models."""
     law = directions.check_distribution(distribution)
 
     def gradient(

@@ -31,7 +31,7 @@ class Report(NamedTuple):
         return {n: float(w) for n, w in zip(self.names, self.weights, strict=True) if w > 0}
 
 
-def answers(count: int, round: int, seed: int, dropout: float) -> np.ndarray:
+def participation(count: int, round: int, seed: int, dropout: float) -> np.ndarray:
     """Weights of the clients asked: 0 with probability `dropout`, else 1."""
     chances = np.random.default_rng([seed, round, 2]).random(count)
     return (chances >= dropout).astype(np.float32)
@@ -94,7 +94,7 @@ def run(
     ahead = draw(first)
     for round in range(first, rounds):
         names, batches = ahead
-        weights = answers(len(names), round, seed, dropout)
+        weights = participation(len(names), round, seed, dropout)
         with used():
             state, metrics = step(state, batches, weights)
         if round + 1 < rounds:
@@ -120,7 +120,7 @@ def _advice(
         return ". Lower the learning rate or the smoothing"
     kind = "NaN" if all(np.isnan(first[name]) for name in broken) else "NaN or infinite"
     # Other estimators take no loss at the parameters themselves.
-    place = "near" if algorithm.recipe.get("estimator") == "central" else "at"
+    place = "near" if algorithm.config.get("estimator") == "central" else "at"
     earlier = ", and at the learning rate of the rounds before" if round else ""
     return (
         f": the loss of clients {broken} is {kind} {place} the model's own parameters, before "

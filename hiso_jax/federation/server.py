@@ -96,7 +96,8 @@ class Server:
     def open(self, names: Iterable[Any]) -> int:
         """Ask clients for a round; return its number.
 
-        With `own_directions`, a client's number among them is the `place` that it probes with.
+        With `per_client_directions`, a client's number among them is the `place` that it probes
+        with.
         The ledger keeps it until the round is closed. After a restart ask the same clients in
         the same order: whoever has had another place in this round does not count in it, since
         nobody could tell for which of the two its scalars are.
@@ -115,7 +116,9 @@ class Server:
         most = self.algorithm.spec.directions.clients
         if most is not None:
             if len(asked) > most:
-                raise ValueError(f"names: expected at most own_directions={most}, got {len(asked)}")
+                raise ValueError(
+                    f"names: expected at most per_client_directions={most}, got {len(asked)}"
+                )
             self._places = self.ledger.open_round(asked)
         self._asked = asked
         return self.round

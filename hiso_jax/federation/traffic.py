@@ -4,6 +4,8 @@ from collections.abc import Container, Sequence
 
 import numpy as np
 
+from hiso_jax._engine import renamed
+
 
 class Traffic:
     """Counts payload bytes: what has crossed the network, nothing else has.
@@ -15,14 +17,15 @@ class Traffic:
     Args:
       record_shape: (K, P).
       schedule: whether the learning rate follows one: it is then sent too, 4 bytes a record.
-      own_directions: C, where a client sends its part of a record only.
+      per_client_directions: C, where a client sends its part of a record only.
     """
 
+    @renamed.arguments(own_directions="per_client_directions")
     def __init__(
-        self, record_shape: tuple[int, int], schedule: bool = False, own_directions: int = 1
+        self, record_shape: tuple[int, int], schedule: bool = False, per_client_directions: int = 1
     ):
         whole = 4 * int(np.prod(record_shape))
-        self.record_bytes = whole // own_directions
+        self.record_bytes = whole // per_client_directions
         self.missed_bytes = whole + 4 * schedule
         self.up: dict[str, int] = {}
         self.down: dict[str, int] = {}

@@ -44,7 +44,7 @@ def write(
       digest: sixteen hexadecimal digits, or None.
     """
     content = _encode(header, scalars, learning_rates, digest)
-    with files.whole(path) as part:
+    with files.atomic_write(path) as part:
         part.write_bytes(content)
     return len(content)
 

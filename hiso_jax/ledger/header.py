@@ -30,17 +30,17 @@ def describe(
     each. ``software``: versions and backend. ``about``: yours.
 
     Raises:
-      ValueError: `state` is not fresh, the rule has no recipe, or `about` is not plain data.
+      ValueError: `state` is not fresh, the rule has no config, or `about` is not plain data.
     """
     if int(state.round):
         raise ValueError(f"state: expected one fresh from init, got one of round {state.round}")
-    if not algorithm.recipe["rule"]:
+    if not algorithm.config["rule"]:
         raise ValueError(
-            'algorithm: its rule has no recipe to write down; give it Rule(recipe={"rule": '
+            'algorithm: its rule has no config to write down; give it Rule(config={"rule": '
             '"name", argument: value, ...})'
         )
     for choice in ("estimator", "aggregator"):
-        if algorithm.recipe[choice] is None:
+        if algorithm.config[choice] is None:
             raise ValueError(
                 f"algorithm: its {choice} has no name to write down, and another one would look "
                 "the same; give it a function with a name, at the top of a module"
@@ -52,7 +52,7 @@ def describe(
         for n, x in trees.named(state.params).items()
     ]
     header = dict(
-        algorithm=plain(algorithm.recipe),
+        algorithm=plain(algorithm.config),
         key=_key(state),
         base=digests.text(digests.total(own.values())),
         leaves=leaves,
@@ -95,10 +95,10 @@ def canonical(header: Mapping[str, Any]) -> str:
 
 
 def shape(header: Mapping[str, Any]) -> tuple[int, int]:
-    """(K, P) of its records: C times as many with own directions, twice with second differences."""
-    recipe = header["algorithm"]
-    each = estimators.scalars_per_direction(recipe.get("estimator", "forward"))
-    return int(recipe["local_steps"]), each * directions.Directions.from_recipe(recipe).total
+    """(K, P) of its records: P is C times that sent with per-client directions."""
+    config = header["algorithm"]
+    each = estimators.scalars_per_direction(config.get("estimator", "forward"))
+    return int(config["local_steps"]), each * directions.Directions.from_config(config).total
 
 
 def check(header: Any) -> None:
@@ -114,7 +114,7 @@ def check(header: Any) -> None:
 
 def match_algorithm(header: Mapping[str, Any], algorithm: Algorithm) -> None:
     """Raise Mismatch, naming the fields, unless the header is of this algorithm."""
-    ours, given = header["algorithm"], json.loads(canonical(plain(algorithm.recipe)))
+    ours, given = header["algorithm"], json.loads(canonical(plain(algorithm.config)))
     differ = [
         f"{field} is {ours.get(field)!r} there and {given.get(field)!r} here"
         for field in sorted(ours.keys() | given.keys())

@@ -36,9 +36,9 @@ def accumulate(ledger: Ledger) -> np.ndarray:
       >>> bool(np.allclose(moved["w"], state.params["w"], atol=1e-6))
       True
     """
-    recipe, key = ledger.header["algorithm"]["rule"], ledger.header["key"]
-    if recipe != rules.identity().recipe:
-        raise ValueError(f"ledger: a pool adds up under the identity rule only, not {recipe}")
+    config, key = ledger.header["algorithm"]["rule"], ledger.header["key"]
+    if config != rules.identity().config:
+        raise ValueError(f"ledger: a pool adds up under the identity rule only, not {config}")
     spec = Spec.from_header(ledger.header)
     if (pool := spec.directions.pool) is None:
         raise ValueError(f"ledger: {ledger.path} is of a run without a seed pool")
@@ -78,7 +78,7 @@ def apply(
 
     def add(j: jax.Array, total: trees.Leaves) -> trees.Leaves:
         u = directions.noise(directions.pool_key(key, j), leaves, law)
-        return {n: exact.move(total[n], -weights[j], u[n]) for n in total}
+        return {n: exact.axpy(total[n], -weights[j], u[n]) for n in total}
 
     wide = {n: x.astype(jnp.float32) for n, x in leaves.items()}
     moved = lax.fori_loop(0, len(weights), add, wide)

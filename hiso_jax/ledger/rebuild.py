@@ -228,7 +228,7 @@ def rebuild(
         else:
             pieces = flat_pieces(replay.leaves, opened)
         size = sum(leaf.size for leaf in replay.leaves.values())
-        made = stack.enter_context((_whole_folder if folder else files.whole)(out))
+        made = stack.enter_context((_whole_folder if folder else files.atomic_write)(out))
         _write(replay, pieces, opened, made, lambda what, count: on_step(what, count, size))
         if folder:
             _copy_small_files(base, paths[0], made)

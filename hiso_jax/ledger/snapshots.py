@@ -32,7 +32,7 @@ def save(folder: str | os.PathLike[str], algorithm: Algorithm, state: State, kee
     """
     path = _path(folder, int(state.round))
     moving = {"params": algorithm.trainable(state.params), "rule": state.rule}
-    with files.whole(path) as part:
+    with files.atomic_write(path) as part:
         try:
             save_file({n: jnp.asarray(x) for n, x in trees.named(moving).items()}, part)
         except SafetensorError as error:  # how its writer says that the disk is full

@@ -78,7 +78,7 @@ class Ledger:
         self.path, self._connection = path, connection
         self.header, self.rounds, self._chain = tables.verify(path, connection)
         self.shape = headers.shape(self.header)
-        self._constant = Rate.from_recipe(self.header["algorithm"]["learning_rate"]).value
+        self._constant = Rate.from_config(self.header["algorithm"]["learning_rate"]).value
 
     @classmethod
     def create(
@@ -99,7 +99,7 @@ class Ledger:
 
         Raises:
           FileExistsError: a ledger is never written over, nor put beside the log of another.
-          ValueError: `state` has advanced, or the rule has no recipe.
+          ValueError: `state` has advanced, or the rule has no config.
           LedgerWriteError: the file cannot be written.
         """
         tables.check_free(path, "path")
@@ -111,7 +111,7 @@ class Ledger:
         if str(path) == ":memory:":
             return cls(":memory:", tables.create(":memory:", text))
         try:
-            with files.whole(path) as part:
+            with files.atomic_write(path) as part:
                 tables.create(str(part), text).close()
         except (sqlite3.Error, OSError) as error:
             raise LedgerWriteError(f"{path}: the ledger cannot be written: {error}") from error

@@ -109,7 +109,7 @@ def save(model: models.Model, subset: Subset, folder: Path, params: Any) -> None
         own = {n: np.asarray(x) for n, x in trees.named(params[kind]).items()}
         if (found := subset.prefix(params)) is not None:
             own = dict(zip(own, map(np.asarray, found), strict=True))
-        with files.whole(folder / "model" / f"{kind}.safetensors") as part:
+        with files.atomic_write(folder / "model" / f"{kind}.safetensors") as part:
             save_file(own, part)
 
 
@@ -160,7 +160,7 @@ def finish(adapter: dict[str, Any], base: Path, made: Path) -> str:
                 return f"extra.safetensors has the labels' difference to their start, for {error}"
             begun = {kind: label_embeddings(source, tokenizer, sentences, adapter["length"])}
         own = {n: np.asarray(begun[n] + x) for n, x in own.items()}
-    with files.whole(made / f"{kind}.safetensors") as part:
+    with files.atomic_write(made / f"{kind}.safetensors") as part:
         save_file(own, part)
     (made / "extra.safetensors").unlink()
     return said

@@ -18,7 +18,7 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale).astype(dtype)
 
 
-def of_layers(config: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
+def layer_configs(config: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Frequencies [L, head width / 2] and windows int32 [L] of a config's layers.
 
     A layer without rotary positions has frequency 0. Windows are None if no layer slides.
@@ -77,14 +77,14 @@ def _turned(own: Any, width: int) -> np.ndarray:
             )
 
 
-def turns(frequencies: Any, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def rope_tables(frequencies: Any, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, 1, head width] of positions [B, T]."""
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     angles = jnp.concatenate([angles, angles], -1)[:, :, None]
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
 
-def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
+def apply_rope(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
     """Turn queries or keys [B, T, heads, head width] to their positions."""
     first, second = jnp.split(x, 2, -1)
     return x * cosines + jnp.concatenate([-second, first], -1) * sines

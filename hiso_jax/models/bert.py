@@ -33,7 +33,7 @@ class _Embeddings(nnx.Module):
         if self.first is not None:
             positions = self.first - 1 + jnp.cumsum(valid, 1) * valid
         return self.LayerNorm(
-            lazy.rows(table, inputs.safe(input_ids, valid, table.shape[0]))
+            lazy.take(table, inputs.safe(input_ids, valid, table.shape[0]))
             + self.position_embeddings(positions)
             + self.token_type_embeddings(jnp.zeros_like(positions))
         )
@@ -218,6 +218,6 @@ class Bert(nnx.Module):
         if rows is None:
             table = table[...]
         else:
-            table, bias = lazy.rows(table.get_value(), rows), bias[rows]
+            table, bias = lazy.take(table.get_value(), rows), bias[rows]
         logits = transform(hidden) @ table.T
         return (logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))).astype(jnp.float32)

@@ -60,7 +60,7 @@ class _Body(nnx.Module):
     def embed(self, input_ids: jax.Array, positions: jax.Array, valid: jax.Array) -> jax.Array:
         """Input [B, T, D] of the first layer."""
         table = self.embed_tokens.embedding.get_value()
-        x = lazy.rows(table, inputs.safe(input_ids, valid, table.shape[0]))
+        x = lazy.take(table, inputs.safe(input_ids, valid, table.shape[0]))
         if self.scale is not None:
             x = x * jnp.asarray(self.scale, x.dtype)
         if self.opt:
@@ -68,7 +68,7 @@ class _Body(nnx.Module):
                 x = self.project_in(x)
             # Padding is at position -1, as in the checkpoints' own code.
             places = jnp.where(valid, positions, -1) + 2
-            x = x + lazy.rows(self.embed_positions.embedding.get_value(), places)
+            x = x + lazy.take(self.embed_positions.embedding.get_value(), places)
         return x
 
     def __call__(
@@ -92,15 +92,15 @@ class _Body(nnx.Module):
             kept = (cache.keys, cache.values)
         distance = positions[:, None, :, None] - keys[0][:, None, None, :]
         mask = (distance >= 0) & keys[1][:, None, None, :]
-        frequencies, windows = attention.of_layers(self.config)
+        frequencies, windows = attention.layer_configs(self.config)
         shared = None
         if frequencies is not None and (frequencies == frequencies[0]).all():
-            shared, frequencies = attention.turns(frequencies[0], positions, x.dtype), None
+            shared, frequencies = attention.rope_tables(frequencies[0], positions, x.dtype), None
         graph, stacked = nnx.split(self.layers)
 
         def layer(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             state, (own, window, cache) = inputs
-            rope = shared if own is None else attention.turns(own, positions, x.dtype)
+            rope = shared if own is None else attention.rope_tables(own, positions, x.dtype)
             seen = mask if window is None else mask & (distance < window)
             return nnx.merge(graph, state)(x, Step(rope, seen, slot), cache)
 
@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
             table = table if rows is None else table[:, rows]
         else:
             table = self.body.embed_tokens.embedding
-            table = table[...] if rows is None else lazy.rows(table.get_value(), rows)
+            table = table[...] if rows is None else lazy.take(table.get_value(), rows)
             table = table.T
         return (hidden @ table).astype(jnp.float32)
 
@@ -289,7 +289,7 @@ def _check(config: Any) -> None:
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name, None) is not None:
             raise ValueError(f"config: {name} is not supported")
-    attention.of_layers(config)
+    attention.layer_configs(config)
 
 
 def _places(attention_mask: jax.Array) -> tuple[jax.Array, jax.Array]:

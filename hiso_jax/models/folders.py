@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from hiso_jax._engine.tensorfile import QUANTISED, TensorFile, stand_in
+from hiso_jax._engine.tensorfile import QUANTIZED, TensorFile, stand_in
 from hiso_jax.models.torchfile import TorchFile
 
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")
@@ -76,7 +76,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: broken, or of an adapter or a quantised model.
+      ValueError: broken, or of an adapter or a quantized model.
     """
     path, adapter = folder / "config.json", folder / "adapter_config.json"
     if adapter.is_file() and not path.is_file():
@@ -97,7 +97,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if own := config.get(key):
             named = isinstance(own, dict) and (own.get("quant_method") or own.get("format"))
             raise ValueError(
-                f"{folder}: config.json has {key} ({named or own}): {QUANTISED} (or, if these "
+                f"{folder}: config.json has {key} ({named or own}): {QUANTIZED} (or, if these "
                 f"weights are plain numbers all the same, take {key} out of it)"
             )
     if "model_type" not in config:

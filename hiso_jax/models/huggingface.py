@@ -16,7 +16,7 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from hiso_jax._engine import exact, files, trees
-from hiso_jax._engine.tensorfile import QUANTISED, Tensor, TensorFile
+from hiso_jax._engine.tensorfile import QUANTIZED, Tensor, TensorFile
 from hiso_jax.models import bert, configs, decoder, folders, names
 from hiso_jax.models.folders import SMALL_FILES as SMALL_FILES
 from hiso_jax.models.folders import folder_of, open_tensors
@@ -187,7 +187,7 @@ def from_pretrained(
 
     Raises:
       FileNotFoundError: folder or files are missing.
-      ValueError: another model type; files that are broken, quantised or adapters; a missing,
+      ValueError: another model type; files that are broken, quantized or adapters; a missing,
         surplus or misshapen tensor, by name. All of it before the first tensor is read.
 
     Example:
@@ -231,8 +231,8 @@ def _plan(
     config: Any, shapes: dict[str, Any], there: dict[str, TensorFile]
 ) -> dict[str, list[str]]:
     """The tensors that each leaf is made of, by name; ValueError if anything does not fit."""
-    if coded := sorted(n for n in there if names.is_quantised(n)):
-        raise ValueError(f"tensor {coded[0]!r} is of {QUANTISED}")
+    if coded := sorted(n for n in there if names.is_quantized(n)):
+        raise ValueError(f"tensor {coded[0]!r} is of {QUANTIZED}")
     leaves, tied = trees.named(shapes), getattr(config, "tie_word_embeddings", True)
     wanted = {leaf: tensor_names(leaf, config.num_hidden_layers) for leaf in leaves}
     where = {name: find(name, there) for own in wanted.values() for name in own}
@@ -259,7 +259,7 @@ def _plan(
             raise ValueError(f"{own!r} has shape {tensor.shape}, expected {shape} by the config")
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise ValueError(f"{own!r} is of type {tensor.dtype} where weights are expected, as in "
-                             f"{QUANTISED}")  # fmt: skip
+                             f"{QUANTIZED}")  # fmt: skip
     return plan
 
 
@@ -333,7 +333,7 @@ def save_pretrained(
         for i, name in enumerate(tensor_names(leaf, model.config.num_hidden_layers)):
             own, name = shape[::-1] if is_turned(leaf) else shape, model.renamed.get(name, name)
             tensors[name], parts[name] = Tensor(np.dtype(array.dtype), own), (leaf, i)
-    with files.whole(folder / "model.safetensors") as part:
+    with files.atomic_write(folder / "model.safetensors") as part:
         with TensorFile.create(part, tensors, {"format": "pt"}) as file:
             for name, x in model.untouched.items():
                 file.write(name, 0, x.reshape(-1))
@@ -341,7 +341,7 @@ def save_pretrained(
                 x = np.asarray(leaves[leaf][i] if is_stacked(leaf) else leaves[leaf])
                 file.write(name, 0, (x.T if is_turned(leaf) else x).reshape(-1))
     folders.remove_shards(folder)
-    with files.whole(folder / "config.json") as part:
+    with files.atomic_write(folder / "config.json") as part:
         part.write_text(json.dumps(config, indent=2) + "\n")
     _copy_small(model.source, folder)
 
@@ -359,5 +359,5 @@ def _copy_small(source: Path | None, folder: Path) -> None:
         own = small.name in ("config.json", "adapter_config.json")
         own |= small.name.endswith(".index.json")
         if small.is_file() and small.suffix in SMALL_FILES and not own:
-            with files.whole(folder / small.name) as part:
+            with files.atomic_write(folder / small.name) as part:
                 shutil.copyfile(small, part)  # without its mode, which some mounts refuse

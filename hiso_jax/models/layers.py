@@ -92,7 +92,7 @@ class Attention(nnx.Module):
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         if step.rope is not None:
-            q, k = attention.rotate(q, *step.rope), attention.rotate(k, *step.rope)
+            q, k = attention.apply_rope(q, *step.rope), attention.apply_rope(k, *step.rope)
         if cache is not None:
             put = jax.lax.dynamic_update_slice_in_dim
             k, v = put(cache[0], k, step.slot, 1), put(cache[1], v, step.slot, 1)

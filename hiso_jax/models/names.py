@@ -14,7 +14,7 @@ TIED_BIASES = ("lm_head.decoder.bias", "cls.predictions.decoder.bias")
 TABLES = ("embed_tokens.weight", "word_embeddings.weight")
 BIASES = ("lm_head.bias", "cls.predictions.bias")
 _PREFIXES = ("model.", "bert.", "roberta.")
-_QUANTISED = re.compile(
+_QUANTIZED = re.compile(
     r"(^|[._])(qweight|qzeros|scales|g_idx|SCB|weight_scale(_inv)?|(weight|input)_zero_point"
     r"|input_scale|weight_packed|weight_format|absmax|quant_map|quant_state)($|\.)|_blocks$"
 )
@@ -93,9 +93,9 @@ def has_head(there: Collection[str]) -> bool:
     return any(_HEAD.search(name) for name in there)
 
 
-def is_quantised(name: str) -> bool:
-    """Whether only a quantised checkpoint has a tensor of that name."""
-    return bool(_QUANTISED.search(name))
+def is_quantized(name: str) -> bool:
+    """Whether only a quantized checkpoint has a tensor of that name."""
+    return bool(_QUANTIZED.search(name))
 
 
 def missing(wanted: Collection[str], there: Collection[str]) -> str:

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from hiso_jax._engine.tensorfile import QUANTISED, Tensor, TensorFile, disguise
+from hiso_jax._engine.tensorfile import QUANTIZED, Tensor, TensorFile, disguise
 
 _STORAGES = {"DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
              "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
@@ -75,7 +75,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _STORAGES:
             return jnp.dtype(_STORAGES[name])
         if name in _NARROW or name.startswith("float8"):
-            raise pickle.UnpicklingError(f"{module}.{name} makes tensors of {QUANTISED}")
+            raise pickle.UnpicklingError(f"{module}.{name} makes tensors of {QUANTIZED}")
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a dict of tensors")
         return _KNOWN[module, name]

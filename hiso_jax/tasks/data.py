@@ -73,7 +73,7 @@ def read(
 
     Example:
       >>> rows = [{"text": f"film {i}", "y": i % 2} for i in range(20)] + [{"text": "?", "y": None}]
-      >>> found = read(Task("{text}", label="y", words=("bad", "good")), {"train": rows})
+      >>> found = read(Task("{text}", label="y", verbalizer=("bad", "good")), {"train": rows})
       >>> {name: len(part) for name, part in found.parts.items()}, found.notes
       ({'train': 14, 'test': 3, 'dev': 3}, ('train: 1 of 21 rows has no y, left out',))
     """

@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     name: str
     params: Any
     loss_fn: Callable[[Any, Any], jax.Array]  # (params, batch) -> loss
-    score: Callable[[Any, Any], dict[str, jax.Array]]  # (params, batch) -> sums, for `figure`
+    score: Callable[[Any, Any], dict[str, jax.Array]]  # (params, batch) -> sums, for `metric_value`
     clients: Clients  # columns of the batch
     dev: Arrays  # chosen on
     test: Arrays  # reported
@@ -40,7 +40,7 @@ class Problem(NamedTuple):
     notes: tuple[str, ...] = ()  # what was left out of the data, or done otherwise
     adapter: dict[str, Any] | None = None  # how what is trained becomes a model, for replay
 
-    def figure(self, sums: dict[str, Any]) -> tuple[float, float]:
+    def metric_value(self, sums: dict[str, Any]) -> tuple[float, float]:
         """Mean loss, and the metric, of sums over a split; NaN where a logit was."""
         loss = float(sums["loss"] / sums["count"])
         if self.metric == "perplexity":

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hiso_jax._engine import checks
+from hiso_jax._engine import checks, renamed
 from hiso_jax.tasks import labels
 
 _PIECES = re.compile(r"\{\{|\}\}|\{((?:\\.|[^{}\\])*)\}|[{}]", re.DOTALL)
@@ -65,19 +65,19 @@ class Task(NamedTuple):
     Attributes:
       prompt: what the model reads; columns in braces, by their names as they are (`field`).
       label: column of the label, or of the answer.
-      words: the answer to each label, in the order of `values`; None: the column is the answer.
+      verbalizer: a word for each label, in the order of `values`; None: the column is the answer.
       values: how the column says each label, as `hiso_jax.tasks.labels` reads it; None: 0, 1, ...
       metric: ``"accuracy"``, ``"f1"`` (macro), ``"squad"`` (exact match and F1), ``"rouge"``.
-      sentences: one a label, for encoders: the label whose sentence is nearest is chosen.
+      label_descriptions: one a label, for encoders: the label whose sentence is nearest is chosen.
       hub: arguments of ``datasets.load_dataset``; empty: local files only.
     """
 
     prompt: str
     label: str = "label"
-    words: tuple[str, ...] | None = None
+    verbalizer: tuple[str, ...] | None = None
     values: tuple[Any, ...] | None = None
     metric: str = "accuracy"
-    sentences: tuple[str, ...] | None = None
+    label_descriptions: tuple[str, ...] | None = None
     hub: tuple[str, ...] = ()
 
     @property
@@ -110,7 +110,7 @@ class Task(NamedTuple):
     @property
     def classes(self) -> tuple[Any, ...]:
         """How rows say each label."""
-        return self.values or tuple(range(len(self.words or self.sentences or ())))
+        return self.values or tuple(range(len(self.verbalizer or self.label_descriptions or ())))
 
     def label_of(self, row: Mapping[str, Any]) -> int:
         """Number of the row's label.
@@ -131,9 +131,14 @@ class Task(NamedTuple):
 
         A question that has no answer has the empty one.
         """
-        if self.words is not None:
-            return [self.words[self.label_of(row)]]
+        if self.verbalizer is not None:
+            return [self.verbalizer[self.label_of(row)]]
         return answers_in(row[self.label])
+
+
+Task.__new__ = renamed.arguments(  # pyright: ignore
+    words="verbalizer", sentences="label_descriptions"
+)(Task.__new__)
 
 
 def answers_in(value: Any) -> list[str]:
@@ -163,47 +168,49 @@ _YES_NO = ("Yes", "No")
 TASKS: dict[str, Task] = {
     "sst2": Task(
         "{sentence} It was",
-        words=("terrible", "great"),
-        sentences=("this was a terrible movie", "this was a great movie"),
+        verbalizer=("terrible", "great"),
+        label_descriptions=("this was a terrible movie", "this was a great movie"),
         hub=("stanfordnlp/sst2",),
     ),
     "qqp": Task(
         "Are these two questions asking the same thing?\n"
         "Question 1: {question1}\nQuestion 2: {question2}\nYes or No?",
-        words=("No", "Yes"),
+        verbalizer=("No", "Yes"),
         metric="f1",
         hub=("nyu-mll/glue", "qqp"),
     ),
     "rte": Task(
         '{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No?\n',
-        words=_YES_NO,
+        verbalizer=_YES_NO,
         values=("entailment", "not_entailment"),
         hub=("nyu-mll/glue", "rte"),
     ),
     "cb": Task(
         'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
-        words=("Yes", "No", "Maybe"),
+        verbalizer=("Yes", "No", "Maybe"),
         values=("entailment", "contradiction", "neutral"),
         metric="f1",
         hub=("aps/super_glue", "cb"),
     ),
-    "boolq": Task("{passage} {question}?\n", words=("No", "Yes"), hub=("aps/super_glue", "boolq")),
+    "boolq": Task(
+        "{passage} {question}?\n", verbalizer=("No", "Yes"), hub=("aps/super_glue", "boolq")
+    ),
     "wic": Task(
         'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n'
         "{sentence1}\n{sentence2}\n",
-        words=("No", "Yes"),
+        verbalizer=("No", "Yes"),
         hub=("aps/super_glue", "wic"),
     ),
     "wsc": Task(
         '{text}\nIn the previous sentence, does the pronoun "{span2_text}" refer to '
         "{span1_text}? Yes or No?\n",
-        words=("No", "Yes"),
+        verbalizer=("No", "Yes"),
         hub=("aps/super_glue", "wsc.fixed"),
     ),
     "multirc": Task(
         '{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? '
         "Yes or No?\n",
-        words=("No", "Yes"),
+        verbalizer=("No", "Yes"),
         metric="f1",
         hub=("aps/super_glue", "multirc"),
     ),

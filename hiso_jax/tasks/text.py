@@ -63,18 +63,18 @@ def word_tokens(task: Task, tokenizer: Any, rows: Rows) -> tuple[list[int], np.n
     Raises:
       ValueError: a word is the beginning of another, so they cannot be told apart, or is empty.
     """
-    if not all(word.strip() for word in task.words or ()):
-        raise ValueError(f"words: expected none to be empty, got {task.words}")
+    if not all(word.strip() for word in task.verbalizer or ()):
+        raise ValueError(f"verbalizer: expected none to be empty, got {task.verbalizer}")
     prompt = task.read(rows[0])
-    tokens = [_pair(tokenizer, prompt, word)[1] for word in task.words or ()]
+    tokens = [_pair(tokenizer, prompt, word)[1] for word in task.verbalizer or ()]
     shared = 0
     while all(len(own) > shared for own in tokens) and len({own[shared] for own in tokens}) == 1:
         shared += 1
     firsts = [own[shared] for own in tokens if len(own) > shared]
     if len(set(firsts)) != len(tokens):
         raise ValueError(
-            f"words: {task.words!r:.200} are not told apart by one token of this tokenizer, they "
-            f"are {tokens!r:.200}; choose others with --words"
+            f"verbalizer: {task.verbalizer!r:.200} are not told apart by one token of this "
+            f"tokenizer, they are {tokens!r:.200}; choose others with --verbalizer"
         )
     return tokens[0][:shared], np.array(firsts, np.int32)
 
@@ -93,7 +93,7 @@ def words(
       length: tokens a prompt is cut to, at its beginning.
       shared: tokens that all words begin with, which go to the prompt.
     """
-    word = (task.words or ("",))[0]
+    word = (task.verbalizer or ("",))[0]
     prompts = [
         _fit([*_pair(tokenizer, task.read(row), word)[0], *shared], length, _first(tokenizer))
         for row in rows

@@ -81,7 +81,7 @@ def encoder_problem(material: Material) -> Problem:
         return adapters.tokens(tokenizer, texts, length) | {"label": labels}
 
     embed = functools.partial(adapters.sentence_embedding, model)
-    sentences = task.sentences or task.words or ()
+    sentences = task.label_descriptions or task.verbalizer or ()
     labels = adapters.label_embeddings(model, tokenizer, sentences, length)
 
     def logits_fn(params: Any, batch: Any, begin: int) -> jax.Array:
@@ -91,7 +91,7 @@ def encoder_problem(material: Material) -> Problem:
 
     def save(folder: Path, params: Any) -> None:
         models.save_pretrained(model, folder / "model", params["encoder"])
-        with files.whole(folder / "model" / "labels.safetensors") as part:
+        with files.atomic_write(folder / "model" / "labels.safetensors") as part:
             save_file({"labels": np.asarray(labels + params["labels"])}, part)
 
     losses = lambda begin: problem.classification(lambda p, b: logits_fn(p, b, begin))  # noqa: E731
@@ -122,15 +122,18 @@ def masked_problem(material: Material) -> Problem:
         )
     firsts = [
         tokenizer(f" {word}", add_special_tokens=False)["input_ids"][:1]
-        for word in task.words or ()
+        for word in task.verbalizer or ()
     ]
-    if lost := [w for w, ids in zip(task.words or (), firsts, strict=True)
+    if lost := [w for w, ids in zip(task.verbalizer or (), firsts, strict=True)
                 if not ids or ids[0] == tokenizer.unk_token_id]:  # fmt: skip
-        raise ValueError(f"words: {lost} are unknown to the tokenizer; choose others with --words")
+        raise ValueError(
+            f"verbalizer: {lost} are unknown to the tokenizer; choose others with --verbalizer"
+        )
     tokens = jnp.array([ids[0] for ids in firsts], jnp.int32)
     if len(set(tokens.tolist())) != len(firsts):
         raise ValueError(
-            f"words: {task.words!r:.200} begin with the same token; choose others with --words"
+            f"verbalizer: {task.verbalizer!r:.200} begin with the same token; choose others with "
+            "--verbalizer"
         )
 
     def logits_fn(params: Any, batch: Any, begin: int) -> jax.Array:
@@ -210,7 +213,7 @@ def decoder_problem(
         return model.head(subset.base(params), x, rows)  # which is never adapted
 
     def columns(rows: Rows) -> Arrays:
-        if task.words is not None:
+        if task.verbalizer is not None:
             return text.words(task, tokenizer, rows, length, shared)
         if task.metric == "perplexity":
             return text.chunks([str(row[task.label]) for row in rows], tokenizer, length)
@@ -235,7 +238,7 @@ def decoder_problem(
         return metrics.METRICS[task.metric](lines, [task.answers(row) for row in asked])
 
     stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    if task.words is not None:
+    if task.verbalizer is not None:
         # Told once, by the training rows: the same for every split.
         shared, firsts = text.word_tokens(task, tokenizer, rows["train"])
         tokens = jnp.asarray(firsts)
@@ -265,7 +268,7 @@ def decoder_problem(
         dev=held["dev"],
         test=held["test"],
         save=functools.partial(adapters.save, model, subset),
-        metric=task.metric if task.words is not None else "perplexity",
+        metric=task.metric if task.verbalizer is not None else "perplexity",
         prepare=text.trim,
         trainable=subset.trainable,
         lazy=subset.adapter is None,

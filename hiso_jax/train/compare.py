@@ -121,6 +121,7 @@ def varied(kind: type, texts: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.replace("-", "_")
+        name = limits.RENAMED.get(name, name)
         if not equals or name not in hints or name in SET:
             sys.exit(f"--vary: expected name=value,value with an option of the job that is not set "
                      f"elsewhere, got {text!r}")  # fmt: skip
@@ -162,7 +163,7 @@ def one(task: str, options: job.Options, start: float | None = None) -> dict[str
 
     def evaluate(data: Any) -> tuple[float, float]:
         sums = federation.evaluate(score, state.params, data, 256, problem.prepare)
-        return problem.figure(sums)
+        return problem.metric_value(sums)
 
     curve, diverged = [(0, *evaluate(problem.dev))], False
     if start is not None and not np.isclose(curve[0][1], start, rtol=2e-3):

@@ -91,7 +91,7 @@ def images(
         return Cut(trunk, head, {n: 0 for n in trees.named(params) if n.startswith(above)})
 
     def save(folder: Path, params: Any) -> None:
-        with files.whole(folder / "model.safetensors") as part:
+        with files.atomic_write(folder / "model.safetensors") as part:
             save_file({n: np.asarray(x) for n, x in trees.named(params).items()}, part)
 
     loss_fn, score = classification(lambda p, batch: nnx.merge(graph, p)(batch["image"]))

@@ -17,7 +17,9 @@ from hiso_jax.tasks.problem import Problem
 from hiso_jax.tasks.prompts import Task
 from hiso_jax.train import job
 
-DOCSTRINGS = Task("{text}", words=tuple(docstrings.TOPICS), sentences=docstrings.LABEL_SENTENCES)
+DOCSTRINGS = Task(
+    "{text}", verbalizer=tuple(docstrings.TOPICS), label_descriptions=docstrings.LABEL_SENTENCES
+)
 SHORTEST = 8
 """Tokens that a prompt is given at least."""
 
@@ -66,7 +68,7 @@ class Options(job.Options):
     """Column of the label."""
     prompt: str | None = None
     """What the model reads, columns in braces; it goes on with the label's word."""
-    words: tuple[str, ...] = ()
+    verbalizer: tuple[str, ...] = ()
     """A word (for encoders, a sentence) for each label, in the order of the sorted labels."""
     split: Literal["iid", "dirichlet", "size", "column"] = "dirichlet"
     """How examples are given to clients; docstrings always go by module."""
@@ -113,7 +115,7 @@ def check(options: Options) -> None:
     given = lambda *names: [n for n in names if getattr(options, n) != getattr(default, n)]  # noqa: E731
     spelled = lambda names: ", ".join(f"--{name.replace('_', '-')}" for name in names)  # noqa: E731
     if options.task == "docstrings" and options.data is None:
-        own = given("text", "label", "prompt", "words", "columns")
+        own = given("text", "label", "prompt", "verbalizer", "columns")
         if own:
             raise ValueError(
                 f"--data: needed for {spelled(own)}; without it the docstrings are run"
@@ -123,7 +125,7 @@ def check(options: Options) -> None:
                 f"{spelled(own)}: every module is a client of the docstrings task; give --data or "
                 "another --task"
             )
-    if options.task == "lm" and (own := given("label", "prompt", "words")):
+    if options.task == "lm" and (own := given("label", "prompt", "verbalizer")):
         raise ValueError(f"{spelled(own)}: --task lm reads plain text, of the column --text")
     if options.client_column != default.client_column and options.split != "column":
         raise ValueError(
@@ -155,10 +157,10 @@ def task_of(options: Options) -> Task:
         task = Task(options.prompt or shown, label=label)
     elif options.task in prompts.TASKS:
         task = prompts.TASKS[options.task]
-        if options.words and len(options.words) != len(task.classes):
+        if options.verbalizer and len(options.verbalizer) != len(task.classes):
             raise ValueError(
-                f"--words: expected {len(task.classes)}, one a label of {options.task}: "
-                f"{task.words}; got {options.words}"
+                f"--verbalizer: expected {len(task.classes)}, one a label of {options.task}: "
+                f"{task.verbalizer}; got {options.verbalizer}"
             )
         if options.text is not None and options.prompt is None:
             if len(task.columns) != 1:
@@ -174,12 +176,16 @@ def task_of(options: Options) -> Task:
     task = task._replace(label=options.label or task.label, prompt=prompt or task.prompt)
     if not task.columns:
         raise ValueError(f"--prompt: {task.prompt!r} names no column; columns stand in braces")
-    return task._replace(words=options.words, sentences=None) if options.words else task
+    return (
+        task._replace(verbalizer=options.verbalizer, label_descriptions=None)
+        if options.verbalizer
+        else task
+    )
 
 
 def _labels(task: Task, *parts: data.Rows) -> Task:
     """Labels of one's own data: the values of all splits, sorted, and words for them."""
-    if not task.values and not task.sentences and not task.hub and task.label:
+    if not task.values and not task.label_descriptions and not task.hub and task.label:
         values = labels.classes(row.get(task.label) for rows in parts for row in rows)
         task = task._replace(values=values)
     count, rows = len(task.classes), sum(map(len, parts))
@@ -193,12 +199,12 @@ def _labels(task: Task, *parts: data.Rows) -> Task:
             f"--label: column {task.label!r} has {count} different values in {rows} rows; a label "
             "has few"
         )
-    words = task.words or tuple(str(v) for v in task.classes)
+    words = task.verbalizer or tuple(str(v) for v in task.classes)
     if len(words) != count and not task.hub:
         raise ValueError(
-            f"--words: expected {count}, one a label of {task.classes!r:.300}; got {words}"
+            f"--verbalizer: expected {count}, one a label of {task.classes!r:.300}; got {words}"
         )
-    return task._replace(words=words) if task.sentences is None else task
+    return task._replace(verbalizer=words) if task.label_descriptions is None else task
 
 
 def _clients_of(options: Options, task: Task, rows: data.Rows) -> tuple[Any, list[str]]:
@@ -318,7 +324,7 @@ def build(options: Options) -> Problem:
     if task is DOCSTRINGS and not encoder:
         task = task._replace(prompt="{text}\nTopic:")
     material = text_problem.Material(title, task, rows, own, model, tokenizer, length)
-    if encoder and (model.has_head and task.words is not None):
+    if encoder and (model.has_head and task.verbalizer is not None):
         built = text_problem.masked_problem(material)
     elif encoder:
         built = text_problem.encoder_problem(material)
@@ -328,7 +334,7 @@ def build(options: Options) -> Problem:
             options.lora_rank, options.lora_alpha, options.lora_targets,
         )  # fmt: skip
     text_problem.check_tokens(built, model)
-    shown = task.words or task.sentences or ()
+    shown = task.verbalizer or task.label_descriptions or ()
     classes = tuple(zip(map(str, task.classes), shown, strict=True)) if task.is_class else ()
     return built._replace(notes=(*notes, *built.notes), classes=classes)
 

@@ -68,7 +68,7 @@ def _evaluate(
 ) -> tuple[float, float]:
     """Loss and metric on a split."""
     sums = federation.evaluate(score, params, data, batch_size=64, prepare=problem.prepare)
-    return problem.figure(sums)
+    return problem.metric_value(sums)
 
 
 def measure_base(problem: Problem) -> Base:
@@ -113,7 +113,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: Base)
         traffic = resume.account(options, problem, alg, ledger, size)
         if not rows:
             rows.append({"round": 0, "dev_loss": base.dev[0], f"dev_{metric}": base.dev[1]})
-        with files.whole(folder / "metrics.jsonl") as part:
+        with files.atomic_write(folder / "metrics.jsonl") as part:
             part.write_text("".join(report.dumps(row) + "\n" for row in rows))
         log = stack.enter_context(open(folder / "metrics.jsonl", "a"))
         done, last_dev = ledger.rounds, [r[f"dev_{metric}"] for r in rows if "dev_loss" in r][-1]
@@ -334,7 +334,7 @@ def main(
     """Parse the command line, build the problem and run."""
     import tyro
 
-    options = settle(tyro.cli(kind))
+    options = settle(tyro.cli(kind, args=settings.modern(sys.argv[1:])))
     with report.door():
         settings.check(options)
         report.say("Reading data and model ...")

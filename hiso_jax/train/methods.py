@@ -40,7 +40,7 @@ TITLES = {
     "adam": "ZO-Adam", "fedkseed": "FedKSeed", "fedavg": "FedAvg", "fedadam": "FedAdam",
     "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad", "fedzo": "FedZO",
 }  # fmt: skip
-OWN = ", own directions"
+OWN = ", per-client directions"
 """Behind the name of a method that is run with them."""
 
 
@@ -92,8 +92,8 @@ def build(
     if method == "fedzo":
         return baselines.fedzo(loss_fn, learning_rate, **common)
     common |= dict(estimator=options.estimator, lazy=problem.lazy)
-    if options.own_directions:
-        common |= dict(own_directions=options.clients_per_round)
+    if options.per_client_directions:
+        common |= dict(per_client_directions=options.clients_per_round)
     if options.upper_directions:
         common |= dict(upper=_upper(options, problem))
     if method == "hiso":
@@ -118,10 +118,10 @@ def forward_passes(algorithm: hj.Algorithm | Baseline, share: float = 1.0) -> fl
     One that starts at the upper layers counts as the `share` of one.
     """
     if isinstance(algorithm, Baseline):
-        return algorithm.recipe["local_steps"] * algorithm.recipe["forward_passes"]
+        return algorithm.config["local_steps"] * algorithm.config["forward_passes"]
     spec = algorithm.spec
     own = spec.directions
-    each = estimators.forward_passes(spec.estimator.recipe["estimator"], own.per_client)
+    each = estimators.forward_passes(spec.estimator.config["estimator"], own.per_client)
     if own.still is not None:
         each -= (own.per_client - own.still.wholes(own.per_client)) * (1 - share)
     return spec.steps * each

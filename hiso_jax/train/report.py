@@ -85,7 +85,7 @@ def dumps(content: Any, indent: int | None = None) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    with files.whole(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text(dumps(content, 2) + "\n")
 
 
@@ -135,12 +135,12 @@ def draw(curves: dict[str, list[dict[str, Any]]], metric: str, title: str, path:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     picture.suptitle(title, fontsize=10, parse_math=False)  # a name may have a $ in it
-    with files.whole(path) as part:
+    with files.atomic_write(path) as part:
         picture.savefig(part, dpi=150)
 
 
 def draw_split(labels: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -> None:
-    """Draw a bar a client, largest first, in a colour a label."""
+    """Draw a bar a client, largest first, in a color a label."""
     picture = blank(9, 3)
     axis = picture.subplots()
     names = sorted(sizes, key=lambda name: -sizes[name])
@@ -155,7 +155,7 @@ def draw_split(labels: dict[str, np.ndarray], sizes: dict[str, int], path: Path)
         axis.stairs([sizes[name] for name in names], edges, fill=True)
     axis.set(xlabel=f"{len(names)} clients", ylabel="examples")
     axis.spines[["top", "right"]].set_visible(False)
-    with files.whole(path) as part:
+    with files.atomic_write(path) as part:
         picture.savefig(part, dpi=150)
 
 

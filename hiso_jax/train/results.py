@@ -18,12 +18,13 @@ from rich.table import Table
 from hiso_jax.train import folders, report
 from hiso_jax.train.folders import Row
 from hiso_jax.train.methods import OWN, title
+from hiso_jax.train.settings import renamed
 
-NEAR = 0.95
+TARGET = 0.95
 """Of the baseline's best: where curves are steeper, and so comparisons less noisy."""
 
 
-LATER = {"upper_directions": 0, "upper_layers": 1}
+DEFAULTS_OF_OLD_ROWS = {"upper_directions": 0, "upper_layers": 1}
 """Options that rows written before there were any lack."""
 
 
@@ -34,7 +35,7 @@ def read(path: Path) -> list[Row]:
     found = folders.read(path)
     if not all(isinstance(row, dict) and "method" in row for row in found):
         raise ValueError(f"--rows: {path} is not a file of experiments.compare")
-    return [LATER | row for row in found]
+    return [DEFAULTS_OF_OLD_ROWS | renamed(row) for row in found]
 
 
 class Curve(NamedTuple):
@@ -65,7 +66,8 @@ class Curve(NamedTuple):
 
 def variant(rows: list[Row]) -> Callable[[Row], str]:
     """A function that names the options in which a row differs from most rows."""
-    shared = ("task", "method", "learning_rate", "seed", "own_directions", *LATER)
+    named = ("task", "method", "learning_rate", "seed", "per_client_directions")
+    shared = (*named, *DEFAULTS_OF_OLD_ROWS)
     # What follows the metric is what came out.
     names = [n for n in itertools.takewhile(lambda n: n != "metric", rows[0]) if n not in shared]
     # Rows with upper directions name their P in any case.
@@ -75,7 +77,7 @@ def variant(rows: list[Row]) -> Callable[[Row], str]:
     other = lambda row, names: [f", {n}={row.get(n)}" for n in names if str(row.get(n)) != usual[n]]  # noqa: E731
 
     def name(row: Row) -> str:
-        parts = [OWN] * bool(row.get("own_directions"))
+        parts = [OWN] * bool(row.get("per_client_directions"))
         if not (upper := row.get("upper_directions")):
             return "".join(parts + other(row, names))
         layers = "layer" if row["upper_layers"] == 1 else f"{row['upper_layers']} layers"
@@ -160,11 +162,11 @@ def summary(
     by, goals = _goal(rows, by), []
     if baseline in best and by == "loss":
         goals = [best[baseline].losses.mean(0).min()]
-        goals.insert(0, goals[0] / NEAR)
+        goals.insert(0, goals[0] / TARGET)
         header += [f"rounds to {goals[0]:.3f}", f"to {goals[1]:.3f}"]
     elif baseline in best:
         goals = [best[baseline].figures.mean(0).max()]
-        goals.insert(0, goals[0] * NEAR)
+        goals.insert(0, goals[0] * TARGET)
         header += [f"rounds to {goals[0]:.1%}", f"to {goals[1]:.1%}"]
     header += ["forward passes", "floats up"] * bool(goals)
     lines, tried = [], compared(every)

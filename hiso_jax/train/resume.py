@@ -83,7 +83,7 @@ def _check_about(ledger: hj.Ledger, about: dict[str, Any]) -> None:
 def _answered(options: Options, problem: Problem, round: int) -> dict[str, float]:
     """Who answered in a round of a run without a ledger."""
     names = _asked(options, problem, round)
-    weights = federation.answers(len(names), round, options.seed, options.dropout)
+    weights = federation.participation(len(names), round, options.seed, options.dropout)
     return {name: float(w) for name, w in zip(names, weights, strict=True) if w > 0}
 
 

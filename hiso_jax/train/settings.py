@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -47,7 +48,7 @@ class Options:
     """Local steps of a client (K)."""
     num_perturbations: int = 5
     """Scalars a local step (P); an update costs P + 1 forward passes."""
-    own_directions: bool = False
+    per_client_directions: bool = False
     """Every client has directions of its own: more for the server to average, no more to do."""
     upper_directions: int = 0
     """Of the scalars of a local step, so many along directions that move the upper layers only,
@@ -70,6 +71,40 @@ class Options:
     """Devices for clients, and for parts of the model: 8 1 has eight with the whole model."""
     distributed: str | None = None
     """Processes that train together: auto (TPU pods, clusters), or host:port,processes,number."""
+
+
+RENAMED = {"own_directions": "per_client_directions", "words": "verbalizer"}
+"""Options under the names that they had before 0.2."""
+
+
+def modern(arguments: Sequence[str]) -> list[str]:
+    """A command line with the options of today; those that have another name are told.
+
+    Example:
+      >>> modern(["--rounds", "3", "--no-own-directions"])
+      Note: --no-own-directions is now called --no-per-client-directions
+      ['--rounds', '3', '--no-per-client-directions']
+    """
+    spell = lambda name, no: f"--{no}{name}".replace("_", "-")  # noqa: E731
+    known = {spell(a, no): spell(b, no) for a, b in RENAMED.items() for no in ("", "no-")}
+    out = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if (new := known.get(name.replace("_", "-"))) is not None:
+            report.say(f"Note: {name} is now called {new}", style="yellow")
+            argument = new + equals + value
+        out.append(argument)
+    return out
+
+
+def renamed(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as they were written down, under the names of today.
+
+    Example:
+      >>> renamed({"own_directions": True, "rounds": 3})
+      {'per_client_directions': True, 'rounds': 3}
+    """
+    return {RENAMED.get(name, name): value for name, value in options.items()}
 
 
 OWN = ("out", "resume", "distributed")  # of a process, not of the run
@@ -115,8 +150,9 @@ def read(folder: Path) -> dict[str, Any]:
         sys.exit(f"{path} is not there: no run to resume; start it without --resume")
     try:
         saved = json.loads(path.read_text())
-        _ = saved["job"], saved["options"], saved["learning_rates"]
-    except (ValueError, LookupError, TypeError) as error:
+        _ = saved["job"], saved["learning_rates"]
+        saved["options"] = renamed(saved["options"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         sys.exit(f"{path}: not the options of a run: {error!r}")
     return saved
 
