@@ -7,8 +7,8 @@ With noise of covariance D a round's best expected decrease is
 ``P (g' D g)^2 / (2 s tr(D Hessian))``, with g the gradient and s the mean square of a scalar,
 ``E[g_b' D g_b]`` over the gradients g_b of what it is measured on: a round's batch if clients
 share directions, a client's if each has its own, C P in all. So *per-client directions* gain C
-times the one s over the other; and *block scales* what the best D with a number per block gains over
-D = 1. Those are chosen on half of the examples and probes and judged on the other, since the
+times the one s over the other; and *block scales* what the best D with a number per block gains
+over D = 1. Those are chosen on half of the examples and probes and judged on the other, since the
 best of a hundred noisy ratios looks better than it is.
 
 A direction that moves a part of the model only makes the same progress with that part's sums in
