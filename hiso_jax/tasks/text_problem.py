@@ -17,7 +17,7 @@ from hiso_jax.models import adapters, subsets
 from hiso_jax.models.adapters import unit
 from hiso_jax.tasks import metrics, problem, text
 from hiso_jax.tasks.data import Rows
-from hiso_jax.tasks.problem import Cut, Problem
+from hiso_jax.tasks.problem import Answer, Cut, Problem
 from hiso_jax.tasks.prompts import Task
 
 SCALE = 10.0
@@ -192,6 +192,7 @@ def decoder_problem(
     rank: int = 8,
     alpha: float = 16.0,
     targets: Sequence[str] = ("q_proj", "v_proj"),
+    shown: int = 0,
 ) -> Problem:
     """Fine-tune a decoder by label words, by whole answers or on plain text.
 
@@ -201,6 +202,7 @@ def decoder_problem(
       train: ``"all"``, ``"norms"``, ``"biases"``, ``"lora"``, ``"last-N"`` layers or a prefix
         of N tokens, ``"prefix-N"``.
       rank, alpha, targets: of LoRA.
+      shown: test examples that answers are written for, to be looked at.
     """
     name, task, rows, own, model, tokenizer, length = material
     subset = adapters.subset_of(model, train, rank, alpha, targets)
@@ -224,18 +226,33 @@ def decoder_problem(
         fill = tokenizer.pad_token_id or 0
         return model.generate(whole(params), ids, mask, room, stop, fill, prefix(params))
 
+    def write(params: Any, asked: Rows, many: int) -> list[str]:
+        """The first line that the model writes after each prompt, `many` rows at a time."""
+        # Answers to be classified by take a word or two, and no room of the prompt.
+        batch = text.prompts(task, tokenizer, asked, length - room * (task.verbalizer is None))
+        guesses = []
+        for i in range(0, len(asked), many):
+            ids, mask = (batch[k][i : i + many] for k in ("input_ids", "attention_mask"))
+            fill = [(0, many - len(ids)), (0, 0)]
+            tokens = generate(params, np.pad(ids, fill), np.pad(mask, fill))
+            guesses += tokenizer.batch_decode(np.asarray(tokens)[: len(ids)], True)
+        return [guess.strip().split("\n")[0] for guess in guesses]
+
     def measure(params: Any) -> dict[str, float]:
         """Scores of the answers generated for the first test examples."""
         asked = rows["test"][:MEASURED]
-        batch = text.prompts(task, tokenizer, asked, length - room)
-        guesses = []
-        for i in range(0, len(asked), 32):
-            ids, mask = (batch[k][i : i + 32] for k in ("input_ids", "attention_mask"))
-            fill = [(0, 32 - len(ids)), (0, 0)]
-            tokens = generate(params, np.pad(ids, fill), np.pad(mask, fill))
-            guesses += tokenizer.batch_decode(np.asarray(tokens)[: len(ids)], True)
-        lines = [guess.strip().split("\n")[0] for guess in guesses]
+        lines = write(params, asked, 32)
         return metrics.METRICS[task.metric](lines, [task.answers(row) for row in asked])
+
+    def answers(params: Any) -> list[Answer]:
+        """What the model writes after the prompts of some test examples of different labels."""
+        by_label: dict[str, Any] = {}
+        for row in rows["test"]:
+            by_label.setdefault(task.answers(row)[0], row)
+        asked = [*by_label.values(), *rows["test"]][:shown]
+        lines = write(params, asked, shown)
+        return [Answer(task.read(row), task.answers(row)[0], line)
+                for row, line in zip(asked, lines, strict=True)]  # fmt: skip
 
     stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     if task.verbalizer is not None:
@@ -273,6 +290,7 @@ def decoder_problem(
         trainable=subset.trainable,
         lazy=subset.adapter is None,
         upper=upper_of(model, whole, losses) if train == "all" else None,
+        answers=answers if shown else lambda params: [],
         measure=measure if task.metric in metrics.METRICS else lambda params: {},
         notes=tuple(notes),
         adapter=subset.adapter,

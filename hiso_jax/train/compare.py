@@ -48,12 +48,12 @@ def options_of(task: str, **given: Any) -> job.Options:
     if task not in TASKS:
         raise ValueError(f"--task: expected one of {', '.join(TASKS)}, got {task!r}")
     module, own = TASKS[task]
-    return _module(module).Options(**own | given)
+    return _module(module).Options(**dict(eval_examples=0) | own | given)
 
 
 def build(task: str, options: job.Options) -> Problem:
     """The problem that a task's options ask for."""
-    return _module(TASKS[task][0]).build(options)
+    return _module(TASKS[task][0]).build(options).at_most(options.eval_examples)
 
 
 def _module(name: str) -> Any:

@@ -24,7 +24,7 @@ TARGET = 0.95
 """Of the baseline's best: where curves are steeper, and so comparisons less noisy."""
 
 
-DEFAULTS_OF_OLD_ROWS = {"upper_directions": 0, "upper_layers": 1}
+DEFAULTS_OF_OLD_ROWS = {"upper_directions": 0, "upper_layers": 1, "eval_examples": 0}
 """Options that rows written before there were any lack."""
 
 

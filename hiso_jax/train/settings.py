@@ -16,6 +16,9 @@ from hiso_jax._engine import checks
 from hiso_jax.train import report
 from hiso_jax.train.report import console
 
+COMPARED = ("hiso", "decomfl")
+"""Methods that --compare runs."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -65,12 +68,19 @@ class Options:
     """Noise: normal is the paper's, near_normal and rademacher are cheaper."""
     eval_every: int = 25
     """Rounds between evaluations on the dev split."""
+    eval_examples: int = 1000
+    """Examples of dev, and of test, that are measured on at most; 0 for all."""
     snapshot_every: int = 50
     """Rounds between snapshots; a resumed run replays at most as many."""
     mesh: tuple[int, int] | None = None
     """Devices for clients, and for parts of the model: 8 1 has eight with the whole model."""
     distributed: str | None = None
     """Processes that train together: auto (TPU pods, clusters), or host:port,processes,number."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that are run, one after the other."""
+        return COMPARED if self.compare else (self.method,)
 
 
 RENAMED = {"own_directions": "per_client_directions", "words": "verbalizer"}
@@ -228,6 +238,7 @@ def check(options: Options) -> None:
                          f"{clients} clients are more than 2^26 a round")  # fmt: skip
     checks.number("--seed", options.seed, 0, 2**32 - 1)
     checks.number("--dropout", options.dropout, 0, 1)
+    checks.number("--eval-examples", options.eval_examples, 0, 2**31 - 1)
     checks.number("--smoothing", options.smoothing, 1e-30, 1e30)
     checks.number("--decay", options.decay, 0, 1)
     checks.number("--upper-directions", options.upper_directions, 0, options.num_perturbations)
