@@ -17,6 +17,7 @@ class Cut(NamedTuple):
     trunk: Callable[[Any, Any], Any]  # (params, batch) -> kept
     head: Callable[[Any, Any], jax.Array]  # (params, kept) -> loss
     leaves: dict[str, int]  # that lie above -> first row
+    between: Callable[[Any, Any], Any] | None = None  # (params, kept below) -> kept
 
 
 class Answer(NamedTuple):
@@ -42,7 +43,8 @@ class Problem(NamedTuple):
     prepare: Callable[[Arrays], Arrays] = lambda batch: batch  # before a batch is computed with
     trainable: Any = None  # as in `hiso_jax.trees.select`
     lazy: bool = False  # the loss takes lazy leaves, see `hiso_jax.lazy`
-    upper: Callable[[int], "Cut"] | None = None  # number of layers -> where they begin
+    # (layers above, layers above the cut before it or None) -> where they begin
+    upper: Callable[..., "Cut"] | None = None
     answers: Callable[[Any], list["Answer"]] = lambda params: []  # to a few test examples
     measure: Callable[[Any], dict[str, float]] = lambda params: {}  # more, of the test split
     classes: tuple[tuple[str, str], ...] = ()  # label and word of each, in the order of numbers

@@ -40,7 +40,7 @@ class Material(NamedTuple):
 
 def upper_of(
     model: models.Model, own: Any, losses: Any, prefix: str = "", above: Any = ()
-) -> Callable[[int], Cut]:
+) -> Callable[..., Cut]:
     """The `upper` of a `Problem`.
 
     Args:
@@ -51,16 +51,22 @@ def upper_of(
       above: leaves of the problem that are part of any upper part.
     """
 
-    def upper(layers: int) -> Cut:
+    def upper(layers: int, before: int | None = None) -> Cut:
         rows = subsets.upper_rows(model.params, layers)
         end = model.config.num_hidden_layers - layers
+        begin = model.config.num_hidden_layers - (before or layers)
 
         def trunk(params: Any, batch: Any) -> Any:
             ids, mask = batch["input_ids"], batch["attention_mask"]
             return batch | {adapters.STREAM: model.lower(own(params), ids, mask, end)}
 
+        def between(params: Any, kept: Any) -> Any:
+            ids, mask, stream = (kept[k] for k in ("input_ids", "attention_mask", adapters.STREAM))
+            return kept | {adapters.STREAM: model.lower(own(params), ids, mask, end, stream, begin)}
+
         leaves = {prefix + name: row for name, row in rows.items()}
-        return Cut(trunk, losses(end)[0], dict.fromkeys(above, 0) | leaves)
+        cut = Cut(trunk, losses(end)[0], dict.fromkeys(above, 0) | leaves)
+        return cut if before is None else cut._replace(between=between)
 
     return upper
 

@@ -59,9 +59,9 @@ class Options(finetune.Options):
     """Every client has directions of its own: more for the server to average, no more to do."""
     num_perturbations: int = 12
     """Scalars a local step (P)."""
-    upper_directions: int = 10
+    upper_directions: tuple[int, ...] = (10,)
     """Of these, so many along directions that move the upper layers only."""
-    upper_layers: int = 3
+    upper_layers: tuple[int, ...] = (3,)
     """How many layers those are."""
     eval_every: int = 20
     """Rounds between evaluations on the dev split."""

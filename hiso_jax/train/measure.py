@@ -79,8 +79,8 @@ def say_how_long(options: Options, problem: Problem, alg: Any, base: Base) -> No
     work = multiplications(problem.score, problem.params, few) / len(few["weight"])
     batch = problem.clients.batches(problem.clients.names[:1], 0, options.batch_size)
     one = jax.tree.map(lambda x: x[0, 0], problem.prepare(batch))
-    share = methods.share(problem, options.upper_layers) if options.upper_directions else 1.0
-    passes = methods.forward_passes(alg, share) * options.clients_per_round
+    passes = methods.forward_passes(alg, methods.shares(options, problem))
+    passes *= options.clients_per_round
     a_round = passes * multiplications(problem.loss_fn, problem.params, one) / work * base.seconds
     looks = options.rounds // options.eval_every
     measured = base.seconds * len(next(iter(problem.dev.values())))
