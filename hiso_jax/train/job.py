@@ -19,6 +19,7 @@ from hiso_jax.federation import baselines
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.train import folders, measure, methods, report, resume, settings
+from hiso_jax.train.progress import duration
 from hiso_jax.train.report import console
 from hiso_jax.train.settings import COMPARED, Options, settle
 
@@ -120,7 +121,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
                     snapshots.save(folder / "snapshots", alg, state)
                 status = (
                     f"loss {loss:.3f}  dev {report.figure(metric, last_dev)}  "
-                    f"{1 / np.median(seconds[-20:]):.1f} rounds/s  "
+                    f"{_pace(np.median(seconds[-20:]))}  "
                     f"up {report.size(up)}  down {report.size(down)}"
                 )
                 bar.update(task, completed=done, status=status)
@@ -134,6 +135,11 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
             broken = str(error)
         sizes = ledger.records().nbytes, ledger.export(folder / "ledger.safetensors")
     return Trained(state, done, rows, traffic, seconds, sizes, broken)
+
+
+def _pace(seconds: Any) -> str:
+    """How fast rounds are, as people say it."""
+    return f"{1 / seconds:.1f} rounds/s" if seconds < 1 else f"{duration(seconds)} per round"
 
 
 def train(
