@@ -3,12 +3,11 @@
     python -m experiments.replay LEDGER BASE OUT
 
 LEDGER is a run's ledger.sqlite, or the ledger.safetensors that was sent. BASE is what the run
-started from: a Hugging Face folder, or a .safetensors file whose tensors have the leaves'
-names. OUT, which must not exist, becomes the same kind of thing.
+started from: a Hugging Face folder or GGUF file, or a .safetensors file whose tensors have the
+leaves' names. OUT, which must not exist, becomes the same kind of thing; of GGUF, a folder.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -149,7 +148,9 @@ def rebuild(
 
 
 def as_safetensors(text: str) -> str:
-    """Names of files in PyTorch's own format as those of the safetensors they become."""
+    """Names of files in other formats as those of the safetensors they become."""
+    if text.lower().endswith(".gguf"):
+        return "model.safetensors"
     return text.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
@@ -179,7 +180,7 @@ def run(ledger_path: Path, base_path: Path, out: Path) -> None:
     """Replay with a progress bar and print what was proved."""
     if out.exists():
         raise FileExistsError(f"{out} exists; nothing is written over")
-    folder = base_path.is_dir()
+    folder = base_path.is_dir() or base_path.suffix.lower() == ".gguf"
     kind, paths = huggingface.weight_files(base_path) if folder else (TensorFile, [base_path])
     if not paths[0].is_file():
         raise FileNotFoundError(f"{base_path}: no such file or folder")
@@ -193,7 +194,7 @@ def run(ledger_path: Path, base_path: Path, out: Path) -> None:
         for file in base.values():
             file.check_length()
         if folder:
-            config = json.loads((base_path / "config.json").read_text())
+            config = huggingface.read_config(base_path)
             pieces = folder_pieces(replay.leaves, base, config["num_hidden_layers"])
         else:
             pieces = flat_pieces(replay.leaves, base)
@@ -207,7 +208,10 @@ def run(ledger_path: Path, base_path: Path, out: Path) -> None:
 
         made = stack.enter_context((whole_folder if folder else files.whole)(out))
         rebuild(replay, pieces, base, made, step)
-        for small in base_path.iterdir() if folder else ():
+        if file := huggingface.gguf_of(base_path):
+            dtype = next(piece.leaf.dtype for piece in pieces if piece.file)
+            huggingface.save_small(file, made, str(dtype))
+        for small in base_path.iterdir() if folder and not file else ():
             if small.is_file() and small.suffix in huggingface.SMALL_FILES:
                 if small.name.endswith(".index.json"):
                     if paths[0].name in ("model.safetensors", "pytorch_model.bin"):
@@ -253,7 +257,7 @@ def main(
 
     Args:
       ledger: ledger.sqlite of a run, or the ledger.safetensors that was sent.
-      base: what the run started from: a Hugging Face folder or a .safetensors file.
+      base: what the run started from: a Hugging Face folder, GGUF or .safetensors file.
       out: where to write the fine-tuned one; must not exist.
     """
     try:

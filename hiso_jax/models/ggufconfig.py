@@ -54,13 +54,14 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": file.count("attention.head_count_kv", heads),
-        "head_dim": head,
         "max_position_embeddings": file.count("context_length"),
         "rms_norm_eps": _number(file, "attention.layer_norm_rms_epsilon"),
         # The output is written only where it is not the embeddings.
         "tie_word_embeddings": "lm_head.weight" not in file.tensors,
         **{f"{name}_token_id": file.fields.get(key) for name, key in own.items()},
     }
+    if file.architecture != "qwen2" or head != width // heads:  # Qwen2's own config has none
+        config["head_dim"] = head
     if file.architecture != "qwen2":
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in file.tensors
     if file.architecture == "llama":

@@ -18,6 +18,8 @@ from hiso_jax import exact, files, trees
 from hiso_jax.models import bert, configs, decoder, filling, folders, names, tokenizers
 from hiso_jax.models.folders import SMALL_FILES as SMALL_FILES
 from hiso_jax.models.folders import folder_of, open_tensors
+from hiso_jax.models.folders import gguf_of as gguf_of
+from hiso_jax.models.folders import read_config as read_config
 from hiso_jax.models.folders import weight_files as weight_files
 from hiso_jax.models.names import find, is_stacked, is_turned, tensor_names
 from hiso_jax.tensorfile import QUANTISED, Tensor, TensorFile
@@ -199,8 +201,8 @@ def from_pretrained(
       no/such/folder: expected a folder with config.json, or a hub id org/name
     """
     dtype, folder = _dtype(dtype), folder_of(path)
-    folder = folders.gguf_of(folder) or folder
-    raw = folders.read_config(folder)
+    folder = gguf_of(folder) or folder
+    raw = read_config(folder)
     with _of(folder):
         _supported(raw["model_type"])
     config = configs.load_config(folder)
@@ -307,9 +309,29 @@ def save_pretrained(
                 x = np.asarray(leaves[leaf][i] if is_stacked(leaf) else leaves[leaf])
                 file.write(name, 0, (x.T if is_turned(leaf) else x).reshape(-1))
     folders.remove_shards(folder)
+    _save_config(config, folder)
+    _copy_small(model.source, folder)
+
+
+def save_small(file: Path, folder: Path, dtype: str) -> None:
+    """Write what `save_pretrained` writes beside the weights of a model from a GGUF file.
+
+    Args:
+      file: the GGUF file.
+      folder: made if absent.
+      dtype: of the parameters.
+
+    Raises:
+      ValueError: the file does not say what model it is of.
+    """
+    raw = read_config(file)
+    _save_config(configs.written(configs.load_config(file), raw, dtype), folder)
+    _copy_small(file, folder)
+
+
+def _save_config(config: dict[str, Any], folder: Path) -> None:
     with files.whole(folder / "config.json") as part:
         part.write_text(json.dumps(config, indent=2) + "\n")
-    _copy_small(model.source, folder)
 
 
 def _copy_small(source: Path | None, folder: Path) -> None:
@@ -323,8 +345,7 @@ def _copy_small(source: Path | None, folder: Path) -> None:
         try:
             tokenizers.load_tokenizer(source).save_pretrained(folder)
         except ValueError as error:  # hours of work must not end here
-            warnings.warn(f"the tokenizer does not go with the weights to {folder}: {error}",
-                          stacklevel=3)  # fmt: skip
+            warnings.warn(f"the tokenizer does not go with the weights: {error}", stacklevel=3)
         return
     if not source.is_dir():
         warnings.warn(f"{source} is gone: the tokenizer does not go with the weights to {folder}",
