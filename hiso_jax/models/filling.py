@@ -80,7 +80,7 @@ def _grown(there: dict[str, TensorFile], name: str, dtype: np.dtype) -> jax.Arra
     shape = there[name].tensors[name].shape
     array = jnp.zeros(shape, dtype)
     # Not more pieces than these: with bits, each one goes through all of the array.
-    for start, rows in _pieces(there, name, shape[0] // 64 + 1):
+    for start, rows in _pieces(there, name, shape[0] // 128 + 1):
         some = rows.astype(dtype, copy=False)
         array = jax.block_until_ready(_put(array, some, np.int32(start)))
     return array
