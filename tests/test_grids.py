@@ -124,7 +124,7 @@ extend = true
 seeds_at_best = 2
 [[run]]
 method = "rms"
-learning_rate = [1]
+learning_rate = 1
 vary = { alpha = 0.5, own_directions = true }
 seeds = 2
 """
@@ -191,9 +191,9 @@ def test_there_is_a_grid_for_every_file_of_rows():
     ("seeds = 2", 'out = "x"', "entry 2: out: stands at the top"),
     ("seeds = 2", 'by = "luck"', "entry 2: by: expected one of loss, metric, got 'luck'"),
     ("seeds = 2", "extend = true", "entry 2: extend: expected two learning rates"),
-    ("[1]", "[0]", r"entry 2: learning_rate: expected a finite number > 0"),
-    ("[1]", "[]", "entry 2: learning_rate: expected at least one"),
-    ("[1]", "1", "entry 2: learning_rate: expected a list, got 1"),
+    ("rate = 1\n", "rate = 0\n", r"entry 2: learning_rate: expected a finite number > 0"),
+    ("rate = 1\n", "rate = []\n", "entry 2: learning_rate: expected at least one"),
+    ("rate = 1\n", 'rate = ["1"]\n', r"entry 2: learning_rate: expected a number, got \['1'\]"),
     ('"rms"', '"rm"', "entry 2: method: expected one of hiso, .*got 'rm'"),
     ('"rms"', '"rms"\nmethods = ["hiso"]', "entry 2: methods: .*got both"),
     ('"rms"', '"rms(b1=0.9)"', "entry 2: method: expected an argument out of decay, .* for rms"),

@@ -169,8 +169,7 @@ def _typed(table: dict[str, Any], kinds: dict[str, Any]) -> dict[str, Any]:
         if key not in kinds:
             raise ValueError(f"--{given}: expected one of {', '.join(kinds)}")
         try:
-            one = key == "method" and isinstance(value, str)
-            out[key] = choices.fit(kinds[key], (value,) if one else value)
+            out[key] = choices.fit(kinds[key], value)
         except ValueError as wanted:
             raise ValueError(f"--{given}: expected {wanted}, got {value!r}") from None
     return out

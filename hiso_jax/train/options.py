@@ -89,7 +89,7 @@ ELSEWHERE = {
 
 
 def fit(hint: Any, value: Any) -> Any:
-    """A value as an option of that type has it.
+    """A value as an option of that type has it; one is as good as a list of one.
 
     Raises:
       ValueError: it is none of that type; says what is wanted.
@@ -102,9 +102,8 @@ def fit(hint: Any, value: Any) -> Any:
             raise ValueError(f"one of {', '.join(map(str, get_args(hint)))}")
         return value
     if get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError("a list")
-        return tuple(fit(get_args(hint)[0], x) for x in value)
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(fit(get_args(hint)[0], x) for x in values)
     truth = isinstance(value, bool)
     if hint is Path and isinstance(value, str):
         return Path(value)
