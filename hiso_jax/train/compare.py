@@ -27,6 +27,7 @@ from hiso_jax._engine import checks
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.train import grids, job, methods, report, results, rows
 from hiso_jax.train.options import TASKS, build, defaults, varied
+from hiso_jax.train.progress import duration
 from hiso_jax.train.rows import Row
 
 __all__ = ["TASKS", "Compare", "build", "cli", "defaults", "one", "plan", "run", "varied"]
@@ -259,8 +260,8 @@ class Progress:
     def __init__(self, grid: grids.Grid, found: grids.Found):
         self.grid, self.found = grid, found
         self.began, self.done = time.perf_counter(), 0
-        self.bar = report.progress()
-        self.task = self.bar.add_task("runs", total=self.left(), status="")
+        self.bar = report.progress() if report.console.is_terminal else None
+        self.task = self.bar.add_task("runs", total=self.left(), status="") if self.bar else None
 
     def left(self) -> int:
         """Runs that are missing, and those that will be at least."""
@@ -269,24 +270,25 @@ class Progress:
     def note(self, row: Row) -> None:
         """A run is over."""
         self.done += 1
-        left, end = self.left(), row["curve"][-1]
-        ended = "diverged" if row["diverged"] else f"dev loss {end[1]:.4g}"
+        left, loss = self.left(), row["curve"][-1][1]
+        ended = "diverged" if row["diverged"] or loss is None else f"dev loss {loss:.4g}"
         what = f"{methods.title(row['method'])} at {row['learning_rate']:g}, seed {row['seed']}"
-        self.bar.update(
-            self.task, completed=self.done, total=self.done + left, status=f"{what}: {ended}"
-        )
-        if not report.console.is_terminal:
-            seconds = (time.perf_counter() - self.began) / self.done * left
-            time_left = f", for about {datetime.timedelta(seconds=round(seconds))}" * bool(left)
-            report.say(f"{what}: {ended} ({row['seconds']:g} s); {left} left{time_left}")
+        line = f"{what}: {ended}"
+        if self.bar:
+            total = self.done + left
+            self.bar.update(self.task, completed=self.done, total=total, status=line)
+            return
+        time_left = (time.perf_counter() - self.began) / self.done * left
+        about = f", about {duration(time_left)}" * bool(left)
+        report.say(f"{line} ({duration(row['seconds'])}); {left} left{about}")
 
     def __enter__(self) -> "Progress":
-        if report.console.is_terminal:
+        if self.bar:
             self.bar.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if report.console.is_terminal:
+        if self.bar:
             self.bar.stop()
 
 
