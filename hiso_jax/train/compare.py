@@ -8,7 +8,6 @@ a file, see `hiso_jax.train.grids`. `hiso results` draws it.
 
 import concurrent.futures
 import dataclasses
-import datetime
 import functools
 import json
 import multiprocessing

@@ -70,7 +70,9 @@ def check(task: str, options: job.Options) -> None:
 
 def settings(options: job.Options) -> Row:
     """All options that a run's figures depend on."""
-    left_out = ("out", "resume", "distributed", "compare", "mesh", "snapshot_every", "data")
+    left_out = {
+        "out", "resume", "distributed", "compare", "mesh", "snapshot_every", "data", "answers",
+    }  # fmt: skip
     kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
     for name in ("upper_directions", "upper_layers"):  # one depth is a number in a row
         kept[name] = kept[name][0] if len(kept[name]) == 1 else kept[name] or 0
