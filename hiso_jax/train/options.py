@@ -42,6 +42,10 @@ def build(task: str, options: job.Options) -> Problem:
 
 
 def _module(name: str) -> Any:
+    here = Path.cwd()
+    if name.startswith("experiments.") and (here / "experiments").is_dir():
+        if str(here) not in sys.path:  # where the command `hiso` does not look
+            sys.path.append(str(here))
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
