@@ -108,8 +108,10 @@ def fit(hint: Any, value: Any) -> Any:
             raise ValueError(f"one of {', '.join(map(str, get_args(hint)))}")
         return value
     if get_origin(hint) is tuple:
-        values = value if isinstance(value, list | tuple) else [value]
-        return tuple(fit(get_args(hint)[0], x) for x in values)
+        kind = get_args(hint)[0]
+        if not isinstance(value, list | tuple):
+            value = [value] if kind is not int or value else []  # 0 directions are none
+        return tuple(fit(kind, x) for x in value)
     truth = isinstance(value, bool)
     if hint is Path and isinstance(value, str):
         return Path(value)
