@@ -46,7 +46,7 @@ class Compare:
     --processes; there are some in experiments/grids."""
     dry_run: bool = False
     """Only say how many runs are missing."""
-    task: Literal["finetune", "sst2", "digits", "mnist"] = "digits"
+    task: Literal["finetune", "sst2", "llm", "digits", "mnist"] = "digits"
     """The job whose options are used."""
     method: tuple[str, ...] = job.COMPARED
     """Methods, as of the job's --method: hiso, "hiso(update_steps=all)"."""

@@ -152,6 +152,12 @@ SETTLED = {"mezo": ("estimator", "num_perturbations", "local_steps"), "hizoo": (
 """Of those, what a method has its own of, and takes no other."""
 
 
+def not_used(options: Any) -> list[str]:
+    """Options that are not the job's defaults and that the method does not use, for a note."""
+    name, default = options.method.partition("(")[0], type(options)()
+    return [x for x in SETTLED.get(name, ()) if getattr(options, x) != getattr(default, x)]
+
+
 def _function(name: str) -> Callable[..., Any]:
     """What builds the method: (loss_fn, learning_rate, **options)."""
     if name in FIRST_ORDER:

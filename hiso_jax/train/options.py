@@ -18,6 +18,7 @@ from hiso_jax.train.rows import Row
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "finetune": ("hiso_jax.train.finetune", {}),
     "sst2": ("hiso_jax.train.finetune", dict(task="sst2", length=32, batch_size=8)),
+    "llm": ("hiso_jax.train.llm", {}),
     "digits": ("hiso_jax.train.digits", {}),
     "mnist": ("experiments.mnist", {}),
 }
@@ -76,6 +77,7 @@ def settings(options: job.Options) -> Row:
     """All options that a run's figures depend on."""
     left_out = {
         "out", "resume", "distributed", "compare", "mesh", "snapshot_every", "data", "answers",
+        "beside",
     }  # fmt: skip
     kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
     for name in ("upper_directions", "upper_layers"):  # one depth is a number in a row
