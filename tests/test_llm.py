@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from hiso_jax.ledger import rebuild
 from hiso_jax.train import digits, job, llm, measure, methods, progress, report
 from tests.helpers import tiny_model
 
@@ -95,3 +96,25 @@ def test_options_that_a_method_does_not_use_are_told():
     options = digits.Options(method="mezo", num_perturbations=7, estimator="central")
     assert methods.not_used(options) == ["estimator", "num_perturbations"]
     assert methods.not_used(digits.Options(method="rms(decay=0.9)", num_perturbations=7)) == []
+
+
+@pytest.mark.slow
+def test_the_real_model_is_replayed_from_its_file(tmp_path: Path):
+    """Two rounds of SmolLM2; whoever has the GGUF file and the ledger gets the same model."""
+    try:
+        base = llm.bundled_model()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    options = llm.Options(
+        rounds=2, clients_per_round=2, num_perturbations=3, upper_directions=(2,), beside=None,
+        eval_examples=8, answers=0, out=tmp_path / "run",
+    )  # fmt: skip
+    problem = llm.build(options).at_most(options.eval_examples)
+    job.run(options, problem, llm.LEARNING_RATES)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["parameters"] == summary["trained_parameters"] == 134_515_008
+    made = rebuild.rebuild(tmp_path / "run/ledger.safetensors", base, tmp_path / "again")
+    assert made.proved and made.digest == summary["digest"]
+    name = "model.safetensors"
+    ours = (tmp_path / "run/model" / name).read_bytes()
+    assert (tmp_path / "again" / name).read_bytes() == ours
