@@ -1,6 +1,7 @@
 """The console script `hiso`: one command a job."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -22,6 +23,9 @@ def main() -> None:
         return
     if name not in COMMANDS:
         sys.exit(f"hiso: expected one of {', '.join(COMMANDS)}, got {name!r}")
+    # For `--method module:function`. A console script, unlike `python -m`, does not look in the
+    # working folder; last on the path, so that a file there never hides a package.
+    sys.path.append(os.getcwd())
     try:
         job = importlib.import_module(f"hiso_jax.train.{name}")
     except ModuleNotFoundError as error:
