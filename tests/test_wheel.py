@@ -61,8 +61,8 @@ def call(*command: str | Path, cwd: Path, code: int = 0, limit: int = 900) -> st
         except ProcessLookupError:
             pass
         process.wait()
-    said = " ".join(map(str, command[1:])).replace(str(cwd), ".")
-    print(f"{time.perf_counter() - begin:6.1f} s  {Path(command[0]).name} {said:.100}")
+    said = " ".join(" ".join(map(str, command[1:])).replace(str(cwd), ".").split())
+    print(f"{time.perf_counter() - begin:6.1f} s  {Path(command[0]).name} {said:.80}")
     assert process.returncode == code, f"{command} ended with {process.returncode}:\n{printed}"
     return printed
 
@@ -168,8 +168,10 @@ def test_the_core_alone(core: Path, empty: Path):
 
 def test_the_commands(full: Path, empty: Path):
     hiso = full / "hiso"
-    assert all(name in call(hiso, "--help", cwd=empty) for name in ("digits", "replay"))
-    for command in ("digits", "finetune", "replay", "compare", "results"):
+    commands = ("digits", "finetune", "replay", "compare", "results")
+    listed = call(hiso, "--help", cwd=empty)
+    assert all(command in listed for command in commands)
+    for command in commands:
         said = call(hiso, command, "--help", cwd=empty)
         assert f"usage: hiso {command}" in said and str(ROOT) not in said
     call(hiso, "digits", "--rounds", "3", cwd=empty)

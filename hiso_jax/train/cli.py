@@ -1,4 +1,4 @@
-"""The console script `hiso`: one command a job."""
+"""The console script `hiso`: one command per job."""
 
 import importlib
 import os
