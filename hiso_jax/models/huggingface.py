@@ -42,7 +42,8 @@ class Model(NamedTuple):
         encoders, hidden states [B, T, D].
       hidden: as `apply`, -> hidden states [B, T, D].
         ``stream`` and ``begin`` go on from what `lower` gave.
-      lower: ``(params, input_ids, attention_mask, end) -> [B, T, D]``, the input of layer `end`.
+      lower: ``(params, input_ids, attention_mask, end) -> [B, T, D]``, the input of layer `end`;
+        ``stream`` and ``begin`` as of `hidden`.
       head: ``(params, hidden [..., D], rows=None) -> logits [..., V or rows]``; of encoders only
         those that come with a masked-language-model head.
       generate: ``(params, input_ids, attention_mask, max_new_tokens, stop=(), pad=0,

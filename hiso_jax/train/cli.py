@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "finetune": "fine-tune a language model over clients that send a few bytes a round",
+    "llm": "fine-tune SmolLM2 (134.5 M parameters) like that, with FedAdam beside it",
     "digits": "the same in twenty seconds: a small network on handwritten digits",
     "replay": "rebuild a fine-tuned model from its base and a ledger, and prove it",
     "compare": "run a grid of methods, learning rates and seeds",

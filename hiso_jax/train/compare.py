@@ -48,12 +48,12 @@ def options_of(task: str, **given: Any) -> job.Options:
     if task not in TASKS:
         raise ValueError(f"--task: expected one of {', '.join(TASKS)}, got {task!r}")
     module, own = TASKS[task]
-    return _module(module).Options(**own | given)
+    return _module(module).Options(**dict(eval_examples=0) | own | given)
 
 
 def build(task: str, options: job.Options) -> Problem:
     """The problem that a task's options ask for."""
-    return _module(TASKS[task][0]).build(options)
+    return _module(TASKS[task][0]).build(options).at_most(options.eval_examples)
 
 
 def _module(name: str) -> Any:
@@ -159,7 +159,7 @@ def one(task: str, options: job.Options, start: float | None = None) -> dict[str
     alg = job.algorithm(options, problem, options.learning_rate or 0.0)
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(options.seed))
     score = jax.jit(problem.score)
-    share = methods.share(problem, options.upper_layers) if options.upper_directions else 1.0
+    shares = methods.shares(options, problem)
 
     def evaluate(data: Any) -> tuple[float, float]:
         sums = federation.evaluate(score, state.params, data, 256, problem.prepare)
@@ -188,7 +188,7 @@ def one(task: str, options: job.Options, start: float | None = None) -> dict[str
         test_loss=_plain(test[0]),
         test=_plain(test[1]),
         diverged=diverged,
-        passes_per_round=round(methods.forward_passes(alg, share), 3),
+        passes_per_round=round(methods.forward_passes(alg, shares), 3),
         bytes_per_round=4 * methods.floats(alg, problem),
         seconds=round(time.perf_counter() - began, 1),
     )
@@ -232,6 +232,8 @@ def settings(options: job.Options) -> dict[str, Any]:
     """All options that a run's figures depend on."""
     left_out = ("out", "resume", "distributed", "compare", "mesh", "snapshot_every", "data")
     kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
+    for name in ("upper_directions", "upper_layers"):  # one depth is a number in a row
+        kept[name] = kept[name][0] if len(kept[name]) == 1 else kept[name] or 0
     if "task" in kept:  # which is the job, in a row
         kept["text_task"] = kept.pop("task")
     return json.loads(json.dumps(kept, default=str))

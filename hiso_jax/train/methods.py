@@ -3,7 +3,7 @@
 import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -101,10 +101,15 @@ def build(
     return (SCALAR.get(method) or _yours(method))(loss_fn, learning_rate, **common)
 
 
-def _upper(options: Any, problem: Problem) -> hj.Split:
+def _upper(options: Any, problem: Problem) -> list[hj.Split]:
     if problem.upper is None:
         raise ValueError(f"--upper-directions: {problem.name} has no upper part of its own")
-    return hj.Split(*problem.upper(options.upper_layers), options.upper_directions)
+    splits, before = [], None
+    for count, layers in zip(options.upper_directions, options.upper_layers, strict=True):
+        cut = problem.upper(layers, before)
+        splits.append(hj.Split(cut.trunk, cut.head, cut.leaves, count, cut.between))
+        before = layers
+    return splits
 
 
 def hiso_all(loss_fn: Any, learning_rate: Any, **options: Any) -> hj.Algorithm:
@@ -112,10 +117,11 @@ def hiso_all(loss_fn: Any, learning_rate: Any, **options: Any) -> hj.Algorithm:
     return hj.federated_hiso(loss_fn, learning_rate, update_steps="all", **options)
 
 
-def forward_passes(algorithm: hj.Algorithm | Baseline, share: float = 1.0) -> float:
+def forward_passes(algorithm: hj.Algorithm | Baseline, shares: Sequence[float] = ()) -> float:
     """Forward passes of a client a round; a gradient counts as three.
 
-    One that starts at the upper layers counts as the `share` of one.
+    One that starts at an upper part counts as that part's share of a pass; so does the way from
+    one cut to the next.
     """
     if isinstance(algorithm, Baseline):
         return algorithm.config["local_steps"] * algorithm.config["forward_passes"]
@@ -123,8 +129,17 @@ def forward_passes(algorithm: hj.Algorithm | Baseline, share: float = 1.0) -> fl
     own = spec.directions
     each = estimators.forward_passes(spec.estimator.config["estimator"], own.per_client)
     if own.still is not None:
-        each -= (own.per_client - own.still.wholes(own.per_client)) * (1 - share)
+        counts = [part.directions for part in own.still.parts]
+        each -= sum(n * (1 - share) for n, share in zip(counts, shares, strict=True))
+        each += shares[0] - shares[-1]
     return spec.steps * each
+
+
+def shares(options: Any, problem: Problem) -> list[float]:
+    """How much of a forward pass each upper part of the options takes."""
+    if not options.upper_directions:
+        return []
+    return [share(problem, layers) for layers in options.upper_layers]
 
 
 def share(problem: Problem, layers: int) -> float:

@@ -24,7 +24,7 @@ TARGET = 0.95
 """Of the baseline's best: where curves are steeper, and so comparisons less noisy."""
 
 
-DEFAULTS_OF_OLD_ROWS = {"upper_directions": 0, "upper_layers": 1}
+DEFAULTS_OF_OLD_ROWS = {"upper_directions": 0, "upper_layers": 1, "eval_examples": 0}
 """Options that rows written before there were any lack."""
 
 
@@ -80,8 +80,10 @@ def variant(rows: list[Row]) -> Callable[[Row], str]:
         parts = [OWN] * bool(row.get("per_client_directions"))
         if not (upper := row.get("upper_directions")):
             return "".join(parts + other(row, names))
-        layers = "layer" if row["upper_layers"] == 1 else f"{row['upper_layers']} layers"
-        parts.append(f", {upper} of {row['num_perturbations']} in the last {layers}")
+        many = [x if isinstance(x, list) else [x] for x in (upper, row["upper_layers"])]
+        counts, depths = (" and ".join(map(str, x)) for x in many)
+        layers = "layer" if depths == "1" else f"{depths} layers"
+        parts.append(f", {counts} of {row['num_perturbations']} in the last {layers}")
         return "".join(parts + other(row, [n for n in names if n != "num_perturbations"]))
 
     return name
