@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from hiso_jax.train.cli import COMMANDS
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 OTHERS = {"tests", "experiments", "benchmarks", "notebooks", "docs"}
@@ -156,7 +158,7 @@ def test_the_core_alone(core: Path, empty: Path):
     printed = call(core / "python", "-c", code, cwd=empty).splitlines()
     assert printed[0] == "[]" and printed[1].startswith(f"1 {core.parent}")
     assert "finetune" in call(core / "hiso", "--help", cwd=empty)
-    for command in ("digits", "finetune", "replay", "compare", "results"):
+    for command in COMMANDS:
         said = call(core / "hiso", command, cwd=empty, code=1).strip()
         hint = said.partition("pip install '")[2].removesuffix("'")
         assert said.startswith(f"hiso {command} needs ") and hint == "hiso-jax[train]", said
@@ -168,10 +170,9 @@ def test_the_core_alone(core: Path, empty: Path):
 
 def test_the_commands(full: Path, empty: Path):
     hiso = full / "hiso"
-    commands = ("digits", "finetune", "replay", "compare", "results")
     listed = call(hiso, "--help", cwd=empty)
-    assert all(command in listed for command in commands)
-    for command in commands:
+    assert all(command in listed for command in COMMANDS)
+    for command in COMMANDS:
         said = call(hiso, command, "--help", cwd=empty)
         assert f"usage: hiso {command}" in said and str(ROOT) not in said
     call(hiso, "digits", "--rounds", "3", cwd=empty)

@@ -5,7 +5,7 @@ import os
 import sys
 
 COMMANDS = {
-    "finetune": "fine-tune a language model over clients that send a few bytes a round",
+    "finetune": "fine-tune a language model over clients that send a few bytes per round",
     "llm": "fine-tune SmolLM2 (134.5 M parameters) like that, with FedAdam beside it",
     "digits": "the same in twenty seconds: a small network on handwritten digits",
     "replay": "rebuild a fine-tuned model from its base and a ledger, and prove it",
