@@ -46,6 +46,7 @@ lint: $(VENV)/.lint  ## ruff and pyright
 
 parity: $(VENV)/.test  ## install torch, against which the models are checked
 	$(INSTALL) torch==2.13.0
+	$(INSTALL) --no-deps accelerate==1.15.0 psutil==7.2.2
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .hypothesis .pytest_cache .ruff_cache

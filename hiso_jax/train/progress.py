@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
 
     Example:
       >>> [duration(s) for s in (0.34, 4.2, 80, 4000)]
-      ['0.34 s', '4.2 s', '1 min 20 s', '1 h 7 min']
+      ['0.34 s', '4.2 s', '1 min 20 s', '1 h 6 min']
     """
     if seconds < 59.5:
         return f"{seconds:.2g} s"
