@@ -162,7 +162,7 @@ class Options(job.Options):
 
 
 LEARNING_RATES = {"hiso": 2e-2, "decomfl": 4e-2}
-"""The best of the grid in `experiments.compare`, by method."""
+"""The best of the grid in `hiso compare`, by method."""
 
 
 def build(options: Options) -> Problem:

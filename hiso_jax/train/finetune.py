@@ -41,7 +41,7 @@ class Options(job.Options):
 
     Without options: all 22.6 M parameters of all-MiniLM-L6-v2 on the topics of the docstrings of
     Python's standard library, where each of 71 modules is one client; defaults were chosen on
-    the dev split by `experiments.compare`. With --model and --task or --data: any supported
+    the dev split by `hiso compare`. With --model and --task or --data: any supported
     checkpoint on any prompted task.
     """
 
@@ -353,7 +353,7 @@ def build(options: Options) -> Problem:
 
 
 LEARNING_RATES = {"hiso": 8e-4, "decomfl": 4e-4}
-"""Lowest dev loss on the docstrings in the grid of `experiments.compare`, by method."""
+"""Lowest dev loss on the docstrings in the grid of `hiso compare`, by method."""
 
 
 def cli() -> None:

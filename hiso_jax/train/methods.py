@@ -194,7 +194,7 @@ def _yours(method: str) -> Callable[..., hj.Algorithm]:
 def build(
     options: Any, problem: Problem, learning_rate: optax.ScalarOrSchedule
 ) -> hj.Algorithm | Baseline:
-    """Build the method that an `experiments.job.Options` asks for.
+    """Build the method that an `hiso_jax.train.job.Options` asks for.
 
     A method of yours is ``function(loss_fn, learning_rate, **options) -> Algorithm``, with the
     keywords of `hiso_jax.scalar_algorithm` but for the rule.

@@ -1,4 +1,4 @@
-"""What a comparison says: tables and figures of the rows that `experiments.compare` wrote."""
+"""What a comparison says: tables and figures of the rows that `hiso compare` wrote."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ def read(path: Path) -> list[Row]:
         return []
     found = files.read(path)
     if not all(isinstance(row, dict) and "method" in row for row in found):
-        raise ValueError(f"--rows: {path} is not a file of experiments.compare")
+        raise ValueError(f"--rows: {path} was not written by hiso compare")
     return [DEFAULTS_OF_OLD_ROWS | _modern(row) for row in found]
 
 
@@ -304,7 +304,7 @@ class Results:
     """Print the table of a comparison, as Markdown too, and draw its figure."""
 
     rows: tuple[Path, ...] = (Path("runs/compare.jsonl"),)
-    """What `experiments.compare` wrote."""
+    """What `hiso compare` wrote."""
     where: tuple[str, ...] = ()
     """Which rows: task=mnist, alpha=1.0, method=hiso,decomfl; all must be of one task."""
     by: Literal["metric", "loss"] = "metric"
