@@ -25,6 +25,7 @@ from hiso_jax.ledger.replay import Leaf, Replay, large
 from hiso_jax.ledger.store import Ledger
 from hiso_jax.ledger.tables import LedgerMismatch
 from hiso_jax.models import adapters, huggingface
+from hiso_jax.rules import Rule
 
 
 class Piece(NamedTuple):
@@ -189,6 +190,7 @@ def rebuild(
     base: str | Path,
     out: str | Path,
     on_step: Callable[[str, int, int], None] = lambda what, count, total: None,
+    rule: Rule | None = None,
 ) -> Rebuilt:
     """Rebuild a fine-tuned model from its base and its ledger.
 
@@ -199,6 +201,7 @@ def rebuild(
       out: becomes the same kind of thing, a folder for GGUF, whole or not at all; must not exist.
       on_step: called with what is done, how many parameters are, and how many there are in all;
         from several threads.
+      rule: yours, if the ledger's is none of `hiso_jax.rules.RULES`.
 
     Raises:
       FileExistsError: `out` exists.
@@ -219,7 +222,7 @@ def rebuild(
         records = stack.enter_context(open_ledger(ledger))
         if not records.rounds:
             raise ValueError(f"{ledger}: no rounds are in it, there is nothing to replay")
-        replay = Replay(records)
+        replay = Replay(records, rule)
         opened = {path.name: stack.enter_context(kind(path)) for path in paths}
         for file in opened.values():
             file.check_length()

@@ -1,5 +1,6 @@
 """`hiso replay LEDGER BASE OUT`: rebuild a fine-tuned model, and prove that it is the same."""
 
+import importlib
 import sys
 import time
 from pathlib import Path
@@ -9,10 +10,31 @@ import tyro
 
 from hiso_jax.ledger import LedgerError
 from hiso_jax.ledger.rebuild import rebuild
+from hiso_jax.rules import Rule
 from hiso_jax.train import report
 
 
-def run(ledger: Path, base: Path, out: Path) -> None:
+def rule_of(text: str | None) -> Rule | None:
+    """The rule that ``module:function`` makes.
+
+    Raises:
+      ValueError: it cannot be imported, or what it makes is no rule.
+    """
+    if text is None:
+        return None
+    module, _, name = text.partition(":")
+    try:
+        rule = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--rule: expected module:function of yours, got {text!r}: {error}"
+        ) from None
+    if not isinstance(rule, Rule):
+        raise ValueError(f"--rule: expected {text} to make a Rule, got {type(rule).__name__}")
+    return rule
+
+
+def run(ledger: Path, base: Path, out: Path, rule: Rule | None = None) -> None:
     """Replay with a progress bar and print what was proved."""
     begin = time.perf_counter()
     with report.progress("{task.percentage:>3.0f}%") as bar:
@@ -22,7 +44,7 @@ def run(ledger: Path, base: Path, out: Path) -> None:
         def step(name: str, count: int, total: int) -> None:
             bar.update(tasks[name], advance=count, total=total, visible=True)
 
-        made = rebuild(ledger, base, out, step)
+        made = rebuild(ledger, base, out, step, rule)
     seconds = time.perf_counter() - begin
     report.say(
         f"{made.rounds} rounds, {ledger.stat().st_size:,} bytes, {made.parameters:,} parameters: "
@@ -41,6 +63,7 @@ def main(
     ledger: Annotated[Path, tyro.conf.arg(metavar="LEDGER")],
     base: Annotated[Path, tyro.conf.arg(metavar="BASE")],
     out: Annotated[Path, tyro.conf.arg(metavar="OUT")],
+    rule: str | None = None,
 ) -> None:
     """Rebuild a fine-tuned model from its base and its ledger.
 
@@ -48,9 +71,10 @@ def main(
       ledger: ledger.sqlite of a run, or the ledger.safetensors that was sent.
       base: what the run started from: a Hugging Face folder, GGUF or .safetensors file.
       out: where to write the fine-tuned one; must not exist.
+      rule: module:function that makes the rule, if it is one of yours.
     """
     try:
-        run(ledger, base, out)
+        run(ledger, base, out, rule_of(rule))
     except (OSError, ValueError, LedgerError) as error:
         report.fail(error)
         sys.exit(1)
