@@ -17,7 +17,7 @@ else
   INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
-.PHONY: help finetune digits test slow lint parity clean
+.PHONY: help finetune digits test slow notebooks lint parity clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -28,11 +28,15 @@ finetune: $(VENV)/.train  ## fine-tune a 22.6 M parameter model over 71 clients;
 digits: $(VENV)/.train  ## the same in twenty seconds: a small network on handwritten digits
 	$(BIN)/hiso digits $(ARGS)
 
-test: $(VENV)/.test  ## run the tests, the docstrings' examples and the notebooks
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --nbmake tests hiso_jax notebooks $(ARGS)
+test: $(VENV)/.test  ## run the tests and the docstrings' examples
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests hiso_jax $(ARGS)
 
-slow: $(VENV)/.test  ## run the tests that take minutes
+slow: $(VENV)/.test  ## run the tests that take minutes, and the notebooks
 	$(BIN)/python -m pytest -q -m slow tests $(ARGS)
+	$(MAKE) notebooks
+
+notebooks: $(VENV)/.test  ## run the notebooks
+	$(BIN)/python -m pytest -q --nbmake notebooks
 
 lint: $(VENV)/.lint  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -43,7 +47,7 @@ parity: $(VENV)/.test  ## install torch, against which the models are checked
 	$(INSTALL) torch==2.13.0
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .hypothesis .jax_cache .pytest_cache .ruff_cache
 
 $(VENV)/.train: pyproject.toml
 	@echo "Setting up $(VENV) (about a minute) ..."

@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = (
 cpu = Path("/proc/cpuinfo")
 able = re.search(r"^(?:flags|Features)\s*:.*", cpu.read_text(), re.M) if cpu.exists() else None
 kind = hashlib.sha256((able[0] if able else platform.processor()).encode()).hexdigest()[:8]
-programs = Path(__file__).parents[1] / ".pytest_cache" / f"xla-{kind}"
+programs = Path(__file__).parents[1] / ".jax_cache" / f"xla-{kind}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
