@@ -15,6 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import hiso_jax as hj
+from hiso_jax._engine import trees
+from hiso_jax.algorithm import algorithm
+from hiso_jax.ledger import replay
+
 # Odd shapes on purpose: widths around a word of 32 signs, empty, scalar, long and flat.
 SHAPES = [(), (1,), (7,), (33,), (3, 5), (64,), (0, 3), (5, 3, 2, 2), (129, 257), (301, 97),
           (1000, 43), (512, 256), (2, 100, 11), (31, 32), (8, 1), (40, 320)]  # fmt: skip
@@ -30,15 +35,60 @@ def odd_tree(seed: int = 0) -> dict[str, Any]:
 
 
 def odd_loss(params: Any, batch: Any) -> jax.Array:
-    """Loss on any tree that depends on every leaf and on the batch."""
+    """Loss on any tree, of any dtypes and lazy, that depends on every leaf and on the batch."""
     angle = batch.mean()
-    terms = [(jnp.tanh(x) * jnp.cos(x * angle + angle)).sum() for x in jax.tree.leaves(params)]
+    wide = [jnp.asarray(x).astype(jnp.float32) for x in jax.tree.leaves(params)]
+    terms = [(jnp.tanh(x) * jnp.cos(x * angle + angle)).sum() for x in wide]
     return sum(terms, jnp.float32(0)) / 1000
 
 
 def quadratic_loss(params: Any, batch: Any) -> jax.Array:
     """Mean squared distance of ``params["w"]`` to the rows of the batch."""
     return ((params["w"] - batch) ** 2).mean()
+
+
+def trunk(params: Any, batch: Any) -> Any:
+    """The lower layer of a small network."""
+    return {"kept": jnp.tanh(batch["x"] @ params["w"]), "y": batch["y"]}
+
+
+def head(params: Any, kept: Any) -> jax.Array:
+    """Its upper layer, and the loss."""
+    return ((kept["kept"] @ params["v"] - kept["y"]) ** 2).mean()
+
+
+def network_loss(params: Any, batch: Any) -> jax.Array:
+    """Loss of the small network."""
+    return head(params, trunk(params, batch))
+
+
+def nothing(params: Any, batch: Any) -> Any:
+    """A trunk that keeps the batch: what is above is all of the model."""
+    return batch
+
+
+def laid_out(alg: hj.Algorithm, **options: Any) -> hj.Algorithm:
+    """The same algorithm, with leaves cut in another way; what is large, here, is small."""
+    layout = alg.spec.layout._replace(**{"large": 2**11, **options})
+    return algorithm(alg.spec._replace(layout=layout))
+
+
+def replay_in_blocks(ledger: hj.Ledger, params: Any, rule: Any = None, most: int = 10**9) -> Any:
+    """The model after a ledger, in parts of at most so many numbers; the digest is the ledger's."""
+    parts = replay.Replay(ledger, rule)
+    flat = {n: np.asarray(x).reshape(-1) for n, x in trees.named(params).items()}
+    cuts = {n: [(i, x[i : i + most]) for i in range(0, x.size, most)] for n, x in flat.items()}
+    for name, own in cuts.items():
+        for place, x in own:
+            parts.read(name, place, x)
+    parts.check_base()
+    moved = dict(flat)
+    for name, own in cuts.items():
+        if parts.leaves[name].trainable and own:
+            moved[name] = np.concatenate([parts.advance(name, *part) for part in own])
+    assert parts.digest == parts.wanted
+    shaped = {n: moved[n].reshape(np.shape(x)) for n, x in trees.named(params).items()}
+    return trees.merge(params, shaped)
 
 
 def bits(tree: Any) -> list[bytes]:
@@ -54,6 +104,32 @@ def assert_same_bits(first: Any, second: Any) -> None:
     assert [name for name, a, b in pairs if a != b] == []
 
 
+CORRECT = {  # integers, choices and copies; and the float operations that IEEE 754 rounds
+    "add", "sub", "mul", "neg", "abs", "sign", "max", "min", "clamp", "eq", "ne", "lt", "le", "gt",
+    "ge", "and", "or", "xor", "not", "shift_left", "shift_right_logical", "rem", "div",
+    "shift_right_arithmetic", "select_n", "convert_element_type", "bitcast_convert_type", "iota",
+    "is_finite", "reduce_and", "reduce_or", "broadcast_in_dim", "reshape", "squeeze", "slice",
+    "dynamic_slice", "dynamic_update_slice", "gather", "concatenate", "pad", "expand_dims",
+    "transpose", "copy", "stack", "optimization_barrier", "random_wrap", "random_unwrap",
+    "nextafter", "platform_index", "reduce_sum", "stop_gradient",
+    "split", "unstack", "population_count",
+}  # fmt: skip
+CONTROL = {"jit", "pjit", "scan", "while", "cond", "custom_jvp_call", "custom_vjp_call",
+           "closed_call", "core_call", "random_seed"}  # fmt: skip
+
+
+def equations(jaxpr: Any) -> Any:
+    """All operations of a program, also of those inside others."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                if hasattr(inner, "jaxpr"):
+                    yield from equations(inner.jaxpr)
+                elif hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
 REVIEWS = [
     {"review": f"{'good fine lovely' if i % 3 else 'bad awful poor'} film number {i}",
      "mood": "up" if i % 3 else "down", "who": f"w{i % 4}"}
@@ -62,6 +138,25 @@ REVIEWS = [
 
 
 """Rows with a text, a label and a client."""
+
+
+def small_config(kind: str) -> Any:
+    """A config of transformers, of a model of three narrow layers."""
+    import transformers
+
+    small = dict(vocab_size=640, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
+    wide = dict(intermediate_size=96)
+    opt = dict(ffn_dim=128, max_position_embeddings=32)
+    return {
+        "opt": lambda: transformers.OPTConfig(**small, **opt, word_embed_proj_dim=64),
+        "opt-350m": lambda: transformers.OPTConfig(
+            **small, **opt, word_embed_proj_dim=32, do_layer_norm_before=False
+        ),
+        "llama": lambda: transformers.LlamaConfig(
+            **small, **wide, num_key_value_heads=2, tie_word_embeddings=False
+        ),
+        "bert": lambda: transformers.BertConfig(**small, **wide, max_position_embeddings=32),
+    }[kind]()
 
 
 def tiny_model(path: Path) -> Path:
