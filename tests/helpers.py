@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from safetensors.numpy import save_file
 
 import hiso_jax as hj
 from hiso_jax._engine import trees
@@ -181,6 +183,63 @@ def tiny_model(path: Path) -> Path:
     return path
 
 
+RANDOM_BERT = dict(
+    vocab_size=99, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=36,
+    max_position_embeddings=20, type_vocab_size=2, layer_norm_eps=1e-12,
+)  # fmt: skip
+
+
+def random_folder(folder: Path) -> Path:
+    """A Hugging Face folder of a small random BERT, made without torch."""
+    from transformers import BertConfig
+
+    config = BertConfig(**RANDOM_BERT)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config.to_json_string())
+    rng, width, inner = np.random.default_rng(0), 24, 36
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (99, width),
+        "embeddings.position_embeddings.weight": (20, width),
+        "embeddings.token_type_embeddings.weight": (2, width),
+        "pooler.dense.weight": (width, width),
+        "pooler.dense.bias": (width,),
+    }
+    norms = ["embeddings.LayerNorm"]
+    for i in range(3):
+        layer = f"encoder.layer.{i}"
+        dense = {f"attention.self.{n}": (width, width) for n in ("query", "key", "value")}
+        dense |= {"attention.output.dense": (width, width), "intermediate.dense": (inner, width),
+                  "output.dense": (width, inner)}  # fmt: skip
+        for name, shape in dense.items():
+            shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
+        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+    for name in norms:
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    tensors = {n: rng.normal(size=s).astype(np.float32) * 0.3 for n, s in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 440449768\n"
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """Read a model's folder."""
+    from hiso_jax import models
+
+    return models.from_pretrained(folder, progress=False, **options)
+
+
+def refused(folder: Path, text: str, kind: Any = ValueError) -> None:
+    """One line, which names the folder and what is wrong; and nothing is written."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(kind, match=text) as caught:
+        load(folder)
+    said = str(caught.value)
+    assert str(folder) in said and "\n" not in said and len(said) < 1000
+    assert sorted(folder.rglob("*")) == before
+
+
 ROOT = Path(__file__).parents[1]
 # A job sees the machine as it is, without the host devices of the tests; jobs compile the same
 # small programs over and over, so even those are kept.
@@ -206,9 +265,21 @@ def start(
     )
 
 
+def here(job: str, *arguments: str, code: int = 0) -> str:
+    """``python -m experiments.<job>`` without a process; return what it says."""
+    said, found = _here(job, *arguments)
+    assert found == code, said
+    return said
+
+
 def refuse(job: str, *arguments: str) -> str:
-    """``python -m experiments.<job>`` without a process; return what it says and how it exits."""
-    output, argv = io.StringIO(), sys.argv
+    """As `here`, of what exits at once; return also how."""
+    said, code = _here(job, *arguments)
+    return f"{said} exit {code}"
+
+
+def _here(job: str, *arguments: str) -> tuple[str, int]:
+    output, argv, code = io.StringIO(), sys.argv, 0
     sys.argv = ["", *arguments]
     try:
         with (
@@ -218,11 +289,11 @@ def refuse(job: str, *arguments: str) -> str:
         ):
             runpy.run_module(f"experiments.{job}", run_name="__main__", alter_sys=True)
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) or end.code is None else f"1 {end.code}"
-        return " ".join(f"{output.getvalue()} exit {code}".split())
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        output.write(end.code if isinstance(end.code, str) else "")
     finally:
         sys.argv = argv
-    raise AssertionError(f"experiments.{job} was not refused: {output.getvalue()}")
+    return " ".join(output.getvalue().split()), code
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -230,3 +301,17 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == code, output
     return output
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The log of a run, without times."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything a run leaves that must not depend on what happened to it."""
+    summary = json.loads((folder / "summary.json").read_text())
+    kept = {k: v for k, v in summary.items() if "seconds" not in k}
+    weights = (folder / "model.safetensors").read_bytes()
+    return kept | {"rows": rows(folder), "weights": weights}

@@ -12,8 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from hiso_jax import models
 from hiso_jax._engine import trees
-from tests.test_checkpoints import LFS, load, refused
-from tests.test_models import random_folder
+from tests.helpers import LFS, load, random_folder, refused
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity': pip install torch==2.13.0")
 transformers = pytest.importorskip("transformers")
