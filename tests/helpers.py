@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,31 @@ def head(params: Any, kept: Any) -> jax.Array:
 def network_loss(params: Any, batch: Any) -> jax.Array:
     """Loss of the small network."""
     return head(params, trunk(params, batch))
+
+
+class Problem(NamedTuple):
+    """A loss and parameters of it."""
+
+    loss_fn: Any
+    params: Any
+
+
+def _mixed() -> dict[str, Any]:
+    """A scalar, an empty leaf, rows, layers, a number that is no parameter."""
+    rng = np.random.default_rng(0)
+    shapes = {"scalar": (), "empty": (0, 3), "odd": (33,), "rows": (61, 97), "stack": (4, 32, 48)}
+    leaves = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+    return leaves | {"frozen": jnp.ones(77), "step": jnp.int32(3)}
+
+
+# Programs of the same loss and shapes are compiled once for all files: use these before others.
+PROBLEMS = {
+    "quadratic": Problem(quadratic_loss, {"w": jnp.arange(33.0) / 10}),
+    "network": Problem(
+        network_loss, {"w": jnp.linspace(-1, 1, 12).reshape(3, 4), "v": jnp.linspace(0, 1, 4)}
+    ),
+    "odd": Problem(odd_loss, _mixed()),
+}
 
 
 def nothing(params: Any, batch: Any) -> Any:

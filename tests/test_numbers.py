@@ -193,10 +193,16 @@ def expected() -> list[str]:
     return what_comes_out()
 
 
-# Three at once in the quick tests; each by itself, and every operation by itself, in the slow ones.
+# Several at once in the quick tests; each by itself, and every operation by itself, in the slow ones.
 GROUPS = [
-    ("enable_x64", "numpy_dtype_promotion", "numpy_rank_promotion"),
-    ("threefry_partitionable", "default_prng_impl", "default_matmul_precision"),
+    (
+        "enable_x64",
+        "numpy_dtype_promotion",
+        "numpy_rank_promotion",
+        "threefry_partitionable",
+        "default_prng_impl",
+        "default_matmul_precision",
+    ),
     ("debug_nans", "debug_infs", "enable_checks"),
 ]
 ALONE = [pytest.param((flag,), marks=pytest.mark.slow) for flag in FLAGS]

@@ -31,6 +31,7 @@ import hiso_jax as hj
 from hiso_jax import directions, estimators, rules
 from hiso_jax.algorithm import algorithm
 from tests.helpers import (
+    PROBLEMS,
     assert_same_bits,
     bits,
     laid_out,
@@ -40,6 +41,8 @@ from tests.helpers import (
 )
 
 P, ROUNDS, NOBODY = 4, 4, 2  # in one round nobody answers
+# The compiler's usual way to write loops, which takes twice as long and which `conftest` turns off.
+EMITTERS = {"xla_cpu_use_fusion_emitters": True}
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "whole": dict(small=1),
@@ -128,14 +131,13 @@ def test_the_rows_cover_every_option_and_pair():
 
 
 def make(row: Row) -> tuple[hj.Algorithm, Any]:
-    """The algorithm of a row, and parameters: an empty leaf, a scalar, rows, layers; not all move."""
-    rng = np.random.default_rng(0)
-    shapes = {"scalar": (), "empty": (0, 3), "odd": (33,), "rows": (61, 97), "stack": (4, 32, 48)}
-    params = {n: jnp.asarray(rng.normal(size=s), row.dtype) for n, s in shapes.items()}
-    params |= {"step": jnp.int32(3), "frozen": jnp.ones(77)}
+    """The algorithm of a row, and parameters of its dtype, not all of which move."""
+    loss_fn, params = PROBLEMS["odd"]
+    fixed = {n: params[n] for n in ("frozen", "step")}
+    params = {n: x.astype(row.dtype) for n, x in params.items()} | fixed
     every = {"update_steps": "all"} if row.rule == "hiso" and "upper" not in row.kinds else {}
     alg = hj.scalar_algorithm(
-        odd_loss, optax.linear_schedule(1e-2, 0, 20), rule=rules.RULES[row.rule](**every),
+        loss_fn, optax.linear_schedule(1e-2, 0, 20), rule=rules.RULES[row.rule](**every),
         estimator=row.estimator, local_steps=row.steps, num_perturbations=P, distribution=row.law,
         trainable=jax.tree.map(lambda x: True, params) | {"frozen": False}, lazy=row.lazy,
         **{k: v for kind in row.kinds for k, v in DIRECTIONS[kind].items()},
@@ -168,7 +170,7 @@ def test_every_program_reaches_the_same_bits(name: str):
     row = ROWS[name]
     alg, params = make(row)
     fused = jax.jit(laid_out(alg, **LAYOUTS[row.fused]).round)
-    advance = jax.jit(laid_out(alg, **LAYOUTS[row.alone]).advance)
+    advance = jax.jit(laid_out(alg, **LAYOUTS[row.alone]).advance, compiler_options=EMITTERS)
     start = state = alone = alg.init(params, jax.random.key(3))
     with hj.Ledger.create(":memory:", alg, start) as ledger:
         for number, batch in enumerate(batches(row)):

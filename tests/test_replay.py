@@ -17,8 +17,16 @@ from hiso_jax._engine import trees
 from hiso_jax._engine.tensorfile import TensorFile
 from hiso_jax.ledger import replay
 from hiso_jax.train import finetune
-from hiso_jax.train import replay as replay_job
-from tests.helpers import assert_same_bits, finish, odd_loss, odd_tree, refuse, start
+from tests.helpers import (
+    REVIEWS,
+    assert_same_bits,
+    finish,
+    here,
+    odd_loss,
+    odd_tree,
+    refuse,
+    start,
+)
 
 
 def make() -> tuple[hj.Algorithm, Any]:
@@ -67,11 +75,16 @@ def shipped(tmp_path_factory: Any) -> dict[str, Any]:
     return dict(folder=folder, params=params, end=end)
 
 
-@pytest.mark.parametrize("ledger", ["ledger.sqlite", "ledger.safetensors"])
-def test_another_process_proves_the_same_bits(shipped: dict[str, Any], ledger: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    "ledger, processes", [("ledger.sqlite", True), ("ledger.safetensors", False)]
+)
+def test_a_job_proves_the_same_bits(
+    shipped: dict[str, Any], ledger: str, processes: bool, tmp_path: Path
+):
     folder, out = shipped["folder"], tmp_path / "out.safetensors"
     arguments = (str(folder / ledger), str(folder / "base.safetensors"), str(out))
-    assert "equal to the ledger's, bit for bit" in finish(start("replay", *arguments))
+    said = finish(start("replay", *arguments)) if processes else here("replay", *arguments)
+    assert "equal to the ledger's, bit for bit" in said
     assert_same_bits(load_file(out), trees.named(shipped["end"].params))
     assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
     assert "exists; nothing is written over" in refuse("replay", *arguments)
@@ -95,15 +108,27 @@ def test_a_wrong_base_is_refused_and_nothing_is_written(shipped: dict[str, Any],
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_a_run_on_a_hugging_face_folder_is_shipped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    """The main job for three rounds; then base and 1 kB make the same weights again."""
+def test_a_run_on_a_hugging_face_folder_is_shipped(tiny: Path, tmp_path: Path):
+    """A job of three rounds; then base and 1 kB make the same weights again."""
+    reviews, run = tmp_path / "reviews.csv", tmp_path / "run"
+    lines = ["review,mood", *(f"{row['review']},{row['mood']}" for row in REVIEWS)]
+    reviews.write_text("\n".join(lines))
+    here("finetune", "--model", str(tiny), "--data", str(reviews), "--text", "review", "--label",
+         "mood", "--num-clients", "4", "--clients-per-round", "3", "--rounds", "3",
+         "--learning-rate", "3e-3", "--out", str(run))  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["rounds"] == 3 and summary["shipped_bytes"] < 3 * 24 + 4096
+    check_shipping(run, tiny, summary["digest"], tmp_path)
+
+
+@pytest.mark.slow
+def test_the_main_job_is_shipped(tmp_path: Path):
+    """The same with 22.6 million parameters, in a process."""
     try:
         base = finetune.bundled_model()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    run, out = tmp_path / "run", tmp_path / "out"
+    run = tmp_path / "run"
     finish(start("finetune", "--rounds", "3", "--out", str(run)))
     summary = json.loads((run / "summary.json").read_text())
     assert summary["rounds"] == 3 and summary["parameters"] == 22_567_680
@@ -113,9 +138,13 @@ def test_a_run_on_a_hugging_face_folder_is_shipped(
     files = {p.name for p in (run / "model").iterdir()}
     assert files >= {"model.safetensors", "config.json", "labels.safetensors", "tokenizer.json"}
     assert summary["shipped_bytes"] < 3 * 24 + 4096
+    check_shipping(run, base, summary["digest"], tmp_path)
 
-    # The base as a large model comes, in several files.
-    sharded = tmp_path / "base"
+
+def check_shipping(run: Path, base: Path, digest: str, folder: Path) -> None:
+    """The run's weights from its ledger and the base, in however many files that comes."""
+    # As a large model comes, in several files.
+    sharded, out = folder / "base", folder / "out"
     sharded.mkdir()
     (sharded / "config.json").write_bytes((base / "config.json").read_bytes())
     tensors = load_file(base / "model.safetensors")
@@ -126,9 +155,8 @@ def test_a_run_on_a_hugging_face_folder_is_shipped(
         weight_map |= dict.fromkeys(part, f"model-{number}.safetensors")
     index = sharded / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    replay_job.run(run / "ledger.sqlite", sharded, out)
-    output = " ".join(capsys.readouterr().out.split())
-    assert f"digest {summary['digest']}: equal to the ledger's" in output
+    said = here("replay", str(run / "ledger.sqlite"), str(sharded), str(out))
+    assert f"digest {digest}: equal to the ledger's" in said
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     both = [load_file(out / f"model-{number}.safetensors") for number in (0, 1)]
     assert_same_bits(both[0] | both[1], load_file(run / "model" / "model.safetensors"))
@@ -136,13 +164,13 @@ def test_a_run_on_a_hugging_face_folder_is_shipped(
     # One part only, which an index names; and a file of its own beside an index of others.
     for name, named in (("model-1-of-1.safetensors", "model-1-of-1.safetensors"),
                         ("model.safetensors", "gone.safetensors")):  # fmt: skip
-        lone, made = tmp_path / f"base of {name}", tmp_path / f"made of {name}"
+        lone, made = folder / f"base of {name}", folder / f"made of {name}"
         lone.mkdir()
         (lone / "config.json").write_bytes((base / "config.json").read_bytes())
         save_file(tensors, lone / name)
         index = {"weight_map": dict.fromkeys(tensors, named)}
         (lone / "model.safetensors.index.json").write_text(json.dumps(index))
-        replay_job.run(run / "ledger.sqlite", lone, made)
+        here("replay", str(run / "ledger.sqlite"), str(lone), str(made))
         assert (made / "model.safetensors.index.json").exists() == (name == named)
         assert_same_bits(*(models.from_pretrained(f).params for f in (made, run / "model")))
 

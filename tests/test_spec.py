@@ -14,9 +14,9 @@ import hiso_jax as hj
 from hiso_jax import aggregators, estimators, rules
 from hiso_jax.algorithm import algorithm
 from hiso_jax.ledger import replay
-from tests.helpers import assert_same_bits, quadratic_loss, replay_in_blocks
+from tests.helpers import PROBLEMS, assert_same_bits, quadratic_loss, replay_in_blocks
 
-PARAMS = {"w": jnp.linspace(-1, 1, 40), "frozen": jnp.ones(3)}
+PARAMS = PROBLEMS["quadratic"].params | {"frozen": jnp.ones(3)}
 MASK = {"w": True, "frozen": False}
 KEY = jax.random.key(0)
 

@@ -18,6 +18,7 @@ from hiso_jax.models import subsets
 from hiso_jax.train import digits, methods
 from hiso_jax.train.work import multiplications
 from tests.helpers import (
+    PROBLEMS,
     assert_same_bits,
     finish,
     head,
@@ -30,7 +31,7 @@ from tests.helpers import (
     trunk,
 )
 
-PARAMS = {"w": jnp.linspace(-1, 1, 12).reshape(3, 4), "v": jnp.linspace(0, 1, 4)}
+PARAMS = PROBLEMS["network"].params
 RNG = np.random.default_rng(0)
 BATCHES = {
     "x": RNG.normal(size=(2, 1, 8, 3)).astype(np.float32),
