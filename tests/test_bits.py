@@ -130,11 +130,11 @@ def test_freezing_a_leaf_changes_no_other():
 
 
 def test_decay_one_is_decomfl():
-    records = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2, 5)), jnp.float32)
+    records = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 5)), jnp.float32)
     hiso = hj.federated_hiso(odd_loss, 1e-2, local_steps=2, decay=1.0)
     decomfl = hj.decomfl(odd_loss, 1e-2, local_steps=2)
     first, small = odd_tree().values()
-    some = {name: first[name] for name in ("leaf4", "leaf11")}
+    some = {name: first[name] for name in ("leaf4", "leaf8")}
     ends = [jax.jit(a.replay)(a.init(some, jax.random.key(0)), records) for a in (hiso, decomfl)]
     assert_same_bits(ends[0].params, ends[1].params)
     one = batches(0, 2, 2)
