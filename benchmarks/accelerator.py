@@ -108,7 +108,7 @@ def work(options: argparse.Namespace) -> None:
         try:
             row |= {"ok": True, "found": measure.run(case.part, dict(case.options))}
             said = summary(row["found"])
-        except measure.Skip as error:
+        except results.Skip as error:
             row |= {"ok": False, "skipped": True, "reason": (said := str(error))}
         except Exception as error:
             traceback.print_exc()

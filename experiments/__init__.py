@@ -1,1 +1,1 @@
-"""Jobs to run: ``python -m experiments.finetune --help``."""
+"""What only a paper needs, and the commands of `hiso` as modules: ``-m experiments.finetune``."""

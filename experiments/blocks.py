@@ -25,10 +25,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 import hiso_jax as hj
-from experiments.curvature import gain
+from experiments.curvature import gain, show_figures
 from hiso_jax._engine import files, trees
 from hiso_jax.models import subsets
 from hiso_jax.tasks.problem import Problem
@@ -233,18 +232,12 @@ class Look:
         return {k: v if isinstance(v, int) else float(v) for k, v in figures.items()}, blocks
 
 
-TITLES = {
-    "round": "round", "loss": "loss", "gradient": "g squared", "batch_gradient": "of a batch",
-    "client_gradient": "of a client's", "trace": "trace", "trace_error": "its error",
-    "largest": "largest", "kappa": "kappa", "zeta": "zeta",
-    "gain_blocks": "gain of block scales", "gain_own": "gain of per-client directions",
-}  # fmt: skip
-
-
 def main(options: Blocks) -> None:
     """Train, look, print and write."""
     first = {n: v[0] for n, v in compare.varied(finetune.Options, options.vary).items()}
-    settings = dataclasses.replace(compare.defaults(options), **first)
+    settings = dataclasses.replace(
+        compare.defaults(options.task, options.data, options.columns), **first
+    )
     problem = compare.build(options.task, settings)
     alg = hj.federated_hiso(
         problem.loss_fn, options.learning_rate, num_perturbations=settings.num_perturbations,
@@ -256,7 +249,7 @@ def main(options: Blocks) -> None:
     names, tables = block_names(leaves), []
     parts = parts_of(leaves, problem.upper(1).leaves if problem.upper else ())
     cost = functools.cache(functools.partial(methods.share, problem))
-    rows, kept, console = [], [], Console()
+    rows, kept = [], []
 
     def note(state: hj.State) -> None:
         figures, blocks = look(state)
@@ -268,7 +261,7 @@ def main(options: Blocks) -> None:
         # After every look, since each takes minutes.
         with files.atomic_write(options.out) as part:
             part.write_text(report.dumps(kept, 1) + "\n")
-        console.print({k: round(v, 4) for k, v in figures.items()})
+        report.console.print({k: round(v, 4) for k, v in figures.items()})
 
     if 0 in options.rounds:
         note(state)
@@ -277,9 +270,9 @@ def main(options: Blocks) -> None:
     for step in job.rounds(rounds, problem, alg, state) if last else ():
         if step.round in options.rounds:
             note(step.state)
-    results.show(list(TITLES.values()), [[f"{row[k]:.3g}" for k in TITLES] for row in rows])
+    show_figures(rows)
     for row, table in zip(rows, tables, strict=True):
-        console.print(f"Round {row['round']}, by layer:")
+        report.console.print(f"Round {row['round']}, by layer:")
         results.show(*table)
 
 

@@ -122,11 +122,19 @@ def look(problem: Problem, state: hj.State, seed: int) -> tuple[dict[str, Any], 
 
 TITLES = {
     "round": "round", "loss": "loss", "gradient": "g squared", "batch_gradient": "of a batch",
-    "trace": "trace", "kappa": "kappa", "zeta": "zeta", "h_mean": "mean H",
+    "client_gradient": "of a client's", "trace": "trace", "trace_error": "its error",
+    "largest": "largest", "kappa": "kappa", "zeta": "zeta", "h_mean": "mean H",
     "h_spread": "spread of log H", "correlation": "correlation of logs", "gain_h": "gain of H",
     "gain_curvature": "gain of the true diagonal", "gain_blocks": "gain of block scales",
     "gain_own": "gain of per-client directions",
 }  # fmt: skip
+"""Of figures, of which `experiments.blocks` has others."""
+
+
+def show_figures(rows: list[dict[str, Any]]) -> None:
+    """Print a table of figures, a line a look."""
+    names = [name for name in TITLES if name in rows[0]]
+    results.show([TITLES[n] for n in names], [[f"{row[n]:.3g}" for n in names] for row in rows])
 
 
 def measure(options: Curvature) -> tuple[list[dict[str, Any]], np.ndarray]:
@@ -169,8 +177,7 @@ def main(options: Curvature) -> None:
     rows, pairs = measure(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report.write_json(options.out, rows)
-    cells = [[f"{row[k]:.3g}" for k in TITLES] for row in rows]
-    results.show(list(TITLES.values()), cells)
+    show_figures(rows)
     if options.picture:
         draw(pairs, rows[-1], options.picture)
 

@@ -21,7 +21,8 @@ import hiso_jax as hj
 from hiso_jax import aggregators, federation, privacy
 from hiso_jax._engine import checks
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import folders, report, results
+from hiso_jax.train import report, results
+from hiso_jax.train import rows as files
 from hiso_jax.train.digits import digits
 
 Tamper = Callable[[jax.Array, jax.Array], jax.Array]
@@ -174,18 +175,15 @@ def run(options: Robustness) -> list[dict[str, Any]]:
     checks.number("--learning-rate", options.learning_rate, 0, 1e38)
     for share in options.shares:
         checks.number("--shares", share, 0, 1)
-    rows = folders.read(options.out)
+    rows = files.read(options.out)
     shared = dict(rounds=options.rounds, learning_rate=options.learning_rate,
                   clients_per_round=options.clients_per_round)  # fmt: skip
     wanted = [p | shared | {"seed": s} for p in _points(options) for s in range(options.seeds)]
-    named = lambda row: {k: v for k, v in row.items() if k != "accuracy"}  # noqa: E731
-    done = [named(row) for row in rows]
-    with folders.append(options.out) as file:
-        for point in track([p for p in wanted if p not in done], "runs"):
+    with files.append(options.out) as add:
+        for point in track(files.missing(wanted, rows), "runs"):
             rows.append(point | {"accuracy": _one(options, point, point["seed"])})
-            file.write(report.dumps(rows[-1]) + "\n")
-            file.flush()
-    return [row for row in rows if named(row) in wanted]
+            add(rows[-1])
+    return files.of(wanted, rows)
 
 
 def table(options: Robustness, rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -206,7 +204,7 @@ def table(options: Robustness, rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{np.mean(values):.1%} ± {np.std(values):.1%}"
+    return results.spread(np.array(values), "{:.1%}".format)
 
 
 def _taken_part(options: Robustness) -> int:

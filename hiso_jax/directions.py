@@ -159,7 +159,7 @@ class Directions(NamedTuple):
 
     Attributes:
       per_client: P, directions that a client evaluates in a local step.
-      distribution: law of the noise, see `hiso_jax.prng.draw`.
+      distribution: law of the noise, see `hiso_jax._engine.prng.draw`.
       clients: C, if each client of a round evaluates directions of its own: client c the numbers
         c P to c P + P - 1. None: all evaluate the same.
       pool: every direction is one of so many, picked by the shared key. None: no two are the same.

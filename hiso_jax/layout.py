@@ -1,8 +1,8 @@
 """How leaves are cut for the machine: packs, blocks, laziness. No number depends on it.
 
-Small leaves are laid end to end (`hiso_jax.packing`), large ones worked on in blocks: parameters
-and the rule's state are read once, written once, in place, and nothing of their size is held
-beside them. Where the loss takes them, large leaves are perturbed as they are used
+Small leaves are laid end to end (`hiso_jax._engine.packing`), large ones worked on in blocks:
+parameters and the rule's state are read once, written once, in place, and nothing of their size
+is held beside them. Where the loss takes them, large leaves are perturbed as they are used
 (`hiso_jax.lazy`).
 """
 
@@ -97,7 +97,7 @@ class Laid(NamedTuple):
       params: as they are.
       names: of the trainable leaves.
       shapes: of the trainable leaves.
-      packs: see `hiso_jax.packing`.
+      packs: see `hiso_jax._engine.packing`.
       leaves: name of a leaf or of a pack -> array.
       rule: the rule's state, with the same leaves packed.
     """

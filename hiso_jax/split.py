@@ -31,6 +31,8 @@ class Split(NamedTuple):
         lies above the cut: 0 for a whole leaf, 4 for the last two of six stacked layers. Leaves
         that are not named lie below.
       directions: how many of the P of a local step move these leaves only.
+      between: ``(params, kept) -> kept``, from what the split before it kept, where there are
+        several; by default the trunk starts from the batch again.
 
     Example:
       >>> import hiso_jax as hj, jax, jax.numpy as jnp
@@ -50,6 +52,7 @@ class Split(NamedTuple):
     head: Callable[[trees.Params, Any], jax.Array] | None  # None: the loss itself goes on from kept
     leaves: Mapping[str, int]
     directions: int
+    between: Callable[[trees.Params, Any], Any] | None = None
 
 
 def Upper(
@@ -99,9 +102,13 @@ def estimator(
     def scalars(
         loss_fn: Any, params: trees.Params, batch: Any, direction: estimators.Direction
     ) -> tuple[jax.Array, jax.Array]:
-        found, value, first = [], None, wholes
+        found, value, kept, first = [], None, None, wholes
         for split in splits:
-            head, kept = split.head or loss_fn, split.trunk(params, batch)
+            head = split.head or loss_fn
+            if found and split.between is not None:
+                kept = split.between(params, kept)
+            else:
+                kept = split.trunk(params, batch)
             loss = lambda x, head=head, kept=kept: jnp.asarray(head(x, kept))  # noqa: E731
             above = lambda p, first=first: direction(first + p)  # noqa: E731
             value, top = forward(loss, params, above, split.directions, smoothing, base=value)

@@ -16,7 +16,7 @@ from experiments.curvature import gain
 from hiso_jax import federation
 from hiso_jax._engine import trees
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import compare, digits, finetune, results
+from hiso_jax.train import compare, digits, finetune, grids, results
 from tests.helpers import finish, start
 
 GRID = ("--task", "digits", "--method", "decomfl", "fedavg", "--learning-rate", "0.02", "0.04",
@@ -184,7 +184,8 @@ def test_bad_options_are_named():
         ("rounds", "name=value"),
         ("round=3", "an option"),
         ("rounds=x", "values of"),
-        ("per_client_directions=2", "values of"),
+        ("per_client_directions=2", "values of .*true or false"),
+        ("distribution=even", "values of .*rademacher"),
     ):
         with pytest.raises(SystemExit, match=f"--vary: .*{said}"):
             compare.varied(digits.Options, (text,))
@@ -192,6 +193,8 @@ def test_bad_options_are_named():
     assert compare.varied(digits.Options, ("own-directions=true",)) == {
         "per_client_directions": (True,)
     }
+    lists = ("lora_targets=q_proj,k_proj",)  # of one, each
+    assert compare.varied(finetune.Options, lists) == {"lora_targets": (("q_proj",), ("k_proj",))}
     optional = ("length=48", "model=folder")  # None by default
     assert compare.varied(finetune.Options, optional) == {"length": (48,), "model": ("folder",)}
     with pytest.raises(SystemExit, match="--method: expected one of"):
@@ -230,7 +233,9 @@ def test_idx_files_that_are_none_are_named(tmp_path: Path):
 @pytest.mark.parametrize("task", compare.TASKS)
 def test_every_task_has_a_grid_of_rows_that_differ(task: str):
     options = compare.Compare(task=task, seeds=2, vary=("upper_directions=0,3",))  # type: ignore
-    rows = [json.dumps(name) for name, _ in compare.grid(options)]
+    grid = compare.plan(options)
+    every = grids.missing(grid.entries[0], grids.Found(grid, []))
+    rows = [json.dumps(name) for name, _ in every]
     assert len(set(rows)) == len(rows) == 2 * 5 * 2 * 2
     assert all(json.loads(row)["task"] == task for row in rows)
 

@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page, least", [("README.md", 3), ("docs/data.md", 1)])
+@pytest.mark.parametrize(
+    "page, least", [("README.md", 3), ("CONTRIBUTING.md", 1), ("docs/data.md", 1)]
+)
 def test_snippets_run(page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # they write files
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

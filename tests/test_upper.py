@@ -219,9 +219,9 @@ def test_the_last_layers_of_a_network(make: Any, layers: int):
     dense = 960 if side == 8 else (350, 784 * 35 + 350)[layers - 1]
     total = 16 * (16 * 9 + 4 * 9 * 24) + 960 if side == 8 else 8 * 9 * 196 + 16 * 72 * 49 + 27790
     np.testing.assert_allclose(methods.share(problem, layers), dense / total, rtol=1e-6)
-    upper = hj.Split(*cut, directions=4)
+    upper = hj.Split(cut.trunk, cut.head, cut.leaves, 4)
     alg = hj.decomfl(problem.loss_fn, 0.1, num_perturbations=6, upper=upper)
-    assert methods.forward_passes(alg, 0.25) == 1 + 2 + 4 * 0.25
+    assert methods.forward_passes(alg, [0.25]) == 1 + 2 + 4 * 0.25
 
 
 def test_multiplications_of_attention():

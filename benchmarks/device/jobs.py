@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import hiso_jax as hj
-from benchmarks.device.measure import Skip
+from benchmarks.device.results import Skip
 from hiso_jax import federation, models
 from hiso_jax.tasks import docstrings
 

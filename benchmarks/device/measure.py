@@ -19,11 +19,8 @@ from benchmarks import digest as digests
 from benchmarks import noise as noises
 from benchmarks import round as rounds
 from benchmarks import timing
+from benchmarks.device.results import Skip
 from hiso_jax import directions, models
-
-
-class Skip(Exception):
-    """There is nothing to measure here, and why."""
 
 
 def device() -> dict[str, Any]:

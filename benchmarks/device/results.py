@@ -11,6 +11,10 @@ from typing import Any
 FILE = "results.jsonl"
 
 
+class Skip(Exception):
+    """There is nothing to measure here, and why."""
+
+
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """Rows by the name of their case; of several the last one counts."""
     path = folder / FILE

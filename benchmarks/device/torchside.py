@@ -16,7 +16,7 @@ import sys
 import tempfile
 from typing import Any
 
-from benchmarks.device.measure import Skip
+from benchmarks.device.results import Skip
 
 CHECKED = ("opt-1m", "opt-10m", "opt-30m", "opt-125m")
 """Shapes whose weights are handed over in a folder and whose losses are compared; larger ones

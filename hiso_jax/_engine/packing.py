@@ -153,7 +153,7 @@ def rounding(
 ) -> Callable[[str, jax.Array, Any], jax.Array]:
     """The `cast` of `hiso_jax.layout.over_blocks` for packed `leaves`.
 
-    Stochastic, with the keys [leaves] of `names`: see `hiso_jax.prng.round_to`.
+    Stochastic, with the keys [leaves] of `names`: see `hiso_jax._engine.prng.round_to`.
     """
     number = {name: i for i, name in enumerate(names)}
 

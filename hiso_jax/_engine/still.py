@@ -126,7 +126,7 @@ def masked(
       still: what stays still; direction number p is number p % P of a client.
       perturbations: P.
       shapes: of the leaves.
-      packs: from `hiso_jax.packing.plan`.
+      packs: from `hiso_jax._engine.packing.plan`.
     """
     firsts, wholes = still.firsts(perturbations), still.wholes(perturbations)
 

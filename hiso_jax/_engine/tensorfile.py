@@ -56,7 +56,7 @@ def disguise(begin: bytes) -> str | None:
     if what := stand_in(begin):
         return what
     if begin.startswith(b"GGUF"):
-        return "a GGUF file, which is not supported; use the checkpoint it was made from"
+        return "a GGUF file: its name should end in .gguf"
     if begin.startswith(b"\x89HDF"):
         return "an HDF5 file (TensorFlow), which is not supported; use safetensors"
     return None

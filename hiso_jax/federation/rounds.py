@@ -134,18 +134,23 @@ def evaluate(
     data: Mapping[str, np.ndarray],
     batch_size: int,
     prepare: Callable[[Arrays], Arrays] = lambda batch: batch,
+    on_batch: Callable[[int, int], Any] = lambda done, size: None,
 ) -> Any:
     """Sum ``function(params, batch)`` over all of `data`, in batches of one shape.
 
     `function` returns a pytree of sums over its batch; the last batch is padded with
-    examples of ``weight`` 0.
+    examples of ``weight`` 0. `on_batch` is called after each with the number of examples that
+    are done, and of all.
     """
     size = len(next(iter(data.values())))
-    total = None
+    total = before = None
     for start in range(0, size, batch_size):
         picks = np.arange(start, start + batch_size)
         batch = {k: v[np.minimum(picks, size - 1)] for k, v in data.items()}
         batch["weight"] = (picks < size).astype(np.float32)
         sums = function(params, prepare(batch))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        jax.block_until_ready(before)  # one batch is prepared while the device works, no more
+        before = sums
+        on_batch(min(start + batch_size, size), size)
     return jax.device_get(total)

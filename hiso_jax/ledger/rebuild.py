@@ -9,7 +9,6 @@ Example:
 """
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -147,7 +146,9 @@ def _write(
 
 
 def _as_safetensors(text: str) -> str:
-    """Names of files in PyTorch's own format as those of the safetensors they become."""
+    """Names of files in other formats as those of the safetensors they become."""
+    if text.lower().endswith(".gguf"):
+        return "model.safetensors"
     return text.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
@@ -193,9 +194,9 @@ def rebuild(
 
     Args:
       ledger: ledger.sqlite of a run, or the ledger.safetensors that was sent.
-      base: what the run started from: a Hugging Face folder, or a .safetensors file whose tensors
-        have the leaves' names.
-      out: becomes the same kind of thing, whole or not at all; must not exist.
+      base: what the run started from: a Hugging Face folder or GGUF file, or a .safetensors file
+        whose tensors have the leaves' names.
+      out: becomes the same kind of thing, a folder for GGUF, whole or not at all; must not exist.
       on_step: called with what is done, how many parameters are, and how many there are in all;
         from several threads.
 
@@ -210,7 +211,7 @@ def rebuild(
         raise FileNotFoundError(f"{ledger}: no such file")
     if out.exists():
         raise FileExistsError(f"{out} exists; nothing is written over")
-    folder = base.is_dir()
+    folder = base.is_dir() or base.suffix.lower() == ".gguf"
     kind, paths = huggingface.weight_files(base) if folder else (TensorFile, [base])
     if not paths[0].is_file():
         raise FileNotFoundError(f"{base}: no such file or folder")
@@ -223,14 +224,17 @@ def rebuild(
         for file in opened.values():
             file.check_length()
         if folder:
-            config = json.loads((base / "config.json").read_text())
+            config = huggingface.read_config(base)
             pieces = folder_pieces(replay.leaves, opened, config["num_hidden_layers"])
         else:
             pieces = flat_pieces(replay.leaves, opened)
         size = sum(leaf.size for leaf in replay.leaves.values())
         made = stack.enter_context((_whole_folder if folder else files.atomic_write)(out))
         _write(replay, pieces, opened, made, lambda what, count: on_step(what, count, size))
-        if folder:
+        if file := huggingface.gguf_of(base):
+            dtype = next(piece.leaf.dtype for piece in pieces if piece.file)
+            huggingface.save_small(file, made, str(dtype))
+        elif folder:
             _copy_small_files(base, paths[0], made)
         note = _finish(records, base, made)
         return Rebuilt(records.rounds, size, replay.digest, replay.wanted is not None, note)

@@ -287,7 +287,7 @@ class Ledger:
         It takes the bytes of the scalars (and learning rates) and less than 4 KiB more; who
         reported, the digests between, and all of ``about`` but what it says under ``"train"``
         (a few words of what was trained, without which no model can be made of it) stay behind.
-        `hiso_jax.compact` is its format.
+        `hiso_jax.ledger.compact` is its format.
 
         Args:
           path: of a ``.safetensors`` file, replaced if it is there.

@@ -197,12 +197,19 @@ class Bert(nnx.Module):
             return self.encoder(stream, mask, begin)
         return self.encoder(self.embeddings(ids, valid), mask)
 
-    def lower(self, input_ids: jax.Array, attention_mask: jax.Array, end: int) -> jax.Array:
-        """Input [B, T, D] of layer `end`: all that lies below it."""
+    def lower(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        end: int,
+        stream: Any = None,
+        begin: int = 0,
+    ) -> jax.Array:
+        """Input [B, T, D] of layer `end`: all below it, or from the input of layer `begin` on."""
         ids, attention_mask = inputs.check(self.config, input_ids, attention_mask)
         valid = attention_mask > 0
-        x = self.embeddings(ids, valid)
-        return self.encoder(x, valid[:, None, None, :], end=end)
+        x = self.embeddings(ids, valid) if stream is None else stream
+        return self.encoder(x, valid[:, None, None, :], begin, end)
 
     def head(self, hidden: jax.Array, rows: Any = None) -> jax.Array:
         """Logits float32 [..., V] of hidden states [..., D], or those of the tokens `rows`.

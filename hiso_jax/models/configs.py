@@ -5,23 +5,29 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hiso_jax.models import folders
+
 # Of the class or the place, and not of the model.
 _OWN = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
 def load_config(folder: Path) -> Any:
-    """The transformers config of a folder.
+    """The transformers config of a folder, or of a GGUF file.
 
     Raises:
       ValueError: transformers does not take it.
     """
     from transformers import AutoConfig  # a slow import, and only needed here
 
+    file = folders.gguf_of(folder)
     try:
+        if file is not None:
+            return AutoConfig.for_model(**folders.read_config(file))
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # of many types: each field of a config has checks of its own
         reason = " ".join(str(error).split())
-        raise ValueError(f"{folder / 'config.json'}: not a config: {reason:.300}") from error
+        path = file or folder / "config.json"
+        raise ValueError(f"{path}: not a config: {reason:.300}") from error
 
 
 def _plain(config: Any) -> dict[str, Any]:

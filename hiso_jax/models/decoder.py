@@ -175,12 +175,19 @@ class Decoder(nnx.Module):
         x = self.body.embed(ids, positions, valid)
         return self.body(x, positions, valid, cache, places)[0]
 
-    def lower(self, input_ids: jax.Array, attention_mask: jax.Array, end: int) -> jax.Array:
-        """Input [B, T, D] of layer `end`: all that lies below it."""
+    def lower(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        end: int,
+        stream: Any = None,
+        begin: int = 0,
+    ) -> jax.Array:
+        """Input [B, T, D] of layer `end`: all below it, or from the input of layer `begin` on."""
         ids, attention_mask = inputs.check(self.body.config, input_ids, attention_mask)
         positions, valid = _places(attention_mask)
-        x = self.body.embed(ids, positions, valid)
-        return self.body(x, positions, valid, end=end)[0]
+        x = self.body.embed(ids, positions, valid) if stream is None else stream
+        return self.body(x, positions, valid, begin=begin, end=end)[0]
 
     def prefix(self, input_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of a text int32 [n], to be the `prefix` of others."""

@@ -13,18 +13,24 @@ from hiso_jax.models.torchfile import TorchFile
 
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of the small files of a folder (tokenizer, generation) that go with the weights."""
+_TENSORS = ("model.safetensors", "pytorch_model.bin")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def folder_of(path: str | os.PathLike[str]) -> Path:
     """Return the folder of a model: a local one, or that of a hub id, downloaded if it must be.
 
+    A GGUF file is a model of its own, and is returned as it is.
+
     Raises:
       FileNotFoundError: neither.
-      ValueError: a file.
+      ValueError: another file.
     """
-    if Path(path).is_dir():
+    is_gguf = Path(path).suffix.lower() == ".gguf"
+    if Path(path).is_dir() or (is_gguf and Path(path).is_file()):
         return Path(path)
+    if is_gguf:
+        raise FileNotFoundError(f"{path}: expected a GGUF file, there is none")
     if Path(path).exists():
         raise ValueError(f"{path}: expected a folder with config.json, found a file; give the "
                          f"folder it is in, {Path(path).parent}")  # fmt: skip
@@ -44,6 +50,25 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
             f"{path}: no such folder here, and the hub does not give it: {why}"
         ) from error
     return folder
+
+
+def gguf_of(path: Path) -> Path | None:
+    """Return the GGUF file that a path is, or that a folder has its weights in; else None.
+
+    Raises:
+      ValueError: the folder has several, or other weights too.
+    """
+    if path.is_file():
+        return path if path.suffix.lower() == ".gguf" else None
+    entries = sorted(path.iterdir()) if path.is_dir() else []
+    found = [entry for entry in entries if entry.suffix.lower() == ".gguf" and entry.is_file()]
+    indices = [f"{name}.index.json" for name in _TENSORS]
+    others = [entry for entry in entries if entry.name in (*_TENSORS, *indices)]
+    if len(found) > 1 or (found and others):
+        names = ", ".join(entry.name for entry in [*found, *others][:6])
+        raise ValueError(f"{path}: expected one GGUF file and no other weights, found {names}; "
+                         "give the GGUF file itself, or take away what is not meant")  # fmt: skip
+    return found[0] if found else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,10 +99,17 @@ def _found(folder: Path) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     """Return what a folder's config.json says, if it is of whole and plain weights.
 
+    Of a GGUF file, what it says itself.
+
     Raises:
       FileNotFoundError: there is none.
       ValueError: broken, or of an adapter or a quantized model.
     """
+    if file := gguf_of(folder):
+        from hiso_jax.models import ggufconfig, gguffile  # a slow import, and only needed here
+
+        with gguffile.GGUFFile(file) as opened:
+            return ggufconfig.config_of(opened)
     path, adapter = folder / "config.json", folder / "adapter_config.json"
     if adapter.is_file() and not path.is_file():
         base = read_json(adapter).get("base_model_name_or_path")
@@ -121,14 +153,18 @@ def _shards(index: Path) -> list[str]:
 def weight_files(folder: Path) -> tuple[Callable[[Path], TensorFile], list[Path]]:
     """How to open a folder's weights, and where: one file, or those of its index.
 
-    Safetensors, or, where there are none, PyTorch's own files. One whole file comes before an
+    GGUF, safetensors, or, where there are none, PyTorch's own files. One whole file comes before an
     index, which may be that of older weights; so does transformers read such a folder.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: an index that is broken.
+      ValueError: an index that is broken; a GGUF file beside other weights.
     """
-    kinds: dict[str, Any] = {"model.safetensors": TensorFile, "pytorch_model.bin": TorchFile}
+    if file := gguf_of(folder):
+        from hiso_jax.models.gguffile import GGUFFile  # a slow import, and only needed here
+
+        return GGUFFile, [file]
+    kinds: dict[str, Any] = dict(zip(_TENSORS, (TensorFile, TorchFile), strict=True))
     for name, kind in kinds.items():
         if (folder / name).is_file():
             return kind, [folder / name]

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm.auto import tqdm
 
 from hiso_jax._engine import exact, files, trees
 from hiso_jax._engine.tensorfile import QUANTIZED, Tensor, TensorFile
-from hiso_jax.models import bert, configs, decoder, folders, names
+from hiso_jax.models import bert, configs, decoder, filling, folders, names, tokenizers
 from hiso_jax.models.folders import SMALL_FILES as SMALL_FILES
 from hiso_jax.models.folders import folder_of, open_tensors
+from hiso_jax.models.folders import gguf_of as gguf_of
+from hiso_jax.models.folders import read_config as read_config
 from hiso_jax.models.folders import weight_files as weight_files
 from hiso_jax.models.names import find, is_stacked, is_turned, tensor_names
 
@@ -42,17 +43,18 @@ class Model(NamedTuple):
         encoders, hidden states [B, T, D].
       hidden: as `apply`, -> hidden states [B, T, D].
         ``stream`` and ``begin`` go on from what `lower` gave.
-      lower: ``(params, input_ids, attention_mask, end) -> [B, T, D]``, the input of layer `end`.
+      lower: ``(params, input_ids, attention_mask, end) -> [B, T, D]``, the input of layer `end`;
+        ``stream`` and ``begin`` as of `hidden`.
       head: ``(params, hidden [..., D], rows=None) -> logits [..., V or rows]``; of encoders only
         those that come with a masked-language-model head.
       generate: ``(params, input_ids, attention_mask, max_new_tokens, stop=(), pad=0,
         prefix=None) -> int32 [B, max_new_tokens]``, the most probable tokens; decoders only.
       prefix: ``(params, input_ids [n]) -> keys and values [L, n, ...]`` that `hidden` and
         `generate` can put before every row; decoders only.
-      source: the folder it came from, or None.
+      source: the folder or GGUF file it came from, or None.
       untouched: tensors of the checkpoint that are not used, by their own names.
       renamed: tensors that the checkpoint has by other names than `tensor_names` gives.
-      raw: what the config.json of its folder says, or None.
+      raw: what the config.json of its folder says (of a GGUF file: would say), or None.
     """
 
     config: Any
@@ -173,15 +175,16 @@ def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
 def from_pretrained(
     path: str | os.PathLike[str], dtype: Any = jnp.float32, progress: bool = True
 ) -> Model:
-    """Load a model from a Hugging Face folder or hub id (config.json, safetensors).
+    """Load a model from a Hugging Face folder or hub id (config.json, safetensors), or from GGUF.
 
     One tensor is read at a time: the peak is one copy of the parameters and a little.
     Families: OPT, Llama, Qwen2, Qwen3, Gemma 3 (text), SmolLM3; BERT and RoBERTa encoders.
+    Of GGUF files: Llama, Qwen2, Qwen3, Gemma 3 (text), dequantized.
 
     Whether an encoder has a head is told by its tensors.
 
     Args:
-      path: folder, or ``org/name`` on the hub.
+      path: folder, or ``org/name`` on the hub, or a GGUF file, or a folder with one.
       dtype: of the parameters: float32, bfloat16 or float16.
       progress: whether to show a bar.
 
@@ -199,7 +202,8 @@ def from_pretrained(
       no/such/folder: expected a folder with config.json, or a hub id org/name
     """
     dtype, folder = _dtype(dtype), folder_of(path)
-    raw = folders.read_config(folder)
+    folder = gguf_of(folder) or folder
+    raw = read_config(folder)
     with _of(folder):
         _supported(raw["model_type"])
     config = configs.load_config(folder)
@@ -208,10 +212,10 @@ def from_pretrained(
         with _of(folder):
             graph, shapes = _build(config, **({"headed": names.has_head(there)} if encoder else {}))
             plan = _plan(config, shapes, there)
-        filled = _fill(trees.named(shapes), plan, there, dtype, progress and folder.name)
+        filled = filling.fill(trees.named(shapes), plan, there, dtype, progress and folder.name)
         used = {tensor for own in plan.values() for tensor in own}
         copies = {*names.TIED, *names.TIED_BIASES}
-        untouched = {n: _whole(there, n) for n in sorted(there.keys() - used - copies)}
+        untouched = {n: filling.whole(there, n) for n in sorted(there.keys() - used - copies)}
     wanted = {leaf: tensor_names(leaf, config.num_hidden_layers) for leaf in plan}
     pairs = (pair for leaf in plan for pair in zip(wanted[leaf], plan[leaf], strict=True))
     renamed = {name: own for name, own in pairs if name != own}
@@ -248,7 +252,7 @@ def _plan(
         table = next((n for n in used if n.endswith(names.TABLES)), "lm_head.weight")
         bias = next((n for n in used if n in names.BIASES), "")
         for name in surplus & {*names.TIED, *(names.TIED_BIASES if bias else ())}:
-            _check_tied(there, bias if name in names.TIED_BIASES else table, name)
+            filling.check_tied(there, bias if name in names.TIED_BIASES else table, name)
             surplus -= {name}
     if surplus:
         raise ValueError(names.unknown(surplus))
@@ -261,41 +265,6 @@ def _plan(
             raise ValueError(f"{own!r} is of type {tensor.dtype} where weights are expected, as in "
                              f"{QUANTIZED}")  # fmt: skip
     return plan
-
-
-def _fill(
-    leaves: dict[str, Any],
-    plan: dict[str, list[str]],
-    there: dict[str, TensorFile],
-    dtype: np.dtype,
-    shown: Any,
-) -> dict[str, jax.Array]:
-    """Read the leaves, one tensor at a time; `shown` is the name on the bar, if there is one."""
-    filled: dict[str, jax.Array] = {}
-    # Largest first: what is in memory twice is large only while there is little else.
-    order = sorted(leaves, key=lambda leaf: -leaves[leaf].size)
-    for leaf in tqdm(order, desc=f"loading {shown}", disable=None if shown else True):
-        rows = (_whole(there, name) for name in plan[leaf])
-        rows = (row.T if is_turned(leaf) else row for row in rows)
-        if is_stacked(leaf):
-            array: np.ndarray = np.empty(leaves[leaf].shape, dtype)
-            for place, row in zip(array, rows, strict=True):
-                place[...] = row
-        else:
-            array = next(rows).astype(dtype, copy=False)
-        filled[leaf] = jax.block_until_ready(jax.device_put(array))
-    return filled
-
-
-def _whole(there: dict[str, TensorFile], name: str) -> np.ndarray:
-    tensor = there[name].tensors[name]
-    return there[name].read(name, 0, tensor.size).reshape(tensor.shape)
-
-
-def _check_tied(there: dict[str, TensorFile], table: str, name: str) -> None:
-    one, two = _whole(there, table), _whole(there, name)
-    if one.tobytes() != two.tobytes():
-        raise ValueError(f"the config ties {name!r} to {table!r}, they differ")
 
 
 def save_pretrained(
@@ -341,14 +310,43 @@ def save_pretrained(
                 x = np.asarray(leaves[leaf][i] if is_stacked(leaf) else leaves[leaf])
                 file.write(name, 0, (x.T if is_turned(leaf) else x).reshape(-1))
     folders.remove_shards(folder)
-    with files.atomic_write(folder / "config.json") as part:
-        part.write_text(json.dumps(config, indent=2) + "\n")
+    _save_config(config, folder)
     _copy_small(model.source, folder)
 
 
+def save_small(file: Path, folder: Path, dtype: str) -> None:
+    """Write what `save_pretrained` writes beside the weights of a model from a GGUF file.
+
+    Args:
+      file: the GGUF file.
+      folder: made if absent.
+      dtype: of the parameters.
+
+    Raises:
+      ValueError: the file does not say what model it is of.
+    """
+    raw = read_config(file)
+    _save_config(configs.written(configs.load_config(file), raw, dtype), folder)
+    _copy_small(file, folder)
+
+
+def _save_config(config: dict[str, Any], folder: Path) -> None:
+    with files.atomic_write(folder / "config.json") as part:
+        part.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def _copy_small(source: Path | None, folder: Path) -> None:
-    """Copy the small files of the folder a model came from, which may be gone by now."""
+    """Copy the small files of the folder a model came from, which may be gone by now.
+
+    Of a GGUF file the tokenizer in it, as files of its own.
+    """
     if source is None or source.resolve() == folder.resolve():
+        return
+    if source.is_file():
+        try:
+            tokenizers.load_tokenizer(source).save_pretrained(folder)
+        except ValueError as error:  # hours of work must not end here
+            warnings.warn(f"the tokenizer does not go with the weights: {error}", stacklevel=3)
         return
     if not source.is_dir():
         warnings.warn(f"{source} is gone: the tokenizer does not go with the weights to {folder}",

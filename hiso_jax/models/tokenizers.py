@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hiso_jax._engine.tensorfile import stand_in
+from hiso_jax.models import folders
 
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
           "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -13,7 +14,7 @@ _WANTED = "tokenizer.json (or vocab.json and merges.txt, vocab.txt, tokenizer.mo
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
-    """Load the tokenizer of a model's folder with transformers.
+    """Load the tokenizer of a model's folder, or of a GGUF file, with transformers.
 
     Args:
       folder: a local one, `Model.source`.
@@ -35,6 +36,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer  # a slow import, and only needed here
 
     folder = Path(folder)
+    if file := folders.gguf_of(folder):
+        from hiso_jax.models.gguftokenizer import tokenizer_of
+
+        return tokenizer_of(file)
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder with a tokenizer, there is no such folder")
     found = [name for name in _FILES if (folder / name).is_file()]

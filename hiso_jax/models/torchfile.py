@@ -199,6 +199,10 @@ class TorchFile(TensorFile):
     def check_length(self) -> None:
         """Nothing: it was done on opening, storage by storage."""
 
+    def is_strided(self, name: str) -> bool:
+        """Whether any part of a tensor has to be taken from all of its numbers."""
+        return name in self._strides
+
     def read(self, name: str, start: int, count: int) -> np.ndarray:
         """Return `count` elements of a flattened tensor, from number `start` on."""
         if name not in self._strides:

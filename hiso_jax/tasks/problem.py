@@ -17,6 +17,15 @@ class Cut(NamedTuple):
     trunk: Callable[[Any, Any], Any]  # (params, batch) -> kept
     head: Callable[[Any, Any], jax.Array]  # (params, kept) -> loss
     leaves: dict[str, int]  # that lie above -> first row
+    between: Callable[[Any, Any], Any] | None = None  # (params, kept below) -> kept
+
+
+class Answer(NamedTuple):
+    """What a model writes after a prompt."""
+
+    prompt: str
+    wanted: str
+    written: str
 
 
 class Problem(NamedTuple):
@@ -34,11 +43,25 @@ class Problem(NamedTuple):
     prepare: Callable[[Arrays], Arrays] = lambda batch: batch  # before a batch is computed with
     trainable: Any = None  # as in `hiso_jax.trees.select`
     lazy: bool = False  # the loss takes lazy leaves, see `hiso_jax.lazy`
-    upper: Callable[[int], "Cut"] | None = None  # number of layers -> where they begin
+    # (layers above, layers above the cut before it or None) -> where they begin
+    upper: Callable[..., "Cut"] | None = None
+    answers: Callable[[Any], list["Answer"]] = lambda params: []  # to a few test examples
     measure: Callable[[Any], dict[str, float]] = lambda params: {}  # more, of the test split
     classes: tuple[tuple[str, str], ...] = ()  # label and word of each, in the order of numbers
     notes: tuple[str, ...] = ()  # what was left out of the data, or done otherwise
     adapter: dict[str, Any] | None = None  # how what is trained becomes a model, for replay
+
+    def at_most(self, count: int) -> "Problem":
+        """The problem with so many examples of dev and of test, drawn at random; 0: with all."""
+        cut, notes = {}, []
+        for split, data in (("dev", self.dev), ("test", self.test)):
+            size = len(next(iter(data.values())))
+            if not 0 < count < size:
+                continue
+            picks = np.sort(np.random.default_rng([size, 5]).permutation(size)[:count])
+            cut[split] = {name: column[picks] for name, column in data.items()}
+            notes.append(f"{split}: measured on {count:,} of {size:,} examples, --eval-examples")
+        return self._replace(**cut, notes=(*self.notes, *notes))
 
     def metric_value(self, sums: dict[str, Any]) -> tuple[float, float]:
         """Mean loss, and the metric, of sums over a split; NaN where a logit was."""

@@ -17,7 +17,7 @@ from hiso_jax.models import adapters, subsets
 from hiso_jax.models.adapters import unit
 from hiso_jax.tasks import metrics, problem, text
 from hiso_jax.tasks.data import Rows
-from hiso_jax.tasks.problem import Cut, Problem
+from hiso_jax.tasks.problem import Answer, Cut, Problem
 from hiso_jax.tasks.prompts import Task
 
 SCALE = 10.0
@@ -40,7 +40,7 @@ class Material(NamedTuple):
 
 def upper_of(
     model: models.Model, own: Any, losses: Any, prefix: str = "", above: Any = ()
-) -> Callable[[int], Cut]:
+) -> Callable[..., Cut]:
     """The `upper` of a `Problem`.
 
     Args:
@@ -51,16 +51,22 @@ def upper_of(
       above: leaves of the problem that are part of any upper part.
     """
 
-    def upper(layers: int) -> Cut:
+    def upper(layers: int, before: int | None = None) -> Cut:
         rows = subsets.upper_rows(model.params, layers)
         end = model.config.num_hidden_layers - layers
+        begin = model.config.num_hidden_layers - (before or layers)
 
         def trunk(params: Any, batch: Any) -> Any:
             ids, mask = batch["input_ids"], batch["attention_mask"]
             return batch | {adapters.STREAM: model.lower(own(params), ids, mask, end)}
 
+        def between(params: Any, kept: Any) -> Any:
+            ids, mask, stream = (kept[k] for k in ("input_ids", "attention_mask", adapters.STREAM))
+            return kept | {adapters.STREAM: model.lower(own(params), ids, mask, end, stream, begin)}
+
         leaves = {prefix + name: row for name, row in rows.items()}
-        return Cut(trunk, losses(end)[0], dict.fromkeys(above, 0) | leaves)
+        cut = Cut(trunk, losses(end)[0], dict.fromkeys(above, 0) | leaves)
+        return cut if before is None else cut._replace(between=between)
 
     return upper
 
@@ -192,6 +198,7 @@ def decoder_problem(
     rank: int = 8,
     alpha: float = 16.0,
     targets: Sequence[str] = ("q_proj", "v_proj"),
+    shown: int = 0,
 ) -> Problem:
     """Fine-tune a decoder by label words, by whole answers or on plain text.
 
@@ -201,6 +208,7 @@ def decoder_problem(
       train: ``"all"``, ``"norms"``, ``"biases"``, ``"lora"``, ``"last-N"`` layers or a prefix
         of N tokens, ``"prefix-N"``.
       rank, alpha, targets: of LoRA.
+      shown: test examples that answers are written for, to be looked at.
     """
     name, task, rows, own, model, tokenizer, length = material
     subset = adapters.subset_of(model, train, rank, alpha, targets)
@@ -224,18 +232,33 @@ def decoder_problem(
         fill = tokenizer.pad_token_id or 0
         return model.generate(whole(params), ids, mask, room, stop, fill, prefix(params))
 
+    def write(params: Any, asked: Rows, many: int) -> list[str]:
+        """The first line that the model writes after each prompt, `many` rows at a time."""
+        # Answers to be classified by take a word or two, and no room of the prompt.
+        batch = text.prompts(task, tokenizer, asked, length - room * (task.verbalizer is None))
+        guesses = []
+        for i in range(0, len(asked), many):
+            ids, mask = (batch[k][i : i + many] for k in ("input_ids", "attention_mask"))
+            fill = [(0, many - len(ids)), (0, 0)]
+            tokens = generate(params, np.pad(ids, fill), np.pad(mask, fill))
+            guesses += tokenizer.batch_decode(np.asarray(tokens)[: len(ids)], True)
+        return [guess.strip().split("\n")[0] for guess in guesses]
+
     def measure(params: Any) -> dict[str, float]:
         """Scores of the answers generated for the first test examples."""
         asked = rows["test"][:MEASURED]
-        batch = text.prompts(task, tokenizer, asked, length - room)
-        guesses = []
-        for i in range(0, len(asked), 32):
-            ids, mask = (batch[k][i : i + 32] for k in ("input_ids", "attention_mask"))
-            fill = [(0, 32 - len(ids)), (0, 0)]
-            tokens = generate(params, np.pad(ids, fill), np.pad(mask, fill))
-            guesses += tokenizer.batch_decode(np.asarray(tokens)[: len(ids)], True)
-        lines = [guess.strip().split("\n")[0] for guess in guesses]
+        lines = write(params, asked, 32)
         return metrics.METRICS[task.metric](lines, [task.answers(row) for row in asked])
+
+    def answers(params: Any) -> list[Answer]:
+        """What the model writes after the prompts of some test examples of different labels."""
+        by_label: dict[str, Any] = {}
+        for row in rows["test"]:
+            by_label.setdefault(task.answers(row)[0], row)
+        asked = [*by_label.values(), *rows["test"]][:shown]
+        lines = write(params, asked, shown)
+        return [Answer(task.read(row), task.answers(row)[0], line)
+                for row, line in zip(asked, lines, strict=True)]  # fmt: skip
 
     stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     if task.verbalizer is not None:
@@ -273,6 +296,7 @@ def decoder_problem(
         trainable=subset.trainable,
         lazy=subset.adapter is None,
         upper=upper_of(model, whole, losses) if train == "all" else None,
+        answers=answers if shown else lambda params: [],
         measure=measure if task.metric in metrics.METRICS else lambda params: {},
         notes=tuple(notes),
         adapter=subset.adapter,

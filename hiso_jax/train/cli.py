@@ -1,10 +1,12 @@
-"""The console script `hiso`: one command a job."""
+"""The console script `hiso`: one command per job."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
-    "finetune": "fine-tune a language model over clients that send a few bytes a round",
+    "finetune": "fine-tune a language model over clients that send a few bytes per round",
+    "llm": "fine-tune SmolLM2 (134.5 M parameters) like that, with FedAdam beside it",
     "digits": "the same in twenty seconds: a small network on handwritten digits",
     "replay": "rebuild a fine-tuned model from its base and a ledger, and prove it",
     "compare": "run a grid of methods, learning rates and seeds",
@@ -22,6 +24,9 @@ def main() -> None:
         return
     if name not in COMMANDS:
         sys.exit(f"hiso: expected one of {', '.join(COMMANDS)}, got {name!r}")
+    # For `--method module:function`. A console script, unlike `python -m`, does not look in the
+    # working folder; last on the path, so that a file there never hides a package.
+    sys.path.append(os.getcwd())
     try:
         job = importlib.import_module(f"hiso_jax.train.{name}")
     except ModuleNotFoundError as error:

@@ -1,84 +1,38 @@
-"""Methods compared fairly: the same budget of learning rates and the same seeds for each.
+"""Methods compared fairly: the same search for a learning rate and the same seeds for each.
 
 Every combination of methods, learning rates, seeds and what else is varied is one run and
 one JSON line, appended when the run is over; runs that are in the file are skipped, so a
-comparison can be stopped and gone on with, and grown. `experiments.results` draws it.
+comparison can be stopped and gone on with, and grown. What is run is said by options, or by
+a file, see `hiso_jax.train.grids`. `hiso results` draws it.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
-import importlib
-import itertools
 import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 
 from hiso_jax import federation
 from hiso_jax._engine import checks
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import folders, job, methods, report, results
-from hiso_jax.train import settings as limits
+from hiso_jax.train import grids, job, methods, report, results, rows
+from hiso_jax.train.options import TASKS, build, defaults, varied
+from hiso_jax.train.progress import duration
+from hiso_jax.train.rows import Row
 
-TASKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "finetune": ("hiso_jax.train.finetune", {}),
-    "sst2": ("hiso_jax.train.finetune", dict(task="sst2", length=32, batch_size=8)),
-    "digits": ("hiso_jax.train.digits", {}),
-    "mnist": ("experiments.mnist", {}),
-}
-"""Modules of jobs, with `Options` and `build`, and what options they have here."""
+__all__ = ["TASKS", "Compare", "build", "cli", "defaults", "one", "plan", "run", "varied"]
 
-
-def options_of(task: str, **given: Any) -> job.Options:
-    """The options of the job that a task is, with those given in their place.
-
-    Raises:
-      ValueError: there is no such task, or it is of the experiments, which only a clone has.
-    """
-    if task not in TASKS:
-        raise ValueError(f"--task: expected one of {', '.join(TASKS)}, got {task!r}")
-    module, own = TASKS[task]
-    return _module(module).Options(**own | given)
-
-
-def build(task: str, options: job.Options) -> Problem:
-    """The problem that a task's options ask for."""
-    return _module(TASKS[task][0]).build(options)
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "experiments":
-            raise
-        raise ValueError(f"--task: {name} is in a clone of hiso_jax only; run it there") from None
-
-
-COMMON = {field.name for field in dataclasses.fields(job.Options)}
-"""Options of every job, which no problem depends on but for the seed."""
-SET = {
-    "method",
-    "learning_rate",
-    "seed",
-    "out",
-    "resume",
-    "compare",
-    "distributed",
-    "data",
-    "columns",
-}
-"""Options of a job that are none to vary: `Compare` has its own, or no run depends on them."""
+COMMON = {field.name for field in dataclasses.fields(job.Options)} - {"eval_examples"}
+"""Options of every job that no problem depends on, but for the seed."""
 DIVERGED = 20.0
 """A training loss above which a run is given up."""
 
@@ -87,14 +41,27 @@ DIVERGED = 20.0
 class Compare:
     """Run a grid of methods, learning rates and seeds on the dev split, and print the best."""
 
-    task: Literal["finetune", "sst2", "digits", "mnist"] = "digits"
+    grid: Path | None = None
+    """A TOML file that says what is run, in the place of all other options but --data, --out and
+    --processes; there are some in experiments/grids."""
+    dry_run: bool = False
+    """Only say how many runs are missing."""
+    task: Literal["finetune", "sst2", "llm", "digits", "mnist"] = "digits"
     """The job whose options are used."""
     method: tuple[str, ...] = job.COMPARED
-    """Methods, as of the job's --method."""
+    """Methods, as of the job's --method: hiso, "hiso(update_steps=all)"."""
     learning_rate: tuple[float, ...] = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
     """Peak learning rates; they fall linearly to 0."""
-    seeds: int = 3
+    seeds: int = grids.FIRST_LOOK
     """Seeds 0 to this number less one."""
+    extend: bool = False
+    """While the best rate is the lowest or highest, go on by the same factor."""
+    refine: bool = False
+    """Then run the two rates halfway, in factors, between the best one and its neighbors."""
+    seeds_at_best: int = 1
+    """Seeds at the best rate in the end, if more than --seeds."""
+    by: Literal["loss", "metric"] = "loss"
+    """What the best rate is chosen by, on the dev split at the end."""
     vary: tuple[str, ...] = ()
     """Other options of the job, each with the values to run: num_perturbations=5,20."""
     data: Path | None = None
@@ -105,33 +72,6 @@ class Compare:
     """Runs at a time; the processors are dealt out among them."""
     out: Path = Path("runs/compare.jsonl")
     """One row a run."""
-
-
-def _truth(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
-
-
-def varied(kind: type, texts: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
-    """Parse ``name=value,value`` by the types of a job's options.
-
-    Raises:
-      SystemExit: no such option, or a value it does not take.
-    """
-    hints, axes = get_type_hints(kind), {}
-    for text in texts:
-        name, equals, values = text.partition("=")
-        name = name.replace("-", "_")
-        name = limits.RENAMED.get(name, name)
-        if not equals or name not in hints or name in SET:
-            sys.exit(f"--vary: expected name=value,value with an option of the job that is not set "
-                     f"elsewhere, got {text!r}")  # fmt: skip
-        kinds = {int: int, float: float, bool: _truth}
-        read = next((kinds[k] for k in (hints[name], *get_args(hints[name])) if k in kinds), str)
-        try:
-            axes[name] = tuple(read(value) for value in values.split(","))
-        except (ValueError, KeyError):
-            sys.exit(f"--vary: expected values of {name}, got {values!r}")
-    return axes
 
 
 @functools.lru_cache(1)
@@ -149,7 +89,7 @@ class OtherStart(Exception):
     """A run that cannot be compared with those in the file."""
 
 
-def one(task: str, options: job.Options, start: float | None = None) -> dict[str, Any]:
+def one(task: str, options: job.Options, start: float | None = None) -> Row:
     """Run one point of the grid; return its row, less what names it.
 
     Raises:
@@ -159,7 +99,7 @@ def one(task: str, options: job.Options, start: float | None = None) -> dict[str
     alg = job.algorithm(options, problem, options.learning_rate or 0.0)
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(options.seed))
     score = jax.jit(problem.score)
-    share = methods.share(problem, options.upper_layers) if options.upper_directions else 1.0
+    shares = methods.shares(options, problem)
 
     def evaluate(data: Any) -> tuple[float, float]:
         sums = federation.evaluate(score, state.params, data, 256, problem.prepare)
@@ -188,7 +128,7 @@ def one(task: str, options: job.Options, start: float | None = None) -> dict[str
         test_loss=_plain(test[0]),
         test=_plain(test[1]),
         diverged=diverged,
-        passes_per_round=round(methods.forward_passes(alg, share), 3),
+        passes_per_round=round(methods.forward_passes(alg, shares), 3),
         bytes_per_round=4 * methods.floats(alg, problem),
         seconds=round(time.perf_counter() - began, 1),
     )
@@ -198,49 +138,37 @@ def _plain(value: float) -> float | None:
     return round(float(value), 6) if np.isfinite(value) else None
 
 
-def defaults(options: Any) -> job.Options:
-    """The options of the `task` named, with its `data` and `columns`, if they are given."""
-    given = {name: value for name in ("data", "columns") if (value := getattr(options, name))}
-    known = {field.name for field in dataclasses.fields(options_of(options.task))}
-    if lost := given.keys() - known:
-        raise ValueError(f"--{sorted(lost)[0]}: {options.task} reads none")
-    return options_of(options.task, **given)
+def plan(options: Compare) -> grids.Grid:
+    """What is to run: the file of --grid, or the one entry that the other options make.
+
+    Raises:
+      TypeError, ValueError: there is something that cannot be run; says what and where.
+      SystemExit: --vary is none.
+    """
+    checks.count("--processes", options.processes)
+    start = Compare()
+    out = None if options.out == start.out else options.out
+    if options.grid is not None:
+        beside = ("grid", "data", "out", "processes", "dry_run")
+        for field in dataclasses.fields(options):
+            name = field.name
+            if name not in beside and getattr(options, name) != getattr(start, name):
+                raise ValueError(f"--{name.replace('_', '-')}: {options.grid} says what is run; "
+                                 "expected no other option beside --grid than --data, --out, "
+                                 "--processes and --dry-run")  # fmt: skip
+        return grids.read(options.grid, options.data, out)
+    own = defaults(options.task, options.data, options.columns)
+    keys = ("method", "learning_rate", "seeds", "extend", "refine", "seeds_at_best", "by")
+    given: dict[str, Any] = {key: getattr(options, key) for key in keys}
+    shown = " ".join(options.method)
+    one = grids.entry(shown, options.task, own, varied(type(own), options.vary), **given)
+    return grids.Grid(options.out, (one,))
 
 
-def grid(options: Compare) -> Iterator[tuple[dict[str, Any], job.Options]]:
-    """What names a run, and its options."""
-    start = defaults(options)
-    axes = varied(type(start), options.vary)
-    for name in ("seeds", "processes"):
-        checks.count(f"--{name}", getattr(options, name))
-    if not options.method or not options.learning_rate:
-        raise ValueError("--method, --learning-rate: expected at least one of each")
-    for method in options.method:
-        methods.check(method)
-        for rate, seed, *values in itertools.product(
-            options.learning_rate, range(options.seeds), *axes.values()
-        ):
-            own = dict(zip(axes, values, strict=True))
-            point = dataclasses.replace(
-                start, **dict(method=method, learning_rate=rate, seed=seed) | own
-            )
-            limits.check(point)
-            yield dict(task=options.task, **settings(point)), point
-
-
-def settings(options: job.Options) -> dict[str, Any]:
-    """All options that a run's figures depend on."""
-    left_out = ("out", "resume", "distributed", "compare", "mesh", "snapshot_every", "data")
-    kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
-    if "task" in kept:  # which is the job, in a row
-        kept["text_task"] = kept.pop("task")
-    return json.loads(json.dumps(kept, default=str))
-
-
-def _start(rows: list[dict[str, Any]], name: dict[str, Any]) -> float | None:
+def _start(known: list[Row], name: Row) -> float | None:
     """Where runs of the same problem began, which have the same model then and the same data."""
     same = name.keys() - (COMMON - {"seed"})
-    found = (row["curve"][0][1] for row in rows if all(row.get(k) == name[k] for k in same))
+    found = (row["curve"][0][1] for row in known if all(row.get(k) == name[k] for k in same))
     return next(found, None)
 
 
@@ -251,48 +179,116 @@ def _own_processors(numbers: Any, share: int) -> None:
     os.sched_setaffinity(0, every[first : first + share])
 
 
-def run(options: Compare) -> list[dict[str, Any]]:
-    """Run what is missing in the grid; return the rows of the whole grid.
+def run(options: Compare) -> list[Row]:
+    """Run what is missing until nothing is; return the rows of the whole grid.
 
     Raises:
       SystemExit: options that are none, or rows in the file of another model or other data.
     """
-    rows = results.read(options.out)
-    named = lambda row: json.dumps({k: row[k] for k in wanted[0][0]}, sort_keys=True)  # noqa: E731
     try:
-        wanted = list(grid(options))
+        grid = plan(options)
     except (TypeError, ValueError) as error:
         sys.exit(str(error))
-    done = {named(row) for row in rows if wanted[0][0].keys() <= row.keys()}
-    missing = [(name, point) for name, point in wanted if named(name) not in done]
+    known = results.read(grid.out)
+    found = grids.Found(grid, known)
+    if options.dry_run:
+        count(grid, found)
+        return []
+    if any(True for entry in grid.entries for _ in grids.missing(entry, found)):
+        try:
+            with rows.append(grid.out) as add:
+                _run(options, grid, found, known, add)
+        except (OtherStart, OSError, ValueError) as error:
+            sys.exit(str(error))
+    return grids.finished(grid, found)
+
+
+def _run(
+    options: Compare, grid: grids.Grid, found: grids.Found, known: list[Row], add: Any
+) -> None:
+    """Keep the processes busy: whenever a run is over, what is then missing is asked for."""
     spawn = multiprocessing.get_context("spawn")
     numbers = spawn.Queue()
     for number in range(options.processes):
         numbers.put(number)
     share = max(1, len(os.sched_getaffinity(0)) // options.processes)
-    with (
-        concurrent.futures.ProcessPoolExecutor(
-            options.processes, spawn, _own_processors, (numbers, share)
-        ) as pool,
-        folders.append(options.out) as file,
-    ):
-        runs = {
-            pool.submit(one, options.task, point, _start(rows, name)): name
-            for name, point in missing
-        }
-        for future in track(concurrent.futures.as_completed(runs), "runs", len(runs)):
-            try:
-                row = runs[future] | future.result()
-            except (OtherStart, OSError, ValueError) as error:
-                pool.shutdown(cancel_futures=True)
-                if not rows and not options.out.stat().st_size:
-                    options.out.unlink()
-                sys.exit(str(error))
-            rows.append(row)
-            file.write(report.dumps(row) + "\n")
-            file.flush()
-    asked = {named(name) for name, _ in wanted}
-    return [row for row in rows if wanted[0][0].keys() <= row.keys() and named(row) in asked]
+    pool = concurrent.futures.ProcessPoolExecutor(
+        options.processes, spawn, _own_processors, (numbers, share)
+    )
+    under_way: dict[concurrent.futures.Future[Row], Row] = {}
+    submitted: set[str] = set()
+    with pool, Progress(grid, found) as progress:
+        while True:
+            for entry in grid.entries:
+                for name, point in grids.missing(entry, found):
+                    if (key := json.dumps(name, sort_keys=True)) not in submitted:
+                        submitted.add(key)
+                        future = pool.submit(one, entry.task, point, _start(known, name))
+                        under_way[future] = name
+            if not under_way:
+                return
+            done, _ = concurrent.futures.wait(
+                under_way, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                try:
+                    row = under_way.pop(future) | future.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                add(row)
+                known.append(row)
+                found.add(row)
+                progress.note(row)
+
+
+def count(grid: grids.Grid, found: grids.Found) -> None:
+    """Print how many runs are missing, entry by entry."""
+    total = 0
+    for entry in grid.entries:
+        now, left = len(list(grids.missing(entry, found))), grids.forecast(entry, found)
+        total += left
+        later = f", then at least {left - now} by how they end" * (left > now)
+        report.say(f"{entry.name}: {now or 'nothing'} missing{later}")
+    report.say(f"{total or 'nothing'} to run in all, for ", str(grid.out))
+
+
+class Progress:
+    """A bar; without a terminal, a line for every run that is over."""
+
+    def __init__(self, grid: grids.Grid, found: grids.Found):
+        self.grid, self.found = grid, found
+        self.began, self.done = time.perf_counter(), 0
+        self.bar = report.progress() if report.console.is_terminal else None
+        self.task = self.bar.add_task("runs", total=self.left(), status="") if self.bar else None
+
+    def left(self) -> int:
+        """Runs that are missing, and those that will be at least."""
+        return sum(grids.forecast(entry, self.found) for entry in self.grid.entries)
+
+    def note(self, row: Row) -> None:
+        """A run is over."""
+        self.done += 1
+        left, loss = self.left(), row["curve"][-1][1]
+        ended = "diverged" if row["diverged"] or loss is None else f"dev loss {loss:.4g}"
+        what = f"{methods.title(row['method'])} at {row['learning_rate']:g}, seed {row['seed']}"
+        line = f"{what}: {ended}"
+        if self.bar:
+            total = self.done + left
+            self.bar.update(self.task, completed=self.done, total=total, status=line)
+            return
+        time_left = (time.perf_counter() - self.began) / self.done * left
+        about = f", about {duration(time_left)}" * bool(left)
+        report.say(f"{line} ({duration(row['seconds'])}); {left} left{about}")
+
+    def __enter__(self) -> "Progress":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar:
+            self.bar.stop()
 
 
 def cli() -> None:
@@ -300,4 +296,7 @@ def cli() -> None:
     import tyro
 
     with report.door():
-        report.console.print(results.table(run(tyro.cli(Compare))))
+        options = tyro.cli(Compare)
+        found = run(options)
+        if not options.dry_run:
+            report.console.print(results.table(found))

@@ -77,7 +77,7 @@ def images(
     own = splits.dirichlet_draws(train["label"], num_clients, alpha, seed)
     graph, state = nnx.split(model)
 
-    def upper(layers: int) -> Cut:
+    def upper(layers: int, before: int | None = None) -> Cut:
         if not 1 <= layers < len(model.names):
             raise ValueError(f"--upper-layers: expected 1 to {len(model.names) - 1}, got {layers}")
         end = len(model.names) - layers
@@ -86,9 +86,14 @@ def images(
             rest = {k: v for k, v in batch.items() if k != "image"}
             return rest | {"stream": nnx.merge(graph, params)(batch["image"], 0, end)}
 
+        def between(params: Any, kept: Any) -> Any:
+            begin = len(model.names) - (before or layers)
+            return kept | {"stream": nnx.merge(graph, params)(kept["stream"], begin, end)}
+
         head, _ = classification(lambda p, kept: nnx.merge(graph, p)(kept["stream"], end))
         above = tuple(f"{name}/" for name in model.names[end:])
-        return Cut(trunk, head, {n: 0 for n in trees.named(params) if n.startswith(above)})
+        leaves = {n: 0 for n in trees.named(params) if n.startswith(above)}
+        return Cut(trunk, head, leaves, None if before is None else between)
 
     def save(folder: Path, params: Any) -> None:
         with files.atomic_write(folder / "model.safetensors") as part:
@@ -157,7 +162,7 @@ class Options(job.Options):
 
 
 LEARNING_RATES = {"hiso": 2e-2, "decomfl": 4e-2}
-"""The best of the grid in `experiments.compare`, by method."""
+"""The best of the grid in `hiso compare`, by method."""
 
 
 def build(options: Options) -> Problem:

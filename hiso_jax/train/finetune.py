@@ -41,7 +41,7 @@ class Options(job.Options):
 
     Without options: all 22.6 M parameters of all-MiniLM-L6-v2 on the topics of the docstrings of
     Python's standard library, where each of 71 modules is one client; defaults were chosen on
-    the dev split by `experiments.compare`. With --model and --task or --data: any supported
+    the dev split by `hiso compare`. With --model and --task or --data: any supported
     checkpoint on any prompted task.
     """
 
@@ -52,7 +52,7 @@ class Options(job.Options):
     sampling: Literal["uniform", "size"] = "size"
     """Which clients take part: all alike, or in proportion to their examples."""
     model: str | None = None
-    """Folder or hub id of a Hugging Face checkpoint; by default the bundled MiniLM."""
+    """Folder or hub id of a Hugging Face checkpoint, or a GGUF file; by default MiniLM."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the parameters."""
     task: str = "docstrings"
@@ -82,6 +82,8 @@ class Options(job.Options):
     """Tokens a text is cut to; by default 24 for docstrings, 128 else."""
     room: int = 32
     """Tokens an answer is cut to."""
+    answers: int = 0
+    """Test examples whose answers, as the model writes them, are shown before and after."""
     train: str = "all"
     """What is trained of a decoder: all, norms, biases, lora, last-N layers, prefix-N tokens."""
     lora_rank: int = 8
@@ -94,7 +96,7 @@ class Options(job.Options):
 
 def check(options: Options) -> None:
     """Raise unless the options fit together; the message names the option."""
-    default = Options()
+    default = type(options)()
     for field in dataclasses.fields(options):
         if getattr(options, field.name) == "":
             raise ValueError(
@@ -115,8 +117,9 @@ def check(options: Options) -> None:
     given = lambda *names: [n for n in names if getattr(options, n) != getattr(default, n)]  # noqa: E731
     spelled = lambda names: ", ".join(f"--{name.replace('_', '-')}" for name in names)  # noqa: E731
     if options.task == "docstrings" and options.data is None:
-        own = given("text", "label", "prompt", "verbalizer", "columns")
-        if own:
+        # Of a decoder, prompt and words may be others.
+        words = () if options.model else ("prompt", "verbalizer")
+        if own := given("text", "label", *words, "columns"):
             raise ValueError(
                 f"--data: needed for {spelled(own)}; without it the docstrings are run"
             )
@@ -321,8 +324,18 @@ def build(options: Options) -> Problem:
         )
     if encoder and not task.is_class:
         raise ValueError(f"--task: {options.task} needs a model that writes; {name} is an encoder")
+    if task is DOCSTRINGS and encoder and (options.prompt or options.verbalizer):
+        raise ValueError(f"--prompt, --verbalizer: {name}, an encoder, reads the bare text")
     if task is DOCSTRINGS and not encoder:
-        task = task._replace(prompt="{text}\nTopic:")
+        if options.verbalizer and len(options.verbalizer) != len(docstrings.TOPICS):
+            raise ValueError(
+                f"--verbalizer: expected {len(docstrings.TOPICS)}, one for each topic of the "
+                f"docstrings, {list(docstrings.TOPICS)}; got {options.verbalizer}"
+            )
+        task = task._replace(
+            prompt=options.prompt or "{text}\nTopic:",
+            verbalizer=options.verbalizer or task.verbalizer,
+        )
     material = text_problem.Material(title, task, rows, own, model, tokenizer, length)
     if encoder and (model.has_head and task.verbalizer is not None):
         built = text_problem.masked_problem(material)
@@ -331,7 +344,7 @@ def build(options: Options) -> Problem:
     else:
         built = text_problem.decoder_problem(
             material, options.room, options.train,
-            options.lora_rank, options.lora_alpha, options.lora_targets,
+            options.lora_rank, options.lora_alpha, options.lora_targets, options.answers,
         )  # fmt: skip
     text_problem.check_tokens(built, model)
     shown = task.verbalizer or task.label_descriptions or ()
@@ -340,7 +353,7 @@ def build(options: Options) -> Problem:
 
 
 LEARNING_RATES = {"hiso": 8e-4, "decomfl": 4e-4}
-"""Lowest dev loss on the docstrings in the grid of `experiments.compare`, by method."""
+"""Lowest dev loss on the docstrings in the grid of `hiso compare`, by method."""
 
 
 def cli() -> None:

@@ -1,19 +1,17 @@
-"""What runs leave: files of rows, a folder with one holder, and Ctrl-C, which loses nothing."""
+"""What runs leave: a folder with one holder, its rows, and Ctrl-C, which loses nothing."""
 
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from hiso_jax.train import report
-
-Row = dict[str, Any]
+from hiso_jax.train.rows import Row, read
 
 
 @contextlib.contextmanager
@@ -33,26 +31,6 @@ def stop_on_ctrl_c() -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file; a last line that was cut off is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def append(path: Path) -> TextIO:
-    """Open a file of rows to add some; a last line that was cut off is ended."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")
-    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        file.write("\n")
-    return file
 
 
 def rows(folder: Path, done: int) -> list[Row]:

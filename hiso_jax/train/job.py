@@ -18,21 +18,12 @@ from hiso_jax._engine import files, meshes
 from hiso_jax.federation import baselines
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import folders, methods, report, resume, settings
+from hiso_jax.train import folders, measure, methods, report, resume, settings
+from hiso_jax.train.progress import duration
 from hiso_jax.train.report import console
-from hiso_jax.train.settings import Options, settle
+from hiso_jax.train.settings import COMPARED, Options, settle
 
 __all__ = ["COMPARED", "Options", "algorithm", "main", "rounds", "run", "settle", "train"]
-
-COMPARED = ("hiso", "decomfl")
-
-
-class Base(NamedTuple):
-    """What was measured before the first round."""
-
-    score: Any  # jitted
-    dev: tuple[float, float]  # loss and metric
-    test: tuple[float, float]
 
 
 def algorithm(
@@ -63,32 +54,6 @@ def rounds(
     )
 
 
-def _evaluate(
-    problem: Problem, score: Any, params: Any, data: federation.Arrays
-) -> tuple[float, float]:
-    """Loss and metric on a split."""
-    sums = federation.evaluate(score, params, data, batch_size=64, prepare=problem.prepare)
-    return problem.metric_value(sums)
-
-
-def measure_base(problem: Problem) -> Base:
-    """Measure the model as it comes.
-
-    Raises:
-      ValueError: its own loss is NaN or infinite: no difference of losses says anything then.
-    """
-    score = jax.jit(problem.score)
-    dev, test = (_evaluate(problem, score, problem.params, x) for x in (problem.dev, problem.test))
-    for split, (loss, _) in (("dev", dev), ("test", test)):
-        if not np.isfinite(loss):
-            what = "NaN" if np.isnan(loss) else "infinite"
-            raise ValueError(
-                f"the model's own loss on the {split} split is {what} before any step; look for "
-                "weights that overflow (--dtype float32 has more room than float16) or are NaN"
-            )
-    return Base(score, dev, test)
-
-
 class Trained(NamedTuple):
     """What the rounds left."""
 
@@ -101,7 +66,7 @@ class Trained(NamedTuple):
     broken: str  # why the rounds ended early, if a NaN was the reason
 
 
-def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: Base) -> Trained:
+def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measure.Base) -> Trained:
     """Take all rounds that are to do; each is recorded before the next begins."""
     folder, metric = options.out, problem.metric
     seconds: list[float] = []
@@ -142,7 +107,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: Base)
                 )
                 looked = done % options.eval_every == 0 or done == options.rounds
                 if looked:
-                    dev = _evaluate(problem, base.score, state.params, problem.dev)
+                    dev, _ = measure.evaluate(problem, base.score, state.params, "dev", bar)
                     row.update({"dev_loss": dev[0], f"dev_{metric}": dev[1]})
                     last_dev = dev[1]
                 # The row comes first: a record without its row could not be given one later.
@@ -156,7 +121,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: Base)
                     snapshots.save(folder / "snapshots", alg, state)
                 status = (
                     f"loss {loss:.3f}  dev {report.figure(metric, last_dev)}  "
-                    f"{1 / np.median(seconds[-20:]):.1f} rounds/s  "
+                    f"{_pace(np.median(seconds[-20:]))}  "
                     f"up {report.size(up)}  down {report.size(down)}"
                 )
                 bar.update(task, completed=done, status=status)
@@ -172,8 +137,13 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: Base)
     return Trained(state, done, rows, traffic, seconds, sizes, broken)
 
 
+def _pace(seconds: Any) -> str:
+    """How fast rounds are, as people say it."""
+    return f"{1 / seconds:.1f} rounds/s" if seconds < 1 else f"{duration(seconds)} per round"
+
+
 def train(
-    options: Options, problem: Problem, learning_rate: float, base: Base | None = None
+    options: Options, problem: Problem, learning_rate: float, base: measure.Base | None = None
 ) -> dict[str, Any]:
     """Run one method, or go on with it, and write its folder; return the summary.
 
@@ -181,17 +151,26 @@ def train(
     the run. Its reason is in the summary, under ``failed``.
     """
     folder, clients, metric = options.out, problem.clients, problem.metric
-    base = measure_base(problem) if base is None else base
+    base = measure.base_of(problem) if base is None else base
     folder.mkdir(parents=True, exist_ok=True)
     alg = algorithm(options, problem, learning_rate)
     size = sum(x.size for x in alg.trainable(problem.params).values())
+    measure.say_how_long(options, problem, alg, base)
     found = _rounds(options, problem, alg, size, base)
     params, traffic, seconds = found.state.params, found.traffic, found.seconds
     problem.save(folder, params)
     traffic.catch_up(clients.names, found.done)  # everybody ends with the model
     after, measured, failed = (np.nan, np.nan), {}, []
     with _failing(failed):
-        after = _evaluate(problem, base.score, params, problem.test)
+        with report.progress() as bar:
+            after, _ = measure.evaluate(problem, base.score, params, "test", bar)
+    with _failing(failed):
+        pairs = zip(problem.answers(problem.params), problem.answers(params), strict=True)
+        answers = [before._asdict() | {"before": before.written, "written": after.written}
+                   for before, after in pairs]  # fmt: skip
+        if answers:
+            report.write_json(folder / "answers.json", answers)
+            console.print(report.answers(methods.title(options.method), answers))
     with _failing(failed):
         whole = problem.measure(params)
         measured = {f"{name}_before": x for name, x in problem.measure(problem.params).items()}
@@ -251,13 +230,16 @@ def _picture_split(options: Options, problem: Problem) -> None:
 
 def _rates(options: Options, learning_rates: dict[str, float]) -> dict[str, float]:
     """Methods to run, each with its peak learning rate."""
-    chosen = list(COMPARED) if options.compare else [options.method]
-    for method in chosen:
+    given = {}
+    if options.learning_rate is not None:
+        given = dict.fromkeys(COMPARED if options.compare else [options.method],
+                              options.learning_rate)  # fmt: skip
+    rates = learning_rates | given
+    for method in options.methods:
         methods.check(method)
-    given = options.learning_rate
-    if given is None and (untuned := [m for m in chosen if m not in learning_rates]):
-        raise ValueError(f"--learning-rate: none was tuned for {untuned[0]} here; give one")
-    return {method: learning_rates[method] if given is None else given for method in chosen}
+        if method not in rates:
+            raise ValueError(f"--learning-rate: none was tuned for {method} here; give one")
+    return {method: rates[method] for method in options.methods}
 
 
 def run(options: Options, problem: Problem, learning_rates: dict[str, float]) -> None:
@@ -281,11 +263,14 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
         if options.mesh:
             meshes.make(*options.mesh)
         report.show_data(problem)
+        for name in methods.not_used(options):
+            title, option = methods.title(options.method), name.replace("_", "-")
+            report.say(f"Note: {title} has its own --{option}; yours is not used", style="yellow")
         made_of = resume.made_of(problem)
         if saved and (other := [k for k, v in made_of.items() if saved.get(k, v) != v]):
             what = resume.MADE_OF[other[0]]
             raise ValueError(f"--resume {options.out}: {what} not what the run began with")
-        base = measure_base(problem)
+        base = measure.base_of(problem)
     summaries = []
     try:
         if saved is None:
@@ -294,10 +279,10 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
             settings.write(options, rates, made_of, saved)
             _picture_split(options, problem)
             for method, rate in rates.items():
-                out = options.out / method if options.compare else options.out
+                out = options.out / method if len(rates) > 1 else options.out
                 own = dataclasses.replace(options, method=method, out=out)
                 summaries.append(train(own, problem, rate, base))
-            if options.compare:
+            if len(rates) > 1:
                 curves = {methods.title(s["method"]): s["rows"] for s in summaries}
                 report.draw(curves, problem.metric, problem.name, options.out / "curve.png")
                 bare = [{k: v for k, v in s.items() if k != "rows"} for s in summaries]
@@ -338,5 +323,5 @@ def main(
     with report.door():
         settings.check(options)
         report.say("Reading data and model ...")
-        problem = build(options)
+        problem = build(options).at_most(options.eval_examples)
     run(options, problem, learning_rates)

@@ -46,7 +46,7 @@ def main(
 
     Args:
       ledger: ledger.sqlite of a run, or the ledger.safetensors that was sent.
-      base: what the run started from: a Hugging Face folder or a .safetensors file.
+      base: what the run started from: a Hugging Face folder, GGUF or .safetensors file.
       out: where to write the fine-tuned one; must not exist.
     """
     try:

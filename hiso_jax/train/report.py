@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from hiso_jax import LedgerError
 from hiso_jax._engine import files
 from hiso_jax.tasks.problem import Problem
+from hiso_jax.train import progress as bars
 from hiso_jax.train.methods import title
 
 MOST = 40
@@ -49,17 +49,9 @@ def door() -> Iterator[None]:
         sys.exit(1)
 
 
-def progress(count: str = "{task.completed}/{task.total}") -> Progress:
-    """A bar that keeps a line of figures beside it."""
-    return Progress(
-        TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(bar_width=20),
-        TextColumn(count),
-        # On a narrow terminal the figures go on on the next line.
-        TextColumn("{task.fields[status]}", markup=False, table_column=Column(overflow="fold")),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def progress(count: str = "{task.completed}/{task.total}") -> Any:
+    """A bar that keeps a line of figures beside it; lines where there is no terminal."""
+    return bars.progress(console, count)
 
 
 def plain(value: Any) -> Any:
@@ -187,6 +179,17 @@ def table(summaries: list[dict[str, Any]]) -> Table:
     }
     for name, cell in lines.items():
         out.add_row(name, *(cell(s) for s in summaries))
+    return out
+
+
+def answers(name: str, rows: list[dict[str, Any]]) -> Table:
+    """What a model wrote before and after."""
+    out = Table(title=escape(f"{name}: what the model writes"), show_lines=True)
+    for column in ("prompt", "wanted", "before", "after"):
+        out.add_column(column, overflow="fold")
+    for row in rows:
+        cells = (row["prompt"], row["wanted"], row["before"], row["written"])
+        out.add_row(*(escape(cell) for cell in cells))
     return out
 
 

@@ -1,8 +1,10 @@
-"""What a comparison says: tables and figures of the rows that `experiments.compare` wrote."""
+"""What a comparison says: tables and figures of the rows that `hiso compare` wrote."""
 
 import dataclasses
 import functools
 import itertools
+import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,30 +14,39 @@ import numpy as np
 from matplotlib import color_sequences
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator, NullFormatter
-from rich.console import Console
 from rich.table import Table
 
-from hiso_jax.train import folders, report
-from hiso_jax.train.folders import Row
+from hiso_jax.train import report
+from hiso_jax.train import rows as files
 from hiso_jax.train.methods import OWN, title
-from hiso_jax.train.settings import renamed
+from hiso_jax.train.rows import Row
+from hiso_jax.train.settings import RENAMED, renamed
 
 TARGET = 0.95
 """Of the baseline's best: where curves are steeper, and so comparisons less noisy."""
 
 
-DEFAULTS_OF_OLD_ROWS = {"upper_directions": 0, "upper_layers": 1}
+DEFAULTS_OF_OLD_ROWS = {"upper_directions": 0, "upper_layers": 1, "eval_examples": 0}
 """Options that rows written before there were any lack."""
+RENAMED_METHODS = {"experiments.methods:hiso_all": "hiso(update_steps=all)"}
+"""Methods that had a name of their own before they took arguments."""
 
 
 def read(path: Path) -> list[Row]:
     """The rows of a comparison, each with all options."""
     if not path.is_file():
         return []
-    found = folders.read(path)
+    found = files.read(path)
     if not all(isinstance(row, dict) and "method" in row for row in found):
-        raise ValueError(f"--rows: {path} is not a file of experiments.compare")
-    return [DEFAULTS_OF_OLD_ROWS | renamed(row) for row in found]
+        raise ValueError(f"--rows: {path} was not written by hiso compare")
+    return [DEFAULTS_OF_OLD_ROWS | _modern(row) for row in found]
+
+
+def _modern(row: Row) -> Row:
+    """A row as it is written today: names of options and methods, and infinity as text."""
+    infinite = [k for k, v in row.items() if isinstance(v, float) and math.isinf(v)]
+    method = RENAMED_METHODS.get(row["method"], row["method"])
+    return renamed(row) | {"method": method} | {name: "inf" for name in infinite}
 
 
 class Curve(NamedTuple):
@@ -80,8 +91,10 @@ def variant(rows: list[Row]) -> Callable[[Row], str]:
         parts = [OWN] * bool(row.get("per_client_directions"))
         if not (upper := row.get("upper_directions")):
             return "".join(parts + other(row, names))
-        layers = "layer" if row["upper_layers"] == 1 else f"{row['upper_layers']} layers"
-        parts.append(f", {upper} of {row['num_perturbations']} in the last {layers}")
+        many = [x if isinstance(x, list) else [x] for x in (upper, row["upper_layers"])]
+        counts, depths = (" and ".join(map(str, x)) for x in many)
+        layers = "layer" if depths == "1" else f"{depths} layers"
+        parts.append(f", {counts} of {row['num_perturbations']} in the last {layers}")
         return "".join(parts + other(row, [n for n in names if n != "num_perturbations"]))
 
     return name
@@ -139,7 +152,7 @@ def _goal(rows: list[Row], by: str) -> str:
     return "loss" if rows[0]["metric"] == "perplexity" else by
 
 
-def _spread(values: np.ndarray, shown: Callable[[float], str]) -> str:
+def spread(values: np.ndarray, shown: Callable[[float], str]) -> str:
     """Mean and standard deviation over seeds, of which one has none."""
     off = f" ± {shown(values.std())}" if len(values) > 1 else ""
     return shown(values.mean()) + off
@@ -177,8 +190,8 @@ def summary(
             title(method),
             at,
             f"{curve.loss:.3f}",
-            _spread(last, shown),
-            _spread(curve.tests, shown),
+            spread(last, shown),
+            spread(curve.tests, shown),
             str(sum(c.diverged for c in every if c.method == method)),
         ]
         own = [c for c in tried if c.method == method]
@@ -208,7 +221,7 @@ def ruled(header: list[str], lines: list[list[str]]) -> Table:
 
 def show(header: list[str], lines: list[list[str]]) -> None:
     """Print a table, and once more as Markdown, for a page."""
-    Console().print(ruled(header, lines))
+    report.console.print(ruled(header, lines))
     for line in (header, ["---"] * len(header), *lines):
         print("| " + " | ".join(line) + " |")
 
@@ -226,7 +239,7 @@ def pivot(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         if curve is None:
             return ""
         last = scale * curve.figures[:, -1]
-        return f"{curve.loss:.3f}, {_spread(last, '{:.1f}'.format)} at {curve.learning_rate:g}"
+        return f"{curve.loss:.3f}, {spread(last, '{:.1f}'.format)} at {curve.learning_rate:g}"
 
     lines = [["", *map(title, methods)]]
     for how in dict.fromkeys(name.partition(", ")[2] for name in best):
@@ -280,9 +293,9 @@ def draw(
 
 def where(rows: list[Row], conditions: tuple[str, ...]) -> list[Row]:
     """The rows whose options have one of the values given, ``name=value,value``."""
-    wanted = [
-        (name, values.split(",")) for name, _, values in (c.partition("=") for c in conditions)
-    ]
+    split = functools.partial(re.split, r",(?![^(]*\))")  # not between a method's arguments
+    pairs = [(name, split(values)) for name, _, values in (c.partition("=") for c in conditions)]
+    wanted = [(RENAMED.get(name, name), values) for name, values in pairs]
     return [row for row in rows if all(str(row.get(name)) in values for name, values in wanted)]
 
 
@@ -291,7 +304,7 @@ class Results:
     """Print the table of a comparison, as Markdown too, and draw its figure."""
 
     rows: tuple[Path, ...] = (Path("runs/compare.jsonl"),)
-    """What `experiments.compare` wrote."""
+    """What `hiso compare` wrote."""
     where: tuple[str, ...] = ()
     """Which rows: task=mnist, alpha=1.0, method=hiso,decomfl; all must be of one task."""
     by: Literal["metric", "loss"] = "metric"

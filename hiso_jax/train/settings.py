@@ -1,6 +1,7 @@
 """The options of every job, and how a run is gone on with by those it was started with."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,9 @@ from hiso_jax import directions
 from hiso_jax._engine import checks
 from hiso_jax.train import report
 from hiso_jax.train.report import console
+
+COMPARED = ("hiso", "decomfl")
+"""Methods that --compare runs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +54,11 @@ class Options:
     """Scalars a local step (P); an update costs P + 1 forward passes."""
     per_client_directions: bool = False
     """Every client has directions of its own: more for the server to average, no more to do."""
-    upper_directions: int = 0
+    upper_directions: tuple[int, ...] = ()
     """Of the scalars of a local step, so many along directions that move the upper layers only,
-    whose passes start from the activations below them."""
-    upper_layers: int = 1
-    """How many layers those are."""
+    whose passes start from the activations below them; several numbers for several depths."""
+    upper_layers: tuple[int, ...] = (1,)
+    """How many layers those are; for several depths the deepest comes first."""
     smoothing: float = 1e-3
     """Finite-difference step (mu)."""
     estimator: Literal["forward", "central"] = "forward"
@@ -65,12 +69,25 @@ class Options:
     """Noise: normal is the paper's, near_normal and rademacher are cheaper."""
     eval_every: int = 25
     """Rounds between evaluations on the dev split."""
+    eval_examples: int = 1000
+    """Examples of dev, and of test, that are measured on at most; 0 for all."""
     snapshot_every: int = 50
     """Rounds between snapshots; a resumed run replays at most as many."""
     mesh: tuple[int, int] | None = None
     """Devices for clients, and for parts of the model: 8 1 has eight with the whole model."""
     distributed: str | None = None
     """Processes that train together: auto (TPU pods, clusters), or host:port,processes,number."""
+
+    def __post_init__(self) -> None:
+        """Take a number where there is one depth; 0 for none."""
+        for name in ("upper_directions", "upper_layers"):
+            if isinstance(value := getattr(self, name), int):
+                object.__setattr__(self, name, (value,) if value else ())
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that are run, one after the other."""
+        return COMPARED if self.compare else (self.method,)
 
 
 RENAMED = {"own_directions": "per_client_directions", "words": "verbalizer"}
@@ -211,7 +228,7 @@ def job_of(options: Options) -> str:
 
 
 COUNTS = ("rounds", "clients_per_round", "batch_size", "local_steps", "num_perturbations",
-          "upper_layers", "eval_every", "snapshot_every")  # fmt: skip
+          "eval_every", "snapshot_every")  # fmt: skip
 
 
 def check(options: Options) -> None:
@@ -228,9 +245,10 @@ def check(options: Options) -> None:
                          f"{clients} clients are more than 2^26 a round")  # fmt: skip
     checks.number("--seed", options.seed, 0, 2**32 - 1)
     checks.number("--dropout", options.dropout, 0, 1)
+    checks.number("--eval-examples", options.eval_examples, 0, 2**31 - 1)
     checks.number("--smoothing", options.smoothing, 1e-30, 1e30)
     checks.number("--decay", options.decay, 0, 1)
-    checks.number("--upper-directions", options.upper_directions, 0, options.num_perturbations)
+    _check_upper(options)
     if options.learning_rate is not None:
         checks.number("--learning-rate", options.learning_rate, 0, 1e38)
     if options.compare and options.method != Options.method:
@@ -241,3 +259,19 @@ def check(options: Options) -> None:
         checks.count("--mesh", size)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out: {options.out} is a file, expected a folder")
+
+
+def _check_upper(options: Options) -> None:
+    """Raise unless as many depths have layers as have directions, the deepest first."""
+    counts, layers = options.upper_directions, options.upper_layers
+    for name, values in (("--upper-directions", counts), ("--upper-layers", layers)):
+        for value in values:
+            checks.count(name, value)
+    if sum(counts) > options.num_perturbations:
+        raise ValueError(f"--upper-directions: expected at most --num-perturbations "
+                         f"{options.num_perturbations} in all, got {counts}")  # fmt: skip
+    if counts and len(counts) != len(layers):
+        raise ValueError(f"--upper-layers: expected {len(counts)}, as many as --upper-directions, "
+                         f"got {layers}")  # fmt: skip
+    if any(below <= above for below, above in itertools.pairwise(layers)):
+        raise ValueError(f"--upper-layers: expected the deepest first, got {layers}")
