@@ -19,7 +19,7 @@ else
   INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
-.PHONY: help finetune llm digits test slow lint parity clean
+.PHONY: help finetune llm digits test slow notebooks lint parity clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -33,11 +33,15 @@ digits: $(VENV)/.train  ## the same in twenty seconds: a small network on handwr
 llm: $(VENV)/.llm  ## fine-tune a language model of 134.5 M parameters like that; ARGS="--help"
 	$(BIN)/hiso llm $(ARGS)
 
-test: $(VENV)/.test  ## run the tests, the docstrings' examples and the notebooks
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --nbmake tests hiso_jax notebooks $(ARGS)
+test: $(VENV)/.test  ## run the tests and the docstrings' examples
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests hiso_jax $(ARGS)
 
-slow: $(VENV)/.test  ## run the tests that take minutes
+slow: $(VENV)/.test  ## run the tests that take minutes, and the notebooks
 	$(BIN)/python -m pytest -q -m slow tests $(ARGS)
+	$(MAKE) notebooks
+
+notebooks: $(VENV)/.test  ## run the notebooks
+	$(BIN)/python -m pytest -q --nbmake notebooks
 
 lint: $(VENV)/.lint  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -49,7 +53,7 @@ parity: $(VENV)/.test  ## install torch, against which the models are checked
 	$(INSTALL) --no-deps accelerate==1.15.0 psutil==7.2.2
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .hypothesis .jax_cache .pytest_cache .ruff_cache
 
 $(VENV)/.train: pyproject.toml
 	@echo "Setting up $(VENV) (about a minute) ..."

@@ -1,7 +1,9 @@
 """Settings for all tests: eight host devices, no silent broadcasting, and programs kept.
 
-Programs are compiled without optimization, which takes a third less time in all; jobs, notebooks
-and `test_portable`'s other programs have all of it, and must reach the same bits.
+Programs are compiled without optimization and without the emitters that a CPU's loops are usually
+written by, which takes half of the time. Jobs, notebooks and `test_portable`'s other programs have
+all of that, one program of every row of `test_programs` has the emitters, and all of them must reach
+the same bits.
 """
 
 import hashlib
@@ -13,13 +15,14 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
 )
 # Most of the time goes into compiling. What a test, a job or a notebook has compiled, the next
 # run of the suite need not compile again; machine code is kept apart by what it was made for.
 cpu = Path("/proc/cpuinfo")
 able = re.search(r"^(?:flags|Features)\s*:.*", cpu.read_text(), re.M) if cpu.exists() else None
 kind = hashlib.sha256((able[0] if able else platform.processor()).encode()).hexdigest()[:8]
-programs = Path(__file__).parents[1] / ".pytest_cache" / f"xla-{kind}"
+programs = Path(__file__).parents[1] / ".jax_cache" / f"xla-{kind}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -183,7 +183,7 @@ class TestExactness:
                     wanted = ledger.records().digests[-1]
                 assert exactness.read(found[name])[-1]["all"] == wanted
 
-    @pytest.mark.slow  # a few of them are in the quick test of the command
+    @pytest.mark.slow  # a few of them are in the next test
     def test_all_is_equal_here(self):
         assert exactness.check_stages()["differ"] == []
         for name in exactness.PROGRAMS:
@@ -239,6 +239,7 @@ def bare(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(place)}
 
 
+@pytest.mark.slow  # two processes, each with processes of its own
 def test_a_few_packages_are_enough_and_a_run_goes_on(tmp_path: Path, bare: dict[str, str]):
     some = ["exactness/stages", "exactness/hiso, normal",
             "overhead/opt-1m-float32-rademacher-2x2x8-K1-P2"]  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 
 from hiso_jax.federation import baselines
 from hiso_jax.train import methods
-from tests.helpers import finish, refuse, start
+from tests.helpers import here, refuse
 
 
 def loss(params: Any, batch: Any) -> jax.Array:
@@ -129,14 +129,14 @@ def test_a_job_with_a_baseline_resumes_to_the_same_weights(tmp_path: Path):
         found = json.loads((cut / "summary.json").read_text())
         return {k: v for k, v in found.items() if "seconds" not in k}
 
-    assert "FedAdam" in finish(start("digits", *options, "--out", str(cut)))
+    assert "FedAdam" in here("digits", *options, "--out", str(cut))
     whole = summary()
     (cut / "snapshots" / "round-00000030.safetensors").unlink()
     lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
     (cut / "metrics.jsonl").write_text("".join(lines[:26]) + '{"broken')
     before = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").unlink()
-    finish(start("digits", "--resume", str(cut)))
+    here("digits", "--resume", str(cut))
     assert (cut / "model.safetensors").read_bytes() == before
     assert summary() == whole
     assert whole["uplink_bytes_per_client"] > 4610 * 4

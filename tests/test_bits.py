@@ -1,4 +1,7 @@
-"""Different programs, the same bits: what replay, catch-up and shipping rest on."""
+"""Some or all of the leaves, sharded or not, in a program or none: the same bits.
+
+Round, advance, replay and digest against one another: `test_programs`.
+"""
 
 from typing import Any
 
@@ -9,21 +12,14 @@ import optax
 import pytest
 
 import hiso_jax as hj
-from tests.helpers import assert_same_bits, bits, odd_loss, odd_tree
+from tests.helpers import assert_same_bits, bits, odd_loss, odd_tree, replay_in_blocks
 
-ROUNDS = 50
+ROUNDS = 6
 
 
-def make(local_steps: int = 1, **options: Any) -> hj.Algorithm:
-    schedule = optax.cosine_decay_schedule(1e-2, ROUNDS + 10)
-    return hj.federated_hiso(
-        odd_loss,
-        schedule,
-        local_steps=local_steps,
-        num_perturbations=5,
-        update_steps="all",
-        **options,
-    )
+def make(**options: Any) -> hj.Algorithm:
+    schedule = optax.cosine_decay_schedule(1e-2, 60)
+    return hj.federated_hiso(odd_loss, schedule, num_perturbations=5, update_steps="all", **options)
 
 
 def batches(round: int, clients: int, steps: int, width: int = 3) -> jax.Array:
@@ -31,55 +27,63 @@ def batches(round: int, clients: int, steps: int, width: int = 3) -> jax.Array:
     return jnp.asarray(rng.normal(size=(clients, steps, width)), jnp.float32)
 
 
-CASES = [
-    pytest.param(("normal", 1), id="normal-K1", marks=pytest.mark.slow),
-    pytest.param(("rademacher", 3), id="rademacher-K3"),
-    pytest.param(("near_normal", 2), id="near_normal-K2", marks=pytest.mark.slow),
-]
+@pytest.fixture(scope="module")
+def run() -> dict[str, Any]:
+    """Fused rounds on all of the odd tree."""
+    return long_run("rademacher", 3, ROUNDS)
 
 
-@pytest.fixture(scope="module", params=CASES)
-def run(request: Any) -> dict[str, Any]:
-    """Fifty fused rounds with a changing number of clients, and their records."""
-    distribution, steps = request.param
-    alg = make(steps, distribution=distribution)
+def long_run(law: str, steps: int, rounds: int, changing: bool = False) -> dict[str, Any]:
+    """Fused rounds, maybe with two shapes of batches that take turns; their records."""
+    alg = make(local_steps=steps, distribution=law)
     start = alg.init(odd_tree(), jax.random.key(1))
     assert sum(x.size for x in jax.tree.leaves(start.params)) > 250_000
-    fused, state, records = jax.jit(alg.round), start, []
-    for round in range(ROUNDS):
-        # Two batch shapes, so two different programs, take turns.
-        clients, width = ((4, 3), (3, 5))[round % 2]
+    fused, state = jax.jit(alg.round), start
+    ledger = hj.Ledger.create(":memory:", alg, start)
+    for round in range(rounds):
+        clients, width = ((2, 3), (3, 5))[round % 2 * changing]
         state, metrics = fused(state, batches(round, clients, steps, width))
-        records.append(metrics.record)
-        if round == 9:
-            tenth = state
+        ledger.append(metrics.record, hj.digest(state), metrics.learning_rate)
     assert bits(state.params) != bits(start.params)
-    return dict(alg=alg, start=start, tenth=tenth, end=state, records=jnp.stack(records))
+    records = jnp.asarray(ledger.records().scalars)
+    return dict(alg=alg, start=start, end=state, records=records, ledger=ledger)
 
 
-def test_advance_alone(run: dict[str, Any]):
+@pytest.mark.slow
+@pytest.mark.parametrize("law, steps", [("normal", 1), ("rademacher", 3), ("near_normal", 2)])
+def test_fifty_rounds(law: str, steps: int):
+    """The rows of `test_programs`, on a larger tree and for longer."""
+    run = long_run(law, steps, 50, changing=True)
     state, advance = run["start"], jax.jit(run["alg"].advance)
     for record in run["records"]:
         state = advance(state, record)
     assert_same_bits(run["end"], state)
+    assert_same_bits(run["end"], jax.jit(run["alg"].replay)(run["start"], run["records"]))
 
 
 def test_scanned_history(run: dict[str, Any]):
     assert_same_bits(run["end"], jax.jit(run["alg"].replay)(run["start"], run["records"]))
 
 
+def test_replay_of_whole_leaves(run: dict[str, Any]):
+    """In the blocks of a large leaf; `test_programs` has those of small ones."""
+    assert_same_bits(run["end"].params, replay_in_blocks(run["ledger"], odd_tree()))
+
+
 def test_without_jit(run: dict[str, Any]):
-    state = plain = run["start"]
+    alg, first = run["alg"], odd_tree()["first"]
+    some = {"first": {n: first[n] for n in ("leaf0", "leaf4", "leaf11")}}  # a pack, and a block
+    state = plain = alg.init(some, jax.random.key(1))
     for record in run["records"][:2]:
-        state = jax.jit(run["alg"].advance)(state, record)
-        plain = run["alg"].advance(plain, record)
+        state = jax.jit(alg.advance)(state, record)
+        plain = alg.advance(plain, record)
     assert_same_bits(state, plain)
 
 
 def test_leaf_by_leaf(run: dict[str, Any]):
-    """A subtree replayed alone reaches the bits it reaches in company."""
+    """A subtree replayed alone reaches the bits it reaches in company, of a pack or of many leaves."""
     alg, params, replay = run["alg"], odd_tree(), jax.jit(run["alg"].replay)
-    for name in list(params["first"])[::3]:
+    for name in ("leaf9", "leaf11"):
         alone = alg.init({"first": {name: params["first"][name]}}, jax.random.key(1))
         end = replay(alone, run["records"])
         assert_same_bits(run["end"].params["first"][name], end.params["first"][name])
@@ -97,33 +101,16 @@ def test_sharded_over_eight_devices(run: dict[str, Any]):
             x, jax.sharding.NamedSharding(mesh, spec("model") if split else spec())
         )
 
-    # Some leaves, which do not depend on the others (above), and ten rounds: these are eight
-    # devices on two cores.
+    # Some leaves, which do not depend on the others (above): these are eight devices on two cores.
     first, names = odd_tree()["first"], ("leaf0", "leaf9", "leaf11", "leaf13", "leaf15")
     some = {"first": {n: place(first[n]) for n in names}}
-    end = jax.jit(run["alg"].replay)(run["alg"].init(some, jax.random.key(1)), run["records"][:10])
+    end = jax.jit(run["alg"].replay)(run["alg"].init(some, jax.random.key(1)), run["records"])
     assert len(end.params["first"]["leaf11"].sharding.device_set) == 8
     assert not end.params["first"]["leaf11"].sharding.is_fully_replicated
     for n in names:
-        assert_same_bits(run["tenth"].params["first"][n], end.params["first"][n])
+        assert_same_bits(run["end"].params["first"][n], end.params["first"][n])
         curvature = f"first/{n}"
-        assert_same_bits(run["tenth"].rule.curvature[curvature], end.rule.curvature[curvature])
-
-
-def test_bfloat16_parameters():
-    """Stochastic rounding comes from the shared key: replay is exact there too."""
-    leaves = odd_tree()["first"]
-    params = {n: leaves[n].astype(jnp.bfloat16) for n in ("leaf0", "leaf3", "leaf11", "leaf12")}
-    loss_fn = lambda p, b: odd_loss(jax.tree.map(lambda x: x.astype(jnp.float32), p), b)  # noqa: E731
-    alg = hj.federated_hiso(loss_fn, 1e-3, local_steps=2, distribution="rademacher")
-    start = state = alg.init(params, jax.random.key(1))
-    fused, records = jax.jit(alg.round), []
-    for round in range(10):
-        state, metrics = fused(state, batches(round, 2, 2))
-        records.append(metrics.record)
-    assert state.params["leaf11"].dtype == jnp.bfloat16
-    assert bits(state.params) != bits(start.params)
-    assert_same_bits(state, jax.jit(alg.replay)(start, jnp.stack(records)))
+        assert_same_bits(run["end"].rule.curvature[curvature], end.rule.curvature[curvature])
 
 
 def test_freezing_a_leaf_changes_no_other():
@@ -143,13 +130,13 @@ def test_freezing_a_leaf_changes_no_other():
 
 
 def test_decay_one_is_decomfl():
-    records = jnp.asarray(np.random.default_rng(0).normal(size=(20, 3, 5)), jnp.float32)
-    hiso = hj.federated_hiso(odd_loss, 1e-2, local_steps=3, decay=1.0)
-    decomfl = hj.decomfl(odd_loss, 1e-2, local_steps=3)
+    records = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 5)), jnp.float32)
+    hiso = hj.federated_hiso(odd_loss, 1e-2, local_steps=2, decay=1.0)
+    decomfl = hj.decomfl(odd_loss, 1e-2, local_steps=2)
     first, small = odd_tree().values()
-    some = {name: first[name] for name in list(first)[::4]}
+    some = {name: first[name] for name in ("leaf4", "leaf8")}
     ends = [jax.jit(a.replay)(a.init(some, jax.random.key(0)), records) for a in (hiso, decomfl)]
     assert_same_bits(ends[0].params, ends[1].params)
-    one = batches(0, 2, 3)
+    one = batches(0, 2, 2)
     probes = [jax.jit(a.probe)(a.init(small, jax.random.key(0)), one) for a in (hiso, decomfl)]
     np.testing.assert_allclose(probes[0], probes[1], rtol=1e-3, atol=1e-3)

@@ -16,25 +16,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, BertConfig, Gemma3TextConfig, LlamaConfig, OPTConfig
 
 from hiso_jax import models
-from tests.test_models import random_folder
+from tests.helpers import LFS, load, random_folder, refused
 
 Tensors = dict[str, Any]
 WIDTH, WORDS = 24, 99  # of random_folder
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 440449768\n"
-
-
-def load(folder: Path, **options: Any) -> models.Model:
-    return models.from_pretrained(folder, progress=False, **options)
-
-
-def refused(folder: Path, text: str, kind: Any = ValueError) -> None:
-    """One line, which names the folder and what is wrong; and nothing is written."""
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(kind, match=text) as caught:
-        load(folder)
-    said = str(caught.value)
-    assert str(folder) in said and "\n" not in said and len(said) < 1000
-    assert sorted(folder.rglob("*")) == before
 
 
 def put(folder: Path, tensors: Tensors, **config: Any) -> Path:

@@ -74,9 +74,11 @@ class Transcription:
             self.h = DECAY * self.h + (1 - DECAY) * (delta**2 + EPSILON)
 
 
-@pytest.mark.parametrize("method, update", [("hiso", "last"), ("hiso", "all"), ("decomfl", "none")])
-@pytest.mark.parametrize("perturbations", [1, 5])
-@pytest.mark.parametrize("steps", [1, 3])
+# Every pair of method, K and P; "last" and "all" differ with K > 1 only.
+@pytest.mark.parametrize("method, update, steps, perturbations", [
+    ("hiso", "last", 1, 1), ("hiso", "last", 3, 5), ("hiso", "all", 3, 1), ("hiso", "all", 1, 5),
+    ("decomfl", "none", 1, 5), ("decomfl", "none", 3, 1),
+])  # fmt: skip
 def test_equals_the_paper(method: str, update: str, steps: int, perturbations: int):
     """Twenty rounds with partial participation, to 1e-5 relative."""
     rng = np.random.default_rng(steps * 10 + perturbations)
@@ -200,7 +202,21 @@ def test_learning_rate_schedule_is_of_the_round():
     assert_same_bits(moved[0][0].params, moved[0][1].params)  # rate 0 in round 1
 
 
-@settings(max_examples=5, deadline=None)
+TREES = {
+    "nothing in it": dict(shapes=[[0], [2, 0, 3]], dtype=jnp.float32, clients=1, steps=1,
+                          perturbations=1, distribution="normal"),
+    "scalars and odd": dict(shapes=[[], [5, 1, 3], [0], []], dtype=jnp.bfloat16, clients=3, steps=2,
+                            perturbations=4, distribution="near_normal"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_odd_trees(name: str):
+    check_tree(**TREES[name])
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=4),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
@@ -209,7 +225,11 @@ def test_learning_rate_schedule_is_of_the_round():
     perturbations=st.integers(1, 4),
     distribution=st.sampled_from(get_args(directions.Distribution)),
 )
-def test_any_tree(
+def test_any_tree(**options: Any):
+    check_tree(**options)
+
+
+def check_tree(
     shapes: Any, dtype: Any, clients: int, steps: int, perturbations: int, distribution: str
 ):
     """Shapes, dtypes and integer leaves survive a round; the record is what moved everything."""

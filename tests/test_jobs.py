@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from hiso_jax.train import digits
-from tests.helpers import assert_same_bits, finish, refuse, start
+from tests.helpers import assert_same_bits, finish, here, refuse, start
 
 SUMMARY = {"method", "rounds", "accuracy_before", "accuracy", "uplink_bytes_per_client",
            "downlink_bytes_per_client", "seconds_per_round", "compile_seconds"}  # fmt: skip
@@ -62,7 +62,7 @@ def test_compare_draws_both(tmp_path: Path):
 def test_divergence_is_said(tmp_path: Path):
     """And seen by scripts: the exit code is 1, and the JSON has no word that is not JSON."""
     options = ("--learning-rate", "1e6", "--rounds", "50", "--out", str(tmp_path))
-    output = finish(start("digits", *options), code=1)
+    output = here("digits", *options, code=1)
     assert "sent NaN or infinite" in output and "of 50 rounds: NaN" in output
     summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["rounds"] < 50 and summary["accuracy"] is None and summary["stopped"]

@@ -6,27 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import BertConfig, LlamaConfig, OPTConfig
+from transformers import OPTConfig
 
 import hiso_jax as hj
 from hiso_jax import directions, models
 from hiso_jax._engine import lazy
-from hiso_jax.algorithm import algorithm
 from hiso_jax.layout import Layout
-from tests.helpers import assert_same_bits, odd_loss, odd_tree
-
-OPT = OPTConfig(vocab_size=640, hidden_size=64, num_hidden_layers=3, ffn_dim=128,
-                num_attention_heads=4, max_position_embeddings=32, word_embed_proj_dim=64)  # fmt: skip
-LLAMA = LlamaConfig(vocab_size=640, hidden_size=64, num_hidden_layers=3, intermediate_size=96,
-                    num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
-BERT = BertConfig(vocab_size=640, hidden_size=64, num_hidden_layers=3, intermediate_size=96,
-                  num_attention_heads=4, max_position_embeddings=32)  # fmt: skip
-
-
-def laid_out(alg: hj.Algorithm, **options: Any) -> hj.Algorithm:
-    """The same algorithm, with leaves cut in another way; what is large, here, is small."""
-    layout = alg.spec.layout._replace(**{"large": 2**11, **options})
-    return algorithm(alg.spec._replace(layout=layout))
+from tests.helpers import assert_same_bits, laid_out, odd_loss, odd_tree, small_config
 
 
 def loss_of(model: models.Model) -> Any:
@@ -40,16 +26,16 @@ def loss_of(model: models.Model) -> Any:
 
 
 @pytest.mark.parametrize(
-    "config,steps,law",
+    "kind,steps,law",
     [
-        pytest.param(OPT, 2, "rademacher", marks=pytest.mark.slow),
-        (BERT, 1, "normal"),
-        pytest.param(OPT, 1, "normal", marks=pytest.mark.slow),
-        pytest.param(LLAMA, 1, "rademacher", marks=pytest.mark.slow),
+        pytest.param("opt", 2, "rademacher", marks=pytest.mark.slow),
+        ("bert", 1, "normal"),
+        pytest.param("opt", 1, "normal", marks=pytest.mark.slow),
+        pytest.param("llama", 1, "rademacher", marks=pytest.mark.slow),
     ],
 )
-def test_scalars_are_those_of_whole_copies(config: Any, steps: int, law: str):
-    model = models.from_config(config, jax.random.key(0))
+def test_scalars_are_those_of_whole_copies(kind: str, steps: int, law: str):
+    model = models.from_config(small_config(kind), jax.random.key(0))
     ids = np.random.default_rng(0).integers(3, 640, (3, steps, 2, 8), dtype=np.int32)
     found = {}
     for late in (False, True):
@@ -108,39 +94,6 @@ def test_a_loss_that_knows_nothing_of_lazy_leaves():
     np.testing.assert_allclose(one, two, atol=1e-2)
     with pytest.raises(AttributeError, match="Lazy"):
         jax.jit(laid_out(hj.decomfl(bad, 0.1, lazy=True)).probe)(state, batches)
-
-
-KINDS = {"blocks": (1024, 1, 1), "packs": (10**9, 10**9, 10**9), "neither": (10**9, 1, 1),
-         "many packs": (2048, 5000, 9000), "layers": (1024, 1, 1)}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "law,steps,dtype,kinds",
-    [
-        ("rademacher", 2, "bfloat16", ("neither", "many packs", "layers")),
-        pytest.param("rademacher", 3, "bfloat16", KINDS, marks=pytest.mark.slow),
-        pytest.param("normal", 1, "float32", KINDS, marks=pytest.mark.slow),
-    ],
-)
-def test_blocks_and_packs_change_no_bit(law: str, steps: int, dtype: str, kinds: Any):
-    leaves = odd_tree()["first"]
-    params = {n: leaves[n].astype(dtype) for n in ("leaf0", "leaf12")}
-    params |= {n: leaves[n] for n in ("leaf1", "leaf3")}  # float32: in packs of their own
-    params["layers"] = leaves["leaf11"].reshape(4, 64, 512).astype(dtype)
-    records = np.random.default_rng(0).normal(size=(2, steps, 4)).astype(np.float32)
-    ends = {}
-    for kind in kinds:
-        block, small, room = KINDS[kind]
-        options: Any = dict(block=block, flat=kind != "layers", small=small, room=room)
-        alg = laid_out(hj.federated_hiso(odd_loss, 0.1, local_steps=steps, num_perturbations=4,
-                                         distribution=law, update_steps="all"), **options)  # fmt: skip
-        laid = alg.spec.layout.lay(params, alg.spec.rule.init(params))
-        assert bool(laid.packs) == ("packs" in kind)
-        cut = [laid.layout.blocks(x.shape)[0] for x in params.values()]
-        assert (max(cut) > 1) == (kind in ("blocks", "many packs", "layers"))
-        ends[kind] = jax.jit(alg.replay)(alg.init(params, jax.random.key(0)), records)
-    for kind in kinds:
-        assert_same_bits(ends["neither"], ends[kind])
 
 
 def test_a_record_of_nan_moves_nothing_in_any_block():

@@ -19,40 +19,7 @@ from hiso_jax import models
 from hiso_jax._engine import trees
 from hiso_jax.models import torchfile
 from hiso_jax.train import finetune
-
-CONFIG = dict(
-    vocab_size=99, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=36,
-    max_position_embeddings=20, type_vocab_size=2, layer_norm_eps=1e-12,
-)  # fmt: skip
-
-
-def random_folder(folder: Path) -> Path:
-    """A Hugging Face folder of a small random BERT, made without torch."""
-    config = BertConfig(**CONFIG)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(config.to_json_string())
-    rng, width, inner = np.random.default_rng(0), 24, 36
-    shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.word_embeddings.weight": (99, width),
-        "embeddings.position_embeddings.weight": (20, width),
-        "embeddings.token_type_embeddings.weight": (2, width),
-        "pooler.dense.weight": (width, width),
-        "pooler.dense.bias": (width,),
-    }
-    norms = ["embeddings.LayerNorm"]
-    for i in range(3):
-        layer = f"encoder.layer.{i}"
-        dense = {f"attention.self.{n}": (width, width) for n in ("query", "key", "value")}
-        dense |= {"attention.output.dense": (width, width), "intermediate.dense": (inner, width),
-                  "output.dense": (width, inner)}  # fmt: skip
-        for name, shape in dense.items():
-            shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
-        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
-    for name in norms:
-        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-    tensors = {n: rng.normal(size=s).astype(np.float32) * 0.3 for n, s in shapes.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+from tests.helpers import random_folder
 
 
 def batch() -> dict[str, np.ndarray]:

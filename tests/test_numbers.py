@@ -14,7 +14,7 @@ import hiso_jax as hj
 from hiso_jax import rules
 from hiso_jax.ledger import digests, replay
 from hiso_jax.models import subsets
-from tests.helpers import assert_same_bits
+from tests.helpers import assert_same_bits, replay_in_blocks
 
 RNG = np.random.default_rng(0)
 WIDE = {  # a pack of float64, and a leaf alone of each type
@@ -34,22 +34,6 @@ def root() -> jax.Array:
     return jax.random.key(0, impl="threefry2x32")
 
 
-def by_blocks(ledger: hj.Ledger, params: Any) -> Any:
-    """The model after a ledger, part by part."""
-    parts = replay.Replay(ledger)
-    flat = {name: np.asarray(x).reshape(-1) for name, x in params.items()}
-    cuts = {name: ((0, x[:17]), (17, x[17:])) for name, x in flat.items()}
-    for name, own in cuts.items():
-        for place, x in own:
-            parts.read(name, place, x)
-    parts.check_base()
-    moved = {n: np.concatenate([parts.advance(n, *part) for part in own]) for n, own in cuts.items()
-             if parts.leaves[n].size > 17}  # fmt: skip
-    moved |= {n: parts.advance(n, 0, x) for n, x in flat.items() if n not in moved}
-    assert parts.digest == parts.wanted
-    return {name: x.reshape(params[name].shape) for name, x in moved.items()}
-
-
 def test_float64_reaches_the_same_bits_everywhere():
     """A round, advance, replay, block by block: with leaves of three types side by side."""
     with jax.enable_x64(True):
@@ -63,7 +47,7 @@ def test_float64_reaches_the_same_bits_everywhere():
                 ledger.append(metrics.record, hj.digest(state))
                 records.append(metrics.record)
                 alone = advance(alone, metrics.record)
-            blocks = by_blocks(ledger, start.params)
+            blocks = replay_in_blocks(ledger, start.params, most=17)
         assert {n: x.dtype for n, x in state.params.items()} == {
             n: x.dtype for n, x in WIDE.items()
         }
@@ -209,10 +193,16 @@ def expected() -> list[str]:
     return what_comes_out()
 
 
-# Three at once in the quick tests; each by itself, and every operation by itself, in the slow ones.
+# Several at once in the quick tests; each by itself, and every operation by itself, in the slow ones.
 GROUPS = [
-    ("enable_x64", "numpy_dtype_promotion", "numpy_rank_promotion"),
-    ("threefry_partitionable", "default_prng_impl", "default_matmul_precision"),
+    (
+        "enable_x64",
+        "numpy_dtype_promotion",
+        "numpy_rank_promotion",
+        "threefry_partitionable",
+        "default_prng_impl",
+        "default_matmul_precision",
+    ),
     ("debug_nans", "debug_infs", "enable_checks"),
 ]
 ALONE = [pytest.param((flag,), marks=pytest.mark.slow) for flag in FLAGS]

@@ -12,8 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from hiso_jax import models
 from hiso_jax._engine import trees
-from tests.test_checkpoints import LFS, load, refused
-from tests.test_models import random_folder
+from tests.helpers import LFS, load, random_folder, refused
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity': pip install torch==2.13.0")
 transformers = pytest.importorskip("transformers")
@@ -82,8 +81,9 @@ def long(inputs: dict[str, np.ndarray]) -> dict[str, Any]:
     return {k: torch.tensor(v).long() for k, v in inputs.items()}
 
 
-def difference(model: Any, wanted: Any, inputs: dict[str, np.ndarray]) -> float:
-    got = np.asarray(jax.jit(model.apply)(model.params, **inputs))
+def difference(model: Any, wanted: Any, inputs: dict[str, np.ndarray], apply: Any = None) -> float:
+    apply = jax.jit(model.apply) if apply is None else apply
+    got = np.asarray(apply(model.params, **inputs))
     assert got.shape == wanted.shape
     return float(np.abs((got - wanted.numpy()) * inputs["attention_mask"][..., None]).max())
 
@@ -97,12 +97,13 @@ LIKE = ("Llama, tied", "Qwen2")  # other cases have all of theirs
 def test_decoder(name: str, tmp_path: Path):
     theirs = reference(CASES[name], tmp_path / "in")
     ours = models.from_pretrained(tmp_path / "in")
+    apply = jax.jit(ours.apply)
     for side in ("left", "right"):
         inputs = batch(side)
         with torch.no_grad():
             wanted = theirs(**long(inputs)).logits
         assert wanted.std() > 0.1
-        found = difference(ours, wanted, inputs)
+        found = difference(ours, wanted, inputs, apply)
         print(f"{name}, padded {side}: {found:.1e} of logits up to {wanted.abs().max():.1f}")
         assert found < 1e-5
 

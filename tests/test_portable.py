@@ -21,6 +21,7 @@ from hiso_jax import directions
 from hiso_jax._engine import exact, trees
 from hiso_jax.federation import server
 from hiso_jax.ledger import digests
+from tests.helpers import CONTROL, CORRECT, equations
 
 DATA = Path(__file__).parent / "data"
 ROUNDS, SHAPES = 30, [(33, 65), (129,), (4, 31, 17), (), (0, 3)]
@@ -80,31 +81,6 @@ def test_other_programs(name: str):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [word for case in CASES for word in (case, "equal", "bits")]
-
-
-CORRECT = {  # integers, choices and copies; and the float operations that IEEE 754 rounds
-    "add", "sub", "mul", "neg", "abs", "sign", "max", "min", "clamp", "eq", "ne", "lt", "le", "gt",
-    "ge", "and", "or", "xor", "not", "shift_left", "shift_right_logical", "rem", "div",
-    "shift_right_arithmetic", "select_n", "convert_element_type", "bitcast_convert_type", "iota",
-    "is_finite", "reduce_and", "reduce_or", "broadcast_in_dim", "reshape", "squeeze", "slice",
-    "dynamic_slice", "dynamic_update_slice", "gather", "concatenate", "pad", "expand_dims",
-    "transpose", "copy", "stack", "optimization_barrier", "random_wrap", "random_unwrap",
-    "nextafter", "platform_index", "reduce_sum", "stop_gradient",
-    "split", "unstack", "population_count",
-}  # fmt: skip
-CONTROL = {"jit", "pjit", "scan", "while", "cond", "custom_jvp_call", "custom_vjp_call",
-           "closed_call", "core_call", "random_seed"}  # fmt: skip
-
-
-def equations(jaxpr: Any) -> Any:
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else [value]:
-                if hasattr(inner, "jaxpr"):
-                    yield from equations(inner.jaxpr)
-                elif hasattr(inner, "eqns"):
-                    yield from equations(inner)
 
 
 @pytest.mark.parametrize("distribution", get_args(directions.Distribution))

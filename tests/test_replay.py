@@ -12,35 +12,32 @@ import pytest
 from safetensors.flax import load_file, save_file
 
 import hiso_jax as hj
-from hiso_jax import models, rules
+from hiso_jax import models
 from hiso_jax._engine import trees
 from hiso_jax._engine.tensorfile import TensorFile
 from hiso_jax.ledger import replay
 from hiso_jax.train import finetune
-from hiso_jax.train import replay as replay_job
-from tests.helpers import assert_same_bits, finish, odd_loss, odd_tree, refuse, start
+from tests.helpers import (
+    REVIEWS,
+    assert_same_bits,
+    finish,
+    here,
+    odd_loss,
+    odd_tree,
+    refuse,
+    start,
+)
 
-CASES = [
-    ("normal", 1, jnp.float32, "hiso"),
-    ("rademacher", 3, jnp.float32, "hiso"),
-    ("rademacher", 2, jnp.bfloat16, "hiso"),
-    ("near_normal", 2, jnp.float16, "identity"),
-]
 
-
-def make(distribution: str, steps: int, dtype: Any, rule: str) -> tuple[hj.Algorithm, Any]:
+def make() -> tuple[hj.Algorithm, Any]:
     whole = odd_tree()["first"]
     # Empty, scalar, shorter and longer than a block, sizes that 32 does not divide.
-    tree = {f"leaf{n}": whole[f"leaf{n}"].astype(dtype) for n in (0, 1, 3, 6, 8, 9)}
+    tree = {f"leaf{n}": whole[f"leaf{n}"].astype(jnp.bfloat16) for n in (0, 1, 3, 6, 8, 9)}
     params = tree | {"step": jnp.int32(3), "frozen": jnp.ones(77)}
     mask = jax.tree.map(lambda x: True, params) | {"frozen": False}
-    alg = hj.scalar_algorithm(
-        lambda p, b: odd_loss(jax.tree.map(lambda x: x.astype(jnp.float32), p), b),
-        optax.linear_schedule(1e-2, 0, 20),
-        rule=rules.from_config({"rule": rule}),
-        local_steps=steps,
-        distribution=distribution,
-        trainable=mask,
+    schedule = optax.linear_schedule(1e-2, 0, 20)
+    alg = hj.federated_hiso(
+        odd_loss, schedule, local_steps=2, distribution="rademacher", trainable=mask
     )
     return alg, params
 
@@ -57,33 +54,9 @@ def fill(path: Any, alg: hj.Algorithm, params: Any, rounds: int = 10) -> tuple[h
     return ledger, state
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, id=f"{c[0]}-{c[2].__name__}-{c[3]}", marks=[pytest.mark.slow] * (i == 1))
-        for i, c in enumerate(CASES)
-    ],
-)
-def test_any_parts_reach_the_bits_of_advance(case: Any):
-    alg, params = make(*case)
-    ledger, end = fill(":memory:", alg, params)
-    by_parts = replay.Replay(ledger)
-    flat = {n: np.asarray(x).reshape(-1) for n, x in trees.named(params).items()}
-    rng = np.random.default_rng(0)
-    cuts = {n: sorted({0, x.size, *rng.integers(0, x.size + 1, 3).tolist()})
-            for n, x in flat.items()}  # fmt: skip
-    for name, x in flat.items():
-        for a, b in zip(cuts[name], cuts[name][1:], strict=False):
-            by_parts.read(name, a, x[a:b])
-    by_parts.check_base()
-    moved = dict(flat)
-    for name, x in flat.items():
-        if by_parts.leaves[name].trainable and x.size:
-            parts = zip(cuts[name], cuts[name][1:], strict=False)
-            moved[name] = np.concatenate([by_parts.advance(name, a, x[a:b]) for a, b in parts])
-    for name, x in trees.named(end.params).items():
-        assert moved[name].tobytes() == np.asarray(x).tobytes(), name
-    assert by_parts.digest == by_parts.wanted
+def test_parts_of_something_else_are_refused():
+    alg, params = make()
+    by_parts = replay.Replay(hj.Ledger.create(":memory:", alg, alg.init(params, jax.random.key(3))))
     with pytest.raises(ValueError, match="x: expected a flat part of 'frozen' in float32"):
         by_parts.advance("frozen", 0, np.zeros(3))
     with pytest.raises(ValueError, match="name: expected one of"):
@@ -94,7 +67,7 @@ def test_any_parts_reach_the_bits_of_advance(case: Any):
 def shipped(tmp_path_factory: Any) -> dict[str, Any]:
     """A ledger, its compact file and the base on disk."""
     folder = tmp_path_factory.mktemp("shipped")
-    alg, params = make(*CASES[2])
+    alg, params = make()
     ledger, end = fill(folder / "ledger.sqlite", alg, params)
     with ledger:
         ledger.export(folder / "ledger.safetensors")
@@ -102,11 +75,16 @@ def shipped(tmp_path_factory: Any) -> dict[str, Any]:
     return dict(folder=folder, params=params, end=end)
 
 
-@pytest.mark.parametrize("ledger", ["ledger.sqlite", "ledger.safetensors"])
-def test_another_process_proves_the_same_bits(shipped: dict[str, Any], ledger: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    "ledger, processes", [("ledger.sqlite", True), ("ledger.safetensors", False)]
+)
+def test_a_job_proves_the_same_bits(
+    shipped: dict[str, Any], ledger: str, processes: bool, tmp_path: Path
+):
     folder, out = shipped["folder"], tmp_path / "out.safetensors"
     arguments = (str(folder / ledger), str(folder / "base.safetensors"), str(out))
-    assert "equal to the ledger's, bit for bit" in finish(start("replay", *arguments))
+    said = finish(start("replay", *arguments)) if processes else here("replay", *arguments)
+    assert "equal to the ledger's, bit for bit" in said
     assert_same_bits(load_file(out), trees.named(shipped["end"].params))
     assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
     assert "exists; nothing is written over" in refuse("replay", *arguments)
@@ -130,15 +108,27 @@ def test_a_wrong_base_is_refused_and_nothing_is_written(shipped: dict[str, Any],
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_a_run_on_a_hugging_face_folder_is_shipped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    """The main job for three rounds; then base and 1 kB make the same weights again."""
+def test_a_run_on_a_hugging_face_folder_is_shipped(tiny: Path, tmp_path: Path):
+    """A job of three rounds; then base and 1 kB make the same weights again."""
+    reviews, run = tmp_path / "reviews.csv", tmp_path / "run"
+    lines = ["review,mood", *(f"{row['review']},{row['mood']}" for row in REVIEWS)]
+    reviews.write_text("\n".join(lines))
+    here("finetune", "--model", str(tiny), "--data", str(reviews), "--text", "review", "--label",
+         "mood", "--num-clients", "4", "--clients-per-round", "3", "--rounds", "3",
+         "--learning-rate", "3e-3", "--out", str(run))  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["rounds"] == 3 and summary["shipped_bytes"] < 3 * 24 + 4096
+    check_shipping(run, tiny, summary["digest"], tmp_path)
+
+
+@pytest.mark.slow
+def test_the_main_job_is_shipped(tmp_path: Path):
+    """The same with 22.6 million parameters, in a process."""
     try:
         base = finetune.bundled_model()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    run, out = tmp_path / "run", tmp_path / "out"
+    run = tmp_path / "run"
     finish(start("finetune", "--rounds", "3", "--out", str(run)))
     summary = json.loads((run / "summary.json").read_text())
     assert summary["rounds"] == 3 and summary["parameters"] == 22_567_680
@@ -148,9 +138,13 @@ def test_a_run_on_a_hugging_face_folder_is_shipped(
     files = {p.name for p in (run / "model").iterdir()}
     assert files >= {"model.safetensors", "config.json", "labels.safetensors", "tokenizer.json"}
     assert summary["shipped_bytes"] < 3 * 24 + 4096
+    check_shipping(run, base, summary["digest"], tmp_path)
 
-    # The base as a large model comes, in several files.
-    sharded = tmp_path / "base"
+
+def check_shipping(run: Path, base: Path, digest: str, folder: Path) -> None:
+    """The run's weights from its ledger and the base, in however many files that comes."""
+    # As a large model comes, in several files.
+    sharded, out = folder / "base", folder / "out"
     sharded.mkdir()
     (sharded / "config.json").write_bytes((base / "config.json").read_bytes())
     tensors = load_file(base / "model.safetensors")
@@ -161,9 +155,8 @@ def test_a_run_on_a_hugging_face_folder_is_shipped(
         weight_map |= dict.fromkeys(part, f"model-{number}.safetensors")
     index = sharded / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    replay_job.run(run / "ledger.sqlite", sharded, out)
-    output = " ".join(capsys.readouterr().out.split())
-    assert f"digest {summary['digest']}: equal to the ledger's" in output
+    said = here("replay", str(run / "ledger.sqlite"), str(sharded), str(out))
+    assert f"digest {digest}: equal to the ledger's" in said
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     both = [load_file(out / f"model-{number}.safetensors") for number in (0, 1)]
     assert_same_bits(both[0] | both[1], load_file(run / "model" / "model.safetensors"))
@@ -171,13 +164,13 @@ def test_a_run_on_a_hugging_face_folder_is_shipped(
     # One part only, which an index names; and a file of its own beside an index of others.
     for name, named in (("model-1-of-1.safetensors", "model-1-of-1.safetensors"),
                         ("model.safetensors", "gone.safetensors")):  # fmt: skip
-        lone, made = tmp_path / f"base of {name}", tmp_path / f"made of {name}"
+        lone, made = folder / f"base of {name}", folder / f"made of {name}"
         lone.mkdir()
         (lone / "config.json").write_bytes((base / "config.json").read_bytes())
         save_file(tensors, lone / name)
         index = {"weight_map": dict.fromkeys(tensors, named)}
         (lone / "model.safetensors.index.json").write_text(json.dumps(index))
-        replay_job.run(run / "ledger.sqlite", lone, made)
+        here("replay", str(run / "ledger.sqlite"), str(lone), str(made))
         assert (made / "model.safetensors.index.json").exists() == (name == named)
         assert_same_bits(*(models.from_pretrained(f).params for f in (made, run / "model")))
 

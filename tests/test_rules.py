@@ -1,4 +1,4 @@
-"""Every rule: as its paper writes it, in the same bits by every program, rebuilt from its config."""
+"""Every rule: as its paper writes it, rebuilt from its config; the same bits: `test_programs`."""
 
 import functools
 from collections.abc import Callable
@@ -11,9 +11,8 @@ import pytest
 
 import hiso_jax as hj
 from hiso_jax import directions, rules
-from hiso_jax.ledger import pool, replay
-from tests.helpers import assert_same_bits, odd_loss, odd_tree
-from tests.test_portable import CONTROL, CORRECT, equations
+from hiso_jax.ledger import pool
+from tests.helpers import CONTROL, CORRECT, assert_same_bits, equations, odd_loss, odd_tree
 
 P, RATE, SMOOTHING, STEPS = 4, 0.02, 1e-2, 6
 Params = dict[str, np.ndarray]
@@ -149,45 +148,10 @@ def test_as_in_its_paper(name: str):
         np.testing.assert_allclose(ours.params[n], wanted, atol=2e-3, rtol=1e-3)
 
 
-LIKE = {"meazo": "rms", "rms": "fzoo", "momentum": "adam"}  # in what they keep, or less
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE))
-        for name in sorted(rules.RULES.keys() - {"hiso", "identity"})
-    ],
-)
-def test_same_bits(name: str):
-    """Fused round, scanned history and replay in blocks; the config makes the rule again."""
+@pytest.mark.parametrize("name", rules.RULES)
+def test_a_config_makes_the_rule_again(name: str):
     rule = rules.RULES[name]()
     assert rules.from_config(rule.config or {}).config == rule.config
-    first = odd_tree()["first"]
-    params = {n: first[n] for n in ("leaf0", "leaf3", "leaf6", "leaf9")}
-    alg = hj.scalar_algorithm(
-        odd_loss, 1e-2, rule=rule, local_steps=2, distribution="rademacher",
-        estimator="three_point" if rule.second else "forward",
-    )  # fmt: skip
-    start = state = alg.init(params, jax.random.key(1))
-    round, records = jax.jit(alg.round), []
-    with hj.Ledger.create(":memory:", alg, start) as written:
-        for i in range(5):
-            batches = jnp.asarray(np.random.default_rng(i).normal(size=(3, 2, 4)), jnp.float32)
-            state, metrics = round(state, batches)
-            records.append(metrics.record)
-            written.append(metrics.record, hj.digest(state), 1e-2)
-        assert_same_bits(state, jax.jit(alg.replay)(start, jnp.stack(records)))
-        blocks = replay.Replay(written)
-    for n, x in params.items():
-        blocks.read(n, 0, np.asarray(x).ravel())
-    blocks.check_base()
-    for n, x in params.items():
-        flat = np.asarray(x).ravel()
-        parts = [blocks.advance(n, i, flat[i : i + 9999]) for i in range(0, flat.size, 9999)]
-        if parts:
-            np.testing.assert_array_equal(np.concatenate(parts), state.params[n].ravel())
-    assert blocks.digest == blocks.wanted
 
 
 @pytest.mark.parametrize("name", rules.RULES)
@@ -270,33 +234,21 @@ def test_hizoo_learns_the_curvature_of_a_quadratic():
     assert h[0] < h[1] < h[2]
 
 
-def blocks_replay(blocks: replay.Replay, params: Any) -> None:
-    """Replay leaf by leaf, and find the ledger's digest."""
-    flat = {n: np.asarray(x).ravel() for n, x in hj.trees.named(params).items()}
-    for n, x in flat.items():
-        blocks.read(n, 0, x)
-    for n, x in flat.items():
-        blocks.advance(n, 0, x)
-    assert blocks.digest == blocks.wanted
-
-
 def test_a_pool_s_numbers_are_the_model():
     """Some directions repeat; the sums by direction agree with the replayed model."""
     alg = hj.fedkseed(odd_loss, 1e-2, seed_pool=7, local_steps=2, distribution="rademacher")
     params = odd_tree()["second"]
     start = state = alg.init(params, jax.random.key(1))
-    round = jax.jit(alg.round)
+    advance = jax.jit(alg.advance)
     with hj.Ledger.create(":memory:", alg, start) as written:
         for i in range(6):
-            batches = jnp.asarray(np.random.default_rng(i).normal(size=(3, 2, 4)), jnp.float32)
-            state, metrics = round(state, batches)
-            written.append(metrics.record, hj.digest(state), 1e-2)
+            record = np.random.default_rng(i).normal(size=(2, 5)).astype(np.float32)
+            state = advance(state, record)
+            written.append(record, hj.digest(state), 1e-2)
         weights = pool.accumulate(written)
-        blocks = replay.Replay(written)
     moved = pool.apply(params, start.key, weights, distribution="rademacher")
     for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-    blocks_replay(blocks, params)
     assert len(set(np.asarray(_picks(start.key, 7)))) == 7
 
 
@@ -329,8 +281,8 @@ def test_a_client_s_own_directions_are_its_part_of_the_record():
     assert scalars.shape == (3, 1, 2)
     for c in range(3):
         np.testing.assert_allclose(scalars[c], every[c, :, 2 * c : 2 * c + 2], rtol=1e-4, atol=1e-4)
-        alone = jax.jit(functools.partial(own.probe, place=c))(start, batches[c : c + 1])
-        np.testing.assert_allclose(alone[0], scalars[c], rtol=1e-4, atol=1e-4)
+    alone = jax.jit(functools.partial(own.probe, place=1))(start, batches[1:2])
+    np.testing.assert_allclose(alone[0], scalars[1], rtol=1e-4, atol=1e-4)
     weights = np.array([1.0, 0.0, 3.0], np.float32)
     record = np.asarray(own.aggregate(scalars, weights))
     assert record.shape == (1, 6)
@@ -339,30 +291,6 @@ def test_a_client_s_own_directions_are_its_part_of_the_record():
     np.testing.assert_allclose(record[0, 4:], 2.25 * scalars[2, 0], rtol=1e-6)
     ends = [jax.jit(a.advance)(start, record) for a in (own, wide)]
     assert_same_bits(*ends)
-
-
-@pytest.mark.slow  # with upper directions too, in `test_upper`
-@pytest.mark.parametrize("steps, rule", [(1, "hizoo"), (2, "rms")])
-def test_own_directions_in_all_programs(steps: int, rule: str):
-    made = rules.RULES[rule]()
-    alg = hj.scalar_algorithm(
-        odd_loss, 1e-2, rule=made, per_client_directions=4, local_steps=steps, num_perturbations=2,
-        estimator="three_point" if made.second else "forward", distribution="rademacher",
-    )  # fmt: skip
-    params = odd_tree()["second"]
-    start = state = alg.init(params, jax.random.key(1))
-    round, records = jax.jit(alg.round), []
-    with hj.Ledger.create(":memory:", alg, start) as written:
-        for i in range(3):
-            size = (4 - i % 2, steps, 4)  # some rounds have fewer clients
-            batches = jnp.asarray(np.random.default_rng(i).normal(size=size), jnp.float32)
-            state, metrics = round(state, batches)
-            records.append(metrics.record)
-            written.append(metrics.record, hj.digest(state), 1e-2)
-        assert records[0].shape == written.shape == (steps, 8 * (2 if made.second else 1))
-        assert_same_bits(state, jax.jit(alg.replay)(start, jnp.stack(records)))
-        blocks = replay.Replay(written)
-    blocks_replay(blocks, params)
 
 
 def test_a_server_keeps_everybody_s_place():

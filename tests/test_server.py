@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import hiso_jax as hj
 from hiso_jax.federation import server
 from hiso_jax.ledger import snapshots
-from tests.helpers import assert_same_bits, quadratic_loss
+from tests.helpers import PROBLEMS, assert_same_bits, quadratic_loss
 
 CLIENTS = ["ann", "bob", "cem", "dia", "eve"]
 ALGORITHM = hj.federated_hiso(
@@ -27,7 +27,7 @@ ALGORITHM = hj.federated_hiso(
 
 
 def fresh() -> hj.State:
-    return ALGORITHM.init({"w": jnp.arange(33.0) / 10}, jax.random.key(4))
+    return ALGORITHM.init(PROBLEMS["quadratic"].params, jax.random.key(4))
 
 
 def scalars_of(name: str, seed: int) -> np.ndarray:

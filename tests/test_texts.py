@@ -17,7 +17,7 @@ from hiso_jax.tasks import data, problem, splits, text
 from hiso_jax.tasks.prompts import TASKS, Task
 from hiso_jax.train import finetune, methods
 from tests.helpers import REVIEWS as ROWS
-from tests.helpers import finish, start
+from tests.helpers import finish, here, start
 
 
 @pytest.fixture(scope="module")
@@ -265,14 +265,14 @@ def test_a_pass_that_starts_at_the_last_layer(tiny: Path, tmp_path: Path):
 def test_a_decoder_is_fine_tuned_shipped_and_loaded(options: Any, tiny: Path, tmp_path: Path):
     """The way of a new user with a checkpoint and a file."""
     reviews, run, out = write(tmp_path / "reviews.csv", ROWS), tmp_path / "run", tmp_path / "out"
-    finish(start(
+    here(
         "finetune", "--model", str(tiny), "--data", str(reviews), *options, "--num-clients", "4",
         "--clients-per-round", "3", "--rounds", "25", "--learning-rate", "3e-3", "--out", str(run),
-    ))  # fmt: skip
+    )  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
     assert summary["rounds"] == 25 and summary["loss"] < summary["loss_before"]
     assert {"split.png", "curve.png", "ledger.safetensors"} <= {p.name for p in run.iterdir()}
-    output = finish(start("replay", str(run / "ledger.safetensors"), str(tiny), str(out)))
+    output = here("replay", str(run / "ledger.safetensors"), str(tiny), str(out))
     assert f"digest {summary['digest']}: equal to the ledger's" in output
     ours = {p.name: p.read_bytes() for p in (run / "model").glob("*.safetensors")}
     assert {p.name: p.read_bytes() for p in out.glob("*.safetensors")} == ours

@@ -8,40 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from transformers import OPTConfig
 
 import hiso_jax as hj
 from experiments import mnist
-from hiso_jax import models, rules, split
+from hiso_jax import models, split
 from hiso_jax._engine import trees
 from hiso_jax.algorithm import algorithm
-from hiso_jax.ledger import replay
 from hiso_jax.models import subsets
 from hiso_jax.train import digits, methods
 from hiso_jax.train.work import multiplications
-from tests.helpers import assert_same_bits, finish, odd_loss, start
-from tests.test_lazy import BERT, LLAMA, OPT, laid_out
-from tests.test_rules import blocks_replay
+from tests.helpers import (
+    PROBLEMS,
+    assert_same_bits,
+    finish,
+    head,
+    laid_out,
+    network_loss,
+    nothing,
+    odd_loss,
+    small_config,
+    start,
+    trunk,
+)
 
-
-def trunk(params: Any, batch: Any) -> Any:
-    return {"kept": jnp.tanh(batch["x"] @ params["w"]), "y": batch["y"]}
-
-
-def head(params: Any, kept: Any) -> jax.Array:
-    return ((kept["kept"] @ params["v"] - kept["y"]) ** 2).mean()
-
-
-def loss(params: Any, batch: Any) -> jax.Array:
-    return head(params, trunk(params, batch))
-
-
-def nothing(params: Any, batch: Any) -> Any:
-    """A trunk that keeps the batch: what is above is all of the model."""
-    return batch
-
-
-PARAMS = {"w": jnp.linspace(-1, 1, 12).reshape(3, 4), "v": jnp.linspace(0, 1, 4)}
+PARAMS = PROBLEMS["network"].params
 RNG = np.random.default_rng(0)
 BATCHES = {
     "x": RNG.normal(size=(2, 1, 8, 3)).astype(np.float32),
@@ -56,15 +46,15 @@ UPPER = hj.Split(trunk, head, {"v": 0}, directions=3)
 def test_scalars_are_those_of_whole_passes(own: int | None, directions: int):
     common: dict[str, Any] = dict(num_perturbations=5, smoothing=1e-2, per_client_directions=own)
     kept = UPPER._replace(directions=directions)
-    same = kept._replace(trunk=nothing, head=loss)  # from the very start
+    same = kept._replace(trunk=nothing, head=network_loss)  # from the very start
     found = []
     for upper in (kept, same):
-        alg = hj.decomfl(loss, 0.1, upper=upper, **common)
+        alg = hj.decomfl(network_loss, 0.1, upper=upper, **common)
         found.append(np.asarray(jax.jit(alg.probe)(alg.init(PARAMS, KEY), BATCHES)))
     assert np.abs(found[0]).min() > 1e-3
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-4)
     # The directions that move all are those of everybody else.
-    plain = hj.decomfl(loss, 0.1, **common)
+    plain = hj.decomfl(network_loss, 0.1, **common)
     every = np.asarray(jax.jit(plain.probe)(plain.init(PARAMS, KEY), BATCHES))
     wholes = 5 - directions
     np.testing.assert_allclose(found[0][..., :wholes], every[..., :wholes], rtol=1e-4, atol=1e-4)
@@ -73,11 +63,11 @@ def test_scalars_are_those_of_whole_passes(own: int | None, directions: int):
 
 def test_the_alias_of_before_goes_on_by_itself():
     """A loss that tells kept activations from a batch."""
-    either = lambda params, batch: (head if "kept" in batch else loss)(params, batch)  # noqa: E731
+    either = lambda params, batch: (head if "kept" in batch else network_loss)(params, batch)  # noqa: E731
     with pytest.warns(DeprecationWarning, match="hj.Split"):
         old = hj.Upper(trunk, {"v": 0}, directions=3)
     found = []
-    for fn, upper in ((either, old), (loss, UPPER)):
+    for fn, upper in ((either, old), (network_loss, UPPER)):
         alg = hj.decomfl(fn, 0.1, num_perturbations=5, upper=upper)
         found.append(jax.jit(alg.probe)(alg.init(PARAMS, KEY), BATCHES))
     assert_same_bits(*found)
@@ -90,9 +80,9 @@ DEEP = {"u": jnp.linspace(-1, 1, 9).reshape(3, 3), **PARAMS}
 def test_several_cuts_in_one_round(steps: int, own: int | None):
     """Two directions of everything, two from the middle, three from the last layer: each moves its own."""
     low = lambda params, batch: batch | {"x": jnp.tanh(batch["x"] @ params["u"])}  # noqa: E731
-    whole = lambda params, batch: loss(params, low(params, batch))  # noqa: E731
+    whole = lambda params, batch: network_loss(params, low(params, batch))  # noqa: E731
     cuts = [
-        hj.Split(low, loss, {"w": 0, "v": 0}, directions=2),
+        hj.Split(low, network_loss, {"w": 0, "v": 0}, directions=2),
         hj.Split(
             lambda params, batch: trunk(params, low(params, batch)), head, {"v": 2}, directions=3
         ),
@@ -101,11 +91,11 @@ def test_several_cuts_in_one_round(steps: int, own: int | None):
                      per_client_directions=own, distribution="rademacher")  # fmt: skip
     begin = alg.init(DEEP, KEY)
     batches = {k: np.repeat(v, steps, 1) for k, v in BATCHES.items()}
-    state, metrics = jax.jit(alg.round)(begin, batches)
+    found = jax.jit(alg.probe)(begin, batches)
     same = [cut._replace(trunk=nothing, head=whole) for cut in cuts]  # by whole passes
     plain = algorithm(alg.spec._replace(estimator=split.estimator(same, 7, 1e-2)))
     scalars = jax.jit(plain.probe)(begin, batches)
-    np.testing.assert_allclose(metrics.scalars, scalars, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found, scalars, rtol=1e-3, atol=1e-3)
     # One direction at a time: what it moves.
     advance = jax.jit(alg.advance)
     for p, moves in enumerate(["uwv"] * 2 + ["wv"] * 2 + ["v"] * 3):
@@ -115,17 +105,10 @@ def test_several_cuts_in_one_round(steps: int, own: int | None):
         moved = {n: np.asarray(after.params[n] != DEEP[n]) for n in DEEP}
         assert {n for n in DEEP if moved[n].any()} == set(moves)
         assert p < 4 or not moved["v"][:2].any()
-    with hj.Ledger.create(":memory:", alg, begin) as written:
-        for _ in range(3):
-            written.append(metrics.record, hj.digest(state), 0.1)
-            last, state = state, advance(state, metrics.record)
-        again = algorithm(hj.Spec.from_header(written.header))  # who has the ledger only
-        assert_same_bits(jax.jit(again.replay)(begin, written.records().scalars), last)
-        blocks_replay(replay.Replay(written), DEEP)
 
 
 def test_only_the_upper_part_moves():
-    alg = hj.decomfl(loss, 0.1, num_perturbations=5, upper=UPPER)
+    alg = hj.decomfl(network_loss, 0.1, num_perturbations=5, upper=UPPER)
     before, advance = alg.init(PARAMS, KEY), jax.jit(alg.advance)
     after = advance(before, jnp.array([[0.0, 0, 1, 1, 1]]))
     assert_same_bits(after.params["w"], before.params["w"])
@@ -148,71 +131,18 @@ def test_everything_in_the_upper_part_is_the_plain_algorithm():
 
 
 @pytest.mark.parametrize(
-    "steps, rule, directions, own",
+    "kind, late",
     [
-        pytest.param(1, "hiso", 2, None, marks=pytest.mark.slow),
-        pytest.param(2, "rms", 3, None, marks=pytest.mark.slow),
-        (2, "rms", 2, 3),
+        pytest.param("opt", True, id="opt-late"),
+        pytest.param("opt", False, id="opt", marks=pytest.mark.slow),
+        pytest.param("llama", True, id="llama-late", marks=pytest.mark.slow),
+        pytest.param("bert", True, id="bert-late", marks=pytest.mark.slow),
+        pytest.param("opt-350m", True, id="opt-350m-late", marks=pytest.mark.slow),
+        pytest.param("bert", False, id="bert", marks=pytest.mark.slow),
     ],
 )
-def test_upper_directions_in_all_programs(steps: int, rule: str, directions: int, own: int | None):
-    """Whole leaves and rows of them, packed ones, several blocks: fused, alone, scanned, in parts."""
-    shapes = {
-        "stack": (4, 300, 240),
-        "packed": (301, 97),
-        "small": (3, 5),
-        "scalar": (),
-        "rest": (7,),
-    }
-    params = {n: jnp.asarray(RNG.normal(size=s), jnp.float32) for n, s in shapes.items()}
-    rows = {"stack": 3, "packed": 17, "small": 2, "scalar": 0}
-    upper = hj.Split(nothing, odd_loss, rows, directions=directions)
-    alg = hj.scalar_algorithm(
-        odd_loss, 1e-2, rule=rules.RULES[rule](), local_steps=steps, num_perturbations=3,
-        distribution="rademacher", upper=upper, per_client_directions=own,
-    )  # fmt: skip
-    begin = state = alg.init(params, jax.random.key(1))
-    round, advance, records = jax.jit(alg.round), jax.jit(alg.advance), []
-    alone = begin
-    with hj.Ledger.create(":memory:", alg, begin) as written:
-        for i in range(4):
-            size = (own or 2, steps, 4)
-            batches = jnp.asarray(np.random.default_rng(i).normal(size=size), jnp.float32)
-            state, metrics = round(state, batches)
-            alone = advance(alone, metrics.record)
-            records.append(metrics.record)
-            written.append(metrics.record, hj.digest(state), 1e-2)
-        assert_same_bits(state, alone)
-        assert_same_bits(state, jax.jit(alg.replay)(begin, jnp.stack(records)))
-        blocks = replay.Replay(written)
-    blocks_replay(blocks, params)
-    moved = jax.tree.map(lambda a, b: np.asarray(a != b), state.params, params)
-    assert moved["stack"][3].mean() > 0.99 and moved["packed"][17:].mean() > 0.99
-    assert moved["stack"][:3].any() == moved["packed"][:17].any() == (directions < 3)
-    assert moved["rest"].any() == (directions < 3)
-
-
-SMALL = dict(
-    vocab_size=640, hidden_size=64, num_hidden_layers=3, ffn_dim=128, num_attention_heads=4
-)
-OPT_350M = OPTConfig(
-    **SMALL, max_position_embeddings=32, word_embed_proj_dim=32, do_layer_norm_before=False
-)
-
-
-@pytest.mark.parametrize(
-    "config, late",
-    [
-        pytest.param(OPT, True, id="opt-late"),
-        pytest.param(OPT, False, id="opt", marks=pytest.mark.slow),
-        pytest.param(LLAMA, True, id="llama-late", marks=pytest.mark.slow),
-        pytest.param(BERT, True, id="bert-late", marks=pytest.mark.slow),
-        pytest.param(OPT_350M, True, id="opt-350m-late", marks=pytest.mark.slow),
-        pytest.param(BERT, False, id="bert", marks=pytest.mark.slow),
-    ],
-)
-def test_the_last_layers_of_a_model(config: Any, late: bool):
-    model = models.from_config(config, jax.random.key(0))
+def test_the_last_layers_of_a_model(kind: str, late: bool):
+    model = models.from_config(small_config(kind), jax.random.key(0))
     ids = np.random.default_rng(0).integers(3, 640, (3, 1, 2, 8), dtype=np.int32)
     mask = np.ones_like(ids)
     mask[:, :, 0, :3] = 0
@@ -223,7 +153,7 @@ def test_the_last_layers_of_a_model(config: Any, late: bool):
     def loss_fn(params: Any, batch: Any, begin: int = 0) -> jax.Array:
         stream = batch["stream"] if begin else None
         x = model.hidden(params, batch["ids"], batch["mask"], stream=stream, begin=begin)[:, -1]
-        if config.model_type == "bert":
+        if kind == "bert":
             return jnp.tanh(x).mean()
         return jax.nn.logsumexp(model.head(params, x, jnp.array([5, 6])), -1).mean()
 
@@ -247,14 +177,16 @@ def test_the_last_layers_of_a_model(config: Any, late: bool):
 
 
 def test_what_lies_above_the_layers():
-    for config, above in (
-        (OPT, "final_layer_norm"), (OPT_350M, "project_out"), (LLAMA, "model/norm"), (LLAMA, "lm_head")
+    for kind, above in (
+        ("opt", "final_layer_norm"), ("opt-350m", "project_out"), ("llama", "model/norm"), ("llama", "lm_head")
     ):  # fmt: skip
-        rows = subsets.upper_rows(models.from_config(config, jax.random.key(0)).params, 2)
+        rows = subsets.upper_rows(
+            models.from_config(small_config(kind), jax.random.key(0)).params, 2
+        )
         assert any(above in n for n, row in rows.items() if row == 0)
         assert not any("embed" in n for n in rows)
     with pytest.raises(ValueError, match="1 to 2 of 3 layers, got 3"):
-        subsets.upper_rows(models.from_config(OPT, jax.random.key(0)).params, 3)
+        subsets.upper_rows(models.from_config(small_config("opt"), jax.random.key(0)).params, 3)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +225,7 @@ def test_the_last_layers_of_a_network(make: Any, layers: int):
 
 
 def test_multiplications_of_attention():
-    model = models.from_config(OPT, jax.random.key(0))
+    model = models.from_config(small_config("opt"), jax.random.key(0))
     ids = jnp.ones((2, 8), jnp.int32)
     count = multiplications(lambda p: model.hidden(p, ids, ids), model.params)
     layer = 2 * 8 * (4 * 64 * 64 + 2 * 64 * 128) + 2 * 2 * 8 * 8 * 64
@@ -313,14 +245,14 @@ def test_multiplications_of_attention():
 )
 def test_bad_upper_parts(upper: hj.Split, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        hj.decomfl(loss, 0.1, upper=upper, **options)
+        hj.decomfl(network_loss, 0.1, upper=upper, **options)
 
 
 def test_an_upper_part_that_is_not_there():
     with pytest.raises(TypeError, match="a Split whose trunk is a function"):
-        hj.decomfl(loss, 0.1, upper=UPPER._replace(trunk=None))  # type: ignore
+        hj.decomfl(network_loss, 0.1, upper=UPPER._replace(trunk=None))  # type: ignore
     for leaves, message in (({"u": 0}, "'u' is none of the trainable"), ({"v": 4}, "has 4 rows")):
-        alg = hj.decomfl(loss, 0.1, upper=UPPER._replace(leaves=leaves))
+        alg = hj.decomfl(network_loss, 0.1, upper=UPPER._replace(leaves=leaves))
         with pytest.raises(ValueError, match=message):
             alg.init(PARAMS, jax.random.key(0))
 

@@ -1,0 +1,163 @@
+"""A job that ends at any boundary of any round goes on to the same bits: crashes in this process.
+
+One compiled program for all of them. Real processes, which are really killed: `test_resume`.
+"""
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hiso_jax as hj
+from hiso_jax.ledger import snapshots
+from hiso_jax.train import digits, folders, job, report
+from tests.helpers import outcome, refuse, rows
+
+ROUNDS, EVERY = 7, 2
+PROBLEM = digits.digits(5)
+OPTIONS: dict[str, Any] = dict(rounds=ROUNDS, clients=5, clients_per_round=2, eval_every=3,
+                               snapshot_every=EVERY, dropout=0.5, method="hiso")  # fmt: skip
+ALGORITHM = job.algorithm(digits.Options(**OPTIONS), PROBLEM, digits.LEARNING_RATES["hiso"])
+
+
+class Crash(BaseException):
+    """What nothing in a job handles."""
+
+
+def run(out: Path, problem: Any = PROBLEM, **options: Any) -> int:
+    """A job in this process; its exit code."""
+    try:
+        job.run(digits.Options(out=out, **OPTIONS | options), problem, digits.LEARNING_RATES)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def go_on(out: Path, problem: Any) -> int:
+    """Begin a run, or go on with it."""
+    return run(out, problem, resume=out if (out / "options.json").exists() else None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_program() -> Iterator[None]:
+    """The same algorithm for all runs, and no pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "algorithm", lambda *_: ALGORITHM)
+        for name in ("draw", "draw_split"):
+            patch.setattr(report, name, lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(one_program: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert run(folder) == 0
+    result = all_of(folder)
+    assert [row["round"] for row in result["rows"]] == list(range(ROUNDS + 1))
+    assert any(row["loss"] is None for row in result["rows"][1:])  # rounds nobody answered
+    return result
+
+
+def all_of(folder: Path) -> dict[str, Any]:
+    return outcome(folder) | {"ledger": (folder / "ledger.safetensors").read_bytes()}
+
+
+def torn(path: Path) -> None:
+    """The end of a file did not reach the disk."""
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+EVERY_ROUND, SNAPSHOTS, END = set(range(ROUNDS)), {2, 4, 6, 7}, {ROUNDS}
+# Name -> what is called there, the rounds it is called in, and what is done before the crash.
+POINTS: dict[str, tuple[str, set[int], Callable[[Path, Callable[[], Any]], Any]]] = {
+    "row written": ("append", EVERY_ROUND, lambda out, real: None),
+    "row torn": ("append", EVERY_ROUND, lambda out, real: torn(out / "metrics.jsonl")),
+    "record appended": ("append", EVERY_ROUND, lambda out, real: real()),
+    "before a snapshot": ("snapshot", SNAPSHOTS, lambda out, real: None),
+    "snapshot torn": ("snapshot", SNAPSHOTS, lambda out, real: torn(real())),
+    "after a snapshot": ("snapshot", SNAPSHOTS, lambda out, real: real()),
+    "before the compact ledger": ("export", END, lambda out, real: None),
+    "compact ledger torn": (
+        "export",
+        END,
+        lambda out, real: (real(), torn(out / "ledger.safetensors")),
+    ),
+    "before the weights": ("weights", END, lambda out, real: None),
+    "weights torn": ("weights", END, lambda out, real: (real(), torn(out / "model.safetensors"))),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_crash_at_any_point_of_any_round(
+    point: str, tmp_path: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """There in every round in turn: it goes on, and crashes in the next one, until none is left."""
+    name, wanted, what = POINTS[point]
+    seen: set[int] = set()
+
+    def crashing(real: Callable[..., Any], round_of: Callable[..., int]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            if (round := round_of(*given)) in seen:
+                return real(*given)
+            seen.add(round)
+            what(tmp_path, lambda: real(*given))
+            raise Crash
+
+        return call
+
+    problem = PROBLEM
+    if name == "snapshot":
+        save = crashing(snapshots.save, lambda folder, alg, state: int(state.round))
+        monkeypatch.setattr(snapshots, "save", save)
+    elif name == "weights":
+        problem = PROBLEM._replace(save=crashing(PROBLEM.save, lambda *_: ROUNDS))
+    else:
+        call = crashing(getattr(hj.Ledger, name), lambda ledger, *_: ledger.rounds)
+        monkeypatch.setattr(hj.Ledger, name, call)
+    for _ in wanted:
+        with pytest.raises(Crash):
+            go_on(tmp_path, problem)
+    assert seen == wanted
+    for _ in range(2):  # once more changes nothing
+        assert go_on(tmp_path, problem) == 0
+        assert all_of(tmp_path) == undisturbed
+    assert not list(tmp_path.glob("*.sqlite-*"))
+
+
+def test_a_run_under_way_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "run"
+    assert run(out, rounds=1) == 0
+    with folders.alone(out):
+        for options in (dict(resume=out), {}):
+            assert run(out, **options) == 1
+            assert "another process is running there" in " ".join(capsys.readouterr().out.split())
+    assert [p.name for p in tmp_path.iterdir()] == ["run"] and len(rows(out)) == 2
+
+
+def test_nothing_is_written_over_and_bad_resumes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    assert run(out, rounds=2) == 0
+    first = (out / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert run(out, rounds=3) == 0
+    assert "is now in" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "run.1" / "model.safetensors").read_bytes() == first
+    assert len(rows(out)) == 4 and list((tmp_path / "run.1/snapshots").iterdir())
+    with sqlite3.connect(out / "ledger.sqlite") as connection:
+        connection.execute("UPDATE records SET learning_rate = 1.0 WHERE round = 1")
+    connection.close()
+    bad = [
+        (("digits", "--resume", str(tmp_path / "no")), "no run to resume"),
+        (("digits", "--resume", str(out), "--rounds", "9"), "--rounds cannot be given with it"),
+        (("finetune", "--resume", str(out)), "is a run of experiments.digits"),
+    ]
+    for arguments, message in bad:
+        output = refuse(*arguments)
+        assert message in output and "exit 1" in output
+    assert run(out, resume=out) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the record of round 1: it is not as it was written" in said
