@@ -10,12 +10,17 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hiso_jax import estimators
 from hiso_jax._engine import checks
+from hiso_jax._engine.shapes import Array, ArrayLike, Bool, Float, Real
+
+Function = Callable[[Float[Array, "C K P"], Float[Array, "C"]], Float[Array, "K S"]]
+"""(scalars, weights) -> record."""
+Weights = Real[ArrayLike, "C"] | None
+"""Of clients; None: all are 1."""
 
 
 # No tuple, since jax.jit takes a weak reference to what it compiles, and a tuple has none.
@@ -28,23 +33,24 @@ class Aggregator:
       config: what a ledger writes down, ``"trimmed_mean(0.1)"``; None if it has no name.
     """
 
-    function: Callable[[jax.Array, jax.Array], jax.Array]
+    function: Function
     config: str | None
 
-    def __call__(self, scalars: jax.Array, weights: jax.Array) -> jax.Array:
+    def __call__(
+        self, scalars: Float[Array, "C K P"], weights: Float[Array, "C"]
+    ) -> Float[Array, "K S"]:
         """The record."""
         return self.function(scalars, weights)
 
 
-def named(aggregator: Any) -> Aggregator:
+def named(aggregator: Aggregator | Function) -> Aggregator:
     """Return an aggregator as it is, a function under its own name."""
     if isinstance(aggregator, Aggregator):
         return aggregator
     if not callable(aggregator):
         raise TypeError(f"aggregator: expected a function (scalars, weights) -> record, got "
                         f"{aggregator!r}")  # fmt: skip
-    function: Any = aggregator
-    return Aggregator(function, estimators.called(aggregator))
+    return Aggregator(aggregator, estimators.called(aggregator))
 
 
 def mean() -> Aggregator:
@@ -57,7 +63,9 @@ def mean() -> Aggregator:
       2.0
     """
 
-    def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
+    def aggregate(
+        scalars: Float[Array, "C K P"], weights: Float[Array, "C"]
+    ) -> Float[Array, "K P"]:
         return jnp.einsum("c,ckp->kp", weights / weights.sum(), scalars)
 
     return Aggregator(aggregate, "mean()")
@@ -81,21 +89,25 @@ def concatenate(clients: int, outputs: int = 1) -> Aggregator:
       [[1.0, 2.0, 3.0, 4.0]]
     """
 
-    def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
+    def aggregate(
+        scalars: Float[Array, "C K P"], weights: Float[Array, "C"]
+    ) -> Float[Array, "K S"]:
         count, steps, width = scalars.shape
         if count > clients:
             raise ValueError(
                 f"scalars: expected at most per_client_directions={clients} clients, got {count}"
             )
         shares = clients * weights / weights.sum()
-        each = jnp.pad(shares[:, None, None] * scalars, ((0, clients - count), (0, 0), (0, 0)))
-        parts = each.reshape(clients, steps, outputs, width // outputs)
+        shared = jnp.pad(shares[:, None, None] * scalars, ((0, clients - count), (0, 0), (0, 0)))
+        parts = shared.reshape(clients, steps, outputs, width // outputs)
         return jnp.moveaxis(parts, 0, 2).reshape(steps, clients * width)
 
     return Aggregator(aggregate, "side_by_side()")
 
 
-def _sorted(scalars: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sorted(
+    scalars: Float[Array, "C K P"], weights: Float[Array, "C"]
+) -> tuple[Float[Array, "C K P"], Float[Array, "C K P"]]:
     """Sort each of the K x P columns over the clients; absent ones go last."""
     present = jnp.where(weights[:, None, None] > 0, scalars, jnp.inf)
     order = jnp.argsort(present, axis=0)
@@ -106,7 +118,9 @@ def _sorted(scalars: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Arra
 def median() -> Aggregator:
     """Weighted median of every scalar; with equal weights, the ordinary median."""
 
-    def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
+    def aggregate(
+        scalars: Float[Array, "C K P"], weights: Float[Array, "C"]
+    ) -> Float[Array, "K P"]:
         values, sorted_weights = _sorted(scalars, weights)
         below, half = jnp.cumsum(sorted_weights, axis=0), weights.sum() / 2
         low = jnp.argmax(below >= half, axis=0)
@@ -130,13 +144,15 @@ def trimmed_mean(trim: float = 0.1) -> Aggregator:
     if trim == 0.5:
         raise ValueError("trim: expected a number < 0.5, got 0.5, which leaves no client")
 
-    def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
+    def aggregate(
+        scalars: Float[Array, "C K P"], weights: Float[Array, "C"]
+    ) -> Float[Array, "K P"]:
         values, sorted_weights = _sorted(scalars, weights)
         present = (weights > 0).sum()
         cut = jnp.floor(trim * present.astype(jnp.float32)).astype(jnp.int32)
         rank = jnp.arange(scalars.shape[0])[:, None, None]
-        kept = jnp.where((rank >= cut) & (rank < present - cut), sorted_weights, 0)
-        return (kept * values).sum(0) / kept.sum(0)
+        inner = jnp.where((rank >= cut) & (rank < present - cut), sorted_weights, 0)
+        return (inner * values).sum(0) / inner.sum(0)
 
     return Aggregator(aggregate, f"trimmed_mean({trim})")
 
@@ -156,7 +172,9 @@ def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
         checks.count("num_byzantine", num_byzantine)
     checks.count("num_selected", num_selected)
 
-    def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
+    def aggregate(
+        scalars: Float[Array, "C K P"], weights: Float[Array, "C"]
+    ) -> Float[Array, "K P"]:
         clients = scalars.shape[0]
         needed = max(2 * num_byzantine + 3, num_byzantine + num_selected)
         if clients < needed:
@@ -174,8 +192,8 @@ def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
         counted = jnp.arange(clients)[None] < neighbors
         score = jnp.where(absent, jnp.inf, jnp.where(counted, nearest, 0).sum(1))
         rank = jnp.argsort(jnp.argsort(score))
-        kept = jnp.where(rank < num_selected, weights, 0)
-        return jnp.einsum("c,ckp->kp", kept / kept.sum(), scalars)
+        chosen = jnp.where(rank < num_selected, weights, 0)
+        return jnp.einsum("c,ckp->kp", chosen / chosen.sum(), scalars)
 
     return Aggregator(aggregate, f"krum({num_byzantine}, {num_selected})")
 
@@ -198,8 +216,8 @@ class Combine(NamedTuple):
     nonfinite: str = "raise"
 
     def __call__(
-        self, scalars: jax.Array, weights: Any, sent: tuple[int, int]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self, scalars: Array, weights: Weights, sent: tuple[int, int]
+    ) -> tuple[Float[Array, "K S"], Float[Array, "C"], Bool[Array, "C"]]:
         """Return record, effective weights [C] and finite [C] of scalars [C, *sent].
 
         Raises:
@@ -247,8 +265,10 @@ class Combine(NamedTuple):
         return cls(aggregator, config.get("nonfinite", "raise"))
 
 
-def _unknown(name: str) -> Callable[..., Any]:
-    def aggregate(scalars: jax.Array, weights: jax.Array) -> jax.Array:
+def _unknown(name: str) -> Function:
+    def aggregate(
+        scalars: Float[Array, "C K P"], weights: Float[Array, "C"]
+    ) -> Float[Array, "K P"]:
         raise ValueError(f"aggregator: {name!r} is none of {tuple(AGGREGATORS)}; build the "
                          "algorithm with yours to aggregate")  # fmt: skip
 

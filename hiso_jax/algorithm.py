@@ -8,18 +8,20 @@
 a resumed run and a shipped model are all `replay`, the fold of `advance` over records.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from hiso_jax import aggregators, directions, estimators, rules
-from hiso_jax._engine import checks, meshes, trees
+from hiso_jax._engine import checks, meshes, renamed, trees
+from hiso_jax._engine.shapes import Array, ArrayLike, Float, Index, Number, Real, SomeKey
+from hiso_jax._engine.trees import Batch, Params
 from hiso_jax.layout import Laid, Layout
-from hiso_jax.protocol import Algorithm, Metrics, Rate, State
+from hiso_jax.protocol import Algorithm, LossFn, Metrics, Rate, State
+from hiso_jax.steps import Moved
 
 
 class Spec(NamedTuple):
@@ -37,7 +39,7 @@ class Spec(NamedTuple):
       'central'
     """
 
-    loss_fn: Callable[[trees.Params, Any], jax.Array]  # (params, a client's batch) -> loss
+    loss_fn: LossFn  # (params, a client's batch) -> loss
     rate: Rate  # round -> learning rate
     rule: rules.Rule  # scalars and noise -> step
     estimator: estimators.Estimator  # losses -> scalars
@@ -59,9 +61,8 @@ class Spec(NamedTuple):
     @property
     def config(self) -> dict[str, Any]:
         """Every hyper-parameter by name, as data: each choice brings its own."""
-        parts = (self.estimator.config, self.directions.config, self.combine.config)
-        whole = dict(rule=self.rule.config, learning_rate=self.rate.config, local_steps=self.steps)
-        return {name: value for part in (whole, *parts) for name, value in part.items()}
+        mine = dict(rule=self.rule.config, learning_rate=self.rate.config, local_steps=self.steps)
+        return mine | {**self.estimator.config, **self.directions.config, **self.combine.config}
 
     @classmethod
     def from_header(
@@ -70,7 +71,6 @@ class Spec(NamedTuple):
         """Return the algorithm that a ledger's header was written by.
 
         Args:
-          header: of a ledger.
           loss_fn: only needed to evaluate clients.
           rule: of yours, if it is none of `hiso_jax.rules.RULES`.
 
@@ -90,7 +90,7 @@ class Spec(NamedTuple):
         )
 
 
-def init(spec: Spec, params: trees.Params, key: jax.Array) -> State:
+def init(spec: Spec, params: Params, key: SomeKey) -> State:
     """A fresh state: `params` any pytree of arrays, `key` the shared root key."""
     key = directions.as_key(key)
     # Weakly typed leaves (Python numbers) would change type, and recompile, after a round.
@@ -101,53 +101,59 @@ def init(spec: Spec, params: trees.Params, key: jax.Array) -> State:
 
 
 def client(
-    spec: Spec, state: State, laid: Laid, noise: directions.Noise, slot: Any, batches: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Losses [K] and scalars [K, P] of one client's local steps; the steps are forgotten."""
+    spec: Spec, state: State, laid: Laid, noise: directions.Noise, slot: Index, batches: Batch
+) -> tuple[Float[Array, "K"], Float[Array, "K P"]]:
+    """Losses and scalars of one client's local steps; the steps are forgotten."""
     first = spec.directions.first(slot)
-    own = lambda name, k, p, *where: noise(name, k, first + p, *where)  # noqa: E731
+    numbered = lambda name, k, p, *where: noise(name, k, first + p, *where)  # noqa: E731
 
-    def measure(k: Any, params: trees.Params, batch: Any) -> tuple[jax.Array, jax.Array]:
-        direction = laid.direction(spec.rule, own, k)
+    def measure(k: Index, params: Params, batch: Batch) -> estimators.Measured:
+        direction = laid.direction(spec.rule, numbered, k)
         return spec.estimator.scalars(spec.loss_fn, params, batch, direction)
 
     if spec.steps == 1:
         found = measure(0, state.params, jax.tree.map(lambda x: x[0], batches))
         return jax.tree.map(lambda x: x[None], found)
 
-    def step(here: Any, inputs: Any) -> tuple[Any, Any]:
+    def step(before: Moved, inputs: tuple[Array, Batch]) -> tuple[Moved, tuple[Array, Array]]:
         k, batch = inputs
-        loss, scalars = measure(k, laid.tree(here[0]), batch)
+        loss, scalars = measure(k, laid.tree(before[0]), batch)
         more = k < spec.steps - 1  # its last step would be thrown away
-        return laid.step(spec.rule, own, here, k, scalars, rate, more), (loss, scalars)
+        return laid.step(spec.rule, numbered, before, k, scalars, rate, more), (loss, scalars)
 
     rate = spec.rate(state.round)
-    return lax.scan(step, (laid.wide(), laid.rule), (jnp.arange(spec.steps), batches))[1]
+    return jax.lax.scan(step, (laid.wide(), laid.rule), (jnp.arange(spec.steps), batches))[1]
 
 
-def evaluate(spec: Spec, state: State, batches: Any, slot: int = 0) -> tuple[jax.Array, jax.Array]:
-    """Losses [C, K] and scalars [C, K, P] of clients, those that were asked from `slot` on."""
+def evaluate(
+    spec: Spec, state: State, batches: Batch, slot: int = 0
+) -> tuple[Float[Array, "C K"], Float[Array, "C K P"]]:
+    """Losses and scalars of clients, those that were asked from `slot` on."""
     checks.batches(spec.loss_fn, state.params, batches, spec.steps)
     count = len(jax.tree.leaves(batches)[0])
     spec.directions.check_slots(slot, count)
     # Where all stand at the same perturbed parameters, their batches go through one pass.
     together = spec.steps == 1 and spec.directions.clients is None
 
-    def some(state: State, inputs: Any) -> Any:
+    def some(state: State, inputs: tuple[Array, Batch]) -> tuple[Array, Array]:
         laid = spec.layout.lay(state.params, state.rule)
         noise = spec.directions.noise(laid, state.key, state.round, spec.steps)
         one = partial(client, spec, state, laid, noise)
-        return jax.vmap(one)(*inputs) if together else lax.map(lambda own: one(*own), inputs)
+        return jax.vmap(one)(*inputs) if together else jax.lax.map(lambda row: one(*row), inputs)
 
     return meshes.over_clients(some, state, (slot + jnp.arange(count), batches))
 
 
-def aggregate(spec: Spec, scalars: jax.Array, weights: Any = None) -> jax.Array:
+def aggregate(
+    spec: Spec, scalars: Real[ArrayLike, "C K P"], weights: aggregators.Weights = None
+) -> Float[Array, "K S"]:
     """The record of clients' scalars [C, K, P]."""
     return spec.combine(jnp.asarray(scalars, jnp.float32), weights, spec.sent)[0]
 
 
-def advance(spec: Spec, state: State, record: jax.Array, learning_rate: Any = None) -> State:
+def advance(
+    spec: Spec, state: State, record: Real[ArrayLike, "K S"], learning_rate: Number | None = None
+) -> State:
     """The state after a record; one of NaN, a round nobody answered, moves nothing."""
     record = checks.record(record, spec.record)
     rate = spec.rate(state.round) if learning_rate is None else checks.rate(learning_rate)
@@ -157,28 +163,32 @@ def advance(spec: Spec, state: State, record: jax.Array, learning_rate: Any = No
     return State(params, state.key, state.round + 1, rule)
 
 
-def round(spec: Spec, state: State, batches: Any, weights: Any = None) -> tuple[State, Metrics]:
+def round(
+    spec: Spec, state: State, batches: Batch, weights: aggregators.Weights = None
+) -> tuple[State, Metrics]:
     """All of it in one program: what a simulation jits."""
     losses, scalars = evaluate(spec, state, batches)
     record, weights, finite = spec.combine(scalars, weights, spec.sent)
-    record, shares = lax.optimization_barrier(record), weights.astype(losses.dtype)
+    record, shares = jax.lax.optimization_barrier(record), weights.astype(losses.dtype)
     mean = jnp.where(shares > 0, shares * losses.mean(1), 0).sum() / shares.sum()
     metrics = Metrics(mean, losses, scalars, record, spec.rate(state.round), finite)
     return advance(spec, state, record), metrics
 
 
-def replay(spec: Spec, state: State, records: jax.Array, learning_rates: Any = None) -> State:
+def replay(
+    spec: Spec, state: State, records: Real[ArrayLike, "R K S"], learning_rates: Any = None
+) -> State:
     """The fold of `advance`: a client that was away, a crash, a shipped model."""
-    records, learning_rates = checks.records(records, learning_rates, spec.record)
     step = lambda state, inputs: (advance(spec, state, *inputs), None)  # noqa: E731
-    return lax.scan(step, state, (records, learning_rates))[0]
+    return jax.lax.scan(step, state, checks.records(records, learning_rates, spec.record))[0]
 
 
 def algorithm(spec: Spec) -> Algorithm:
     """The functions of a spec, as they are handed on."""
+    probe = lambda state, batches, slot=0: evaluate(spec, state, batches, slot)[1]  # noqa: E731
     return Algorithm(
         init=partial(init, spec),
-        probe=lambda state, batches, place=0: evaluate(spec, state, batches, place)[1],
+        probe=renamed.arguments(place="slot")(probe),
         aggregate=partial(aggregate, spec),
         advance=partial(advance, spec),
         round=partial(round, spec),

@@ -20,7 +20,7 @@ def scalar_algorithm(
     *,
     rule: rules.Rule,
     estimator: str | estimators.Difference = "forward",
-    aggregator: Any = None,
+    aggregator: aggregators.Aggregator | aggregators.Function | None = None,
     local_steps: int = 1,
     num_perturbations: int = 5,
     smoothing: float = 1e-3,
@@ -131,20 +131,20 @@ def scalar_algorithm(
     ))  # fmt: skip
 
 
-def _with(name: str, options: Any, **own: Any) -> Any:
+def _with(name: str, options: Any, **fixed: Any) -> Any:
     """Options with those that make a method what it is.
 
     Raises:
       ValueError: one of them is given as something else.
     """
-    for option, value in own.items():
+    for option, value in fixed.items():
         given = options.get(option, value)
         if option == "estimator":
             given = estimators.name_of(given)
         if given != value:
             raise ValueError(f"{option}: {name} has {value!r}, got {given!r}; for another there is "
                              "hiso_jax.scalar_algorithm")  # fmt: skip
-    return options | own
+    return options | fixed
 
 
 def federated_hiso(

@@ -24,9 +24,10 @@ from hiso_jax._engine.prng import (  # noqa: F401  # all that is drawn with, und
     words,
     words_of,
 )
+from hiso_jax._engine.shapes import Array, Float, Index, Key, Number, Shape, Start, UInt32
 from hiso_jax._engine.still import Still
 
-Noise = Callable[[str, Any, Any, tuple[int, ...], Any], jax.Array]
+Noise = Callable[[str, Index, Index, Shape, Start], Float[Array, "..."]]
 """(leaf or pack, local step, direction, shape, number of the first element) -> u."""
 
 # Step number of the stream that rounds narrow floats; no run has this many local steps.
@@ -34,7 +35,7 @@ _ROUNDING = 2**32 - 1
 _POOL = 2**32 - 2
 
 
-def as_key(key: Any) -> jax.Array:
+def as_key(key: Any) -> Key[Array, ""]:
     """Return a typed threefry key from a typed key or an old-style uint32 key of shape [2].
 
     Raises:
@@ -61,8 +62,8 @@ def as_key(key: Any) -> jax.Array:
 
 
 def direction_key(
-    key: jax.Array, round: Any, step: Any, perturbation: Any, pool: int | None = None
-) -> jax.Array:
+    key: Key[Array, ""], round: Index, step: Index, perturbation: Index, pool: int | None = None
+) -> Key[Array, ""]:
     """Key of one direction: the root key with round, local step and perturbation folded in.
 
     With a pool it is the pool's key of the number that `pool_pick` gives.
@@ -74,23 +75,25 @@ def direction_key(
     return key
 
 
-def pool_pick(key: jax.Array, round: Any, step: Any, perturbation: Any, pool: int) -> jax.Array:
+def pool_pick(
+    key: Key[Array, ""], round: Index, step: Index, perturbation: Index, pool: int
+) -> UInt32[Array, ""]:
     """Which of a pool's `pool` directions one is, uint32, uniform but for 1 in 2^32 / pool."""
     return words(direction_key(key, round, step, perturbation), 1, 0)[0] % jnp.uint32(pool)
 
 
-def pool_key(key: jax.Array, number: Any) -> jax.Array:
+def pool_key(key: Key[Array, ""], number: Index) -> Key[Array, ""]:
     """Key of direction `number` of the pool."""
     return fold_in(fold_in(key, _POOL), number)
 
 
-def _leaf_keys(key: jax.Array, names: list[str]) -> jax.Array:
+def _leaf_keys(key: Key[Array, ""], names: Sequence[str]) -> Key[Array, "leaves"]:
     hashes = jnp.asarray([trees.leaf_hash(name) for name in names], jnp.uint32)
     return fold_in(key, hashes)
 
 
 def noise(
-    key: jax.Array, leaves: Mapping[str, Any], distribution: Distribution = "normal"
+    key: Key[Array, ""], leaves: Mapping[str, Any], distribution: Distribution = "normal"
 ) -> trees.Leaves:
     """Draw the noise u of every named leaf.
 
@@ -115,21 +118,19 @@ def noise(
 
 
 def round_keys(
-    key: jax.Array,
-    round: Any,
+    key: Key[Array, ""],
+    round: Index,
     shape: tuple[int, int],
     names: Sequence[str],
     pool: int | None = None,
-) -> jax.Array:
-    """Keys of all noise of a round [K, P, leaves], given the leaves' names."""
+) -> Key[Array, "K P leaves"]:
+    """Keys of all noise of a round, given its shape [K, P] and the leaves' names."""
     step, perturbation = jnp.unravel_index(jnp.arange(math.prod(shape)), shape)
-    each = jax.vmap(lambda k, p: direction_key(key, round, k, p, pool))(step, perturbation)
-    return jax.vmap(lambda own: _leaf_keys(own, list(names)))(each).reshape(*shape, -1)
+    keys = jax.vmap(lambda k, p: direction_key(key, round, k, p, pool))(step, perturbation)
+    return jax.vmap(lambda key: _leaf_keys(key, names))(keys).reshape(*shape, -1)
 
 
-def perturb(
-    params: trees.Params, direction: Mapping[str, Any], scale: jax.typing.ArrayLike
-) -> trees.Params:
+def perturb(params: trees.Params, direction: Mapping[str, Any], scale: Number) -> trees.Params:
     """Return ``params + scale * direction``, each leaf in its own dtype.
 
     Leaves are lazy (`hiso_jax.lazy`) where the direction is.
@@ -144,14 +145,14 @@ def perturb(
     return jax.tree_util.tree_map_with_path(moved, params)
 
 
-def rounding_key(key: jax.Array, round: Any) -> jax.Array:
+def rounding_key(key: Key[Array, ""], round: Index) -> Key[Array, ""]:
     """Key of the stream that rounds narrow floats at the end of a round."""
     return fold_in(fold_in(key, round), _ROUNDING)
 
 
-def rounding_keys(key: jax.Array, round: Any, names: Sequence[str]) -> jax.Array:
-    """Keys of that stream [leaves], given the leaves' names."""
-    return _leaf_keys(rounding_key(key, round), list(names))
+def rounding_keys(key: Key[Array, ""], round: Index, names: Sequence[str]) -> Key[Array, "leaves"]:
+    """Keys of that stream, given the leaves' names."""
+    return _leaf_keys(rounding_key(key, round), names)
 
 
 class Directions(NamedTuple):
@@ -177,11 +178,11 @@ class Directions(NamedTuple):
         """Directions of a local step, of all clients together."""
         return self.per_client * (self.clients or 1)
 
-    def first(self, slot: Any) -> Any:
+    def first(self, slot: Index) -> Index:
         """Number of the first direction of the client in a slot."""
         return 0 if self.clients is None else self.per_client * slot
 
-    def noise(self, laid: Any, key: jax.Array, round: Any, steps: int) -> Noise:
+    def noise(self, laid: Any, key: Key[Array, ""], round: Index, steps: int) -> Noise:
         """The noise of the leaves and packs of a `hiso_jax.layout.Laid`.
 
         Args:
@@ -210,10 +211,10 @@ class Directions(NamedTuple):
     @property
     def config(self) -> dict[str, Any]:
         """As data; options that are not used are left out."""
-        given = {"seed_pool": self.pool, "own_directions": self.clients}
-        given |= {"upper": None if self.still is None else self.still.config}
-        whole = {"num_perturbations": self.per_client, "distribution": self.distribution}
-        return whole | {name: value for name, value in given.items() if value is not None}
+        options = {"seed_pool": self.pool, "own_directions": self.clients}
+        options |= {"upper": None if self.still is None else self.still.config}
+        always = {"num_perturbations": self.per_client, "distribution": self.distribution}
+        return always | {name: value for name, value in options.items() if value is not None}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

@@ -3,19 +3,26 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from hiso_jax import directions
 from hiso_jax._engine import exact, trees
+from hiso_jax._engine.shapes import Array, Float, Index, Number
 
-Loss = Callable[[trees.Params], jax.Array]
+Loss = Callable[[trees.Params], Float[Array, "..."]]
 """Parameters -> loss, any shape: one loss, or one per client."""
-Direction = Callable[[Any], trees.Leaves]
+LossFn = Callable[[trees.Params, trees.Batch], Float[Array, ""]]
+"""(params, batch) -> scalar loss, pure; need not be differentiable."""
+Direction = Callable[[Index], trees.Leaves]
 """Number of a perturbation -> direction z (or noise u)."""
-Difference = Callable[[Loss, trees.Params, Direction, int, Any], tuple[jax.Array, jax.Array]]
+Estimate = tuple[Float[Array, "*losses"], Float[Array, "P *losses"]]
+"""Value and scalars."""
+Difference = Callable[[Loss, trees.Params, Direction, int, Number], Estimate]
 """(loss, params, direction, P, smoothing) -> (value [...], scalars [P, ...]); some give 2 P."""
+Measured = tuple[Float[Array, ""], Float[Array, "P"]]
+"""Value and scalars of one client."""
+Sums = tuple[trees.Leaves, trees.Leaves]
 
 
 class Estimator(NamedTuple):
@@ -27,7 +34,7 @@ class Estimator(NamedTuple):
       config: as data: ``estimator``, None if it has no name, and ``smoothing``.
     """
 
-    scalars: Callable[..., tuple[jax.Array, jax.Array]]
+    scalars: Callable[[LossFn, trees.Params, trees.Batch, Direction], Measured]
     per_direction: int
     config: Mapping[str, Any]
 
@@ -37,9 +44,9 @@ def forward_difference(
     params: trees.Params,
     direction: Direction,
     num_perturbations: int,
-    smoothing: Any,
-    base: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    smoothing: Number,
+    base: Float[Array, "*losses"] | None = None,
+) -> Estimate:
     """Estimate directional derivatives with one base loss and P perturbed ones.
 
     ``scalars[p] = (loss(x + smoothing z_p) - loss(x)) / smoothing`` (HiSo, Eq. 8).
@@ -66,7 +73,7 @@ def forward_difference(
     """
     base = loss(params) if base is None else base
 
-    def scalar(p: jax.Array) -> jax.Array:
+    def scalar(p: Array) -> Array:
         moved = loss(directions.perturb(params, direction(p), smoothing))
         return ((moved - base) / smoothing).astype(jnp.float32)
 
@@ -74,8 +81,12 @@ def forward_difference(
 
 
 def central_difference(
-    loss: Loss, params: trees.Params, direction: Direction, num_perturbations: int, smoothing: Any
-) -> tuple[jax.Array, jax.Array]:
+    loss: Loss,
+    params: trees.Params,
+    direction: Direction,
+    num_perturbations: int,
+    smoothing: Number,
+) -> Estimate:
     """Estimate directional derivatives with P pairs of perturbed losses.
 
     ``scalars[p] = (loss(x + smoothing z_p) - loss(x - smoothing z_p)) / (2 smoothing)``
@@ -85,7 +96,7 @@ def central_difference(
     perturbed losses, since none is taken at x itself.
     """
 
-    def scalar(p: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def scalar(p: Array) -> tuple[Array, Array]:
         z = direction(p)
         up = loss(directions.perturb(params, z, smoothing))
         down = loss(directions.perturb(params, z, -smoothing))
@@ -96,8 +107,12 @@ def central_difference(
 
 
 def three_point(
-    loss: Loss, params: trees.Params, direction: Direction, num_perturbations: int, smoothing: Any
-) -> tuple[jax.Array, jax.Array]:
+    loss: Loss,
+    params: trees.Params,
+    direction: Direction,
+    num_perturbations: int,
+    smoothing: Number,
+) -> Estimate:
     """Estimate first and second directional derivatives (HiZOO, arXiv 2402.15173).
 
     ``scalars[p]`` is the central difference, and ``scalars[P + p] = (loss(x + smoothing z_p) +
@@ -115,7 +130,7 @@ def three_point(
     """
     base = loss(params)
 
-    def pair(p: jax.Array) -> jax.Array:
+    def pair(p: Array) -> Float[Array, "2 *losses"]:
         z = direction(p)
         up = loss(directions.perturb(params, z, smoothing))
         down = loss(directions.perturb(params, z, -smoothing))
@@ -135,7 +150,7 @@ ESTIMATORS: dict[str, Difference] = {
 
 
 def make(
-    estimator: str | Difference, num_perturbations: int, smoothing: Any, second: bool = False
+    estimator: str | Difference, num_perturbations: int, smoothing: Number, second: bool = False
 ) -> Estimator:
     """An estimator along P directions.
 
@@ -152,8 +167,8 @@ def make(
     difference = get(estimator, second)
 
     def scalars(
-        loss_fn: Any, params: trees.Params, batch: Any, direction: Direction
-    ) -> tuple[jax.Array, jax.Array]:
+        loss_fn: LossFn, params: trees.Params, batch: trees.Batch, direction: Direction
+    ) -> Measured:
         # Closed over, since lazy leaves cannot be arguments; an array, since it may be a float.
         loss = lambda x: jnp.asarray(loss_fn(x, batch))  # noqa: E731
         return difference(loss, params, direction, num_perturbations, smoothing)
@@ -182,7 +197,7 @@ def name_of(estimator: str | Difference) -> str | None:
     return estimator if isinstance(estimator, str) else known.get(estimator) or called(estimator)
 
 
-def called(function: Any) -> str | None:
+def called(function: Callable[..., Any]) -> str | None:
     """The name of a function, unless others may have the same: a lambda, one inside of another.
 
     Example:
@@ -228,10 +243,10 @@ def get(estimator: str | Difference, second: bool = False) -> Difference:
 
 
 def reconstruct(
-    scalars: jax.Array,
+    scalars: Float[Array, "P"],
     noise: Direction,
-    like: Mapping[str, jax.Array],
-    seconds: jax.Array | None = None,
+    like: Mapping[str, Array],
+    seconds: Float[Array, "P"] | None = None,
 ) -> Any:
     """Add up noise by its scalars: ``(1/P) sum_p scalars[p] u_p``.
 
@@ -249,23 +264,25 @@ def reconstruct(
       name -> float32 array; with `seconds` a pair of them.
     """
 
-    def weights(scalars: jax.Array) -> jax.Array:
-        own = exact.mul(scalars, jnp.float32(1 / scalars.shape[0]))
+    def weights(scalars: Float[Array, "P"]) -> Float[Array, "P"]:
+        shares = exact.mul(scalars, jnp.float32(1 / scalars.shape[0]))
         # Whatever is multiplied by these stays clear of subnormal numbers.
-        return jnp.where(jnp.abs(own) < 2**-60, 0, own)
+        return jnp.where(jnp.abs(shares) < 2**-60, 0, shares)
 
-    firsts = weights(scalars)
-    each = None if seconds is None else weights(seconds)
+    of_noise = weights(scalars)
+    of_squares = None if seconds is None else weights(seconds)
 
-    def add(p: jax.Array, totals: Any) -> Any:
-        u, (first, second) = noise(p), totals
-        first = {n: first[n] + exact.no_fma(firsts[p] * u[n]) for n in first}
-        if each is not None:
+    def add(p: Array, totals: Sums) -> Sums:
+        u, (sums, squares) = noise(p), totals
+        sums = {n: sums[n] + exact.no_fma(of_noise[p] * u[n]) for n in sums}
+        if of_squares is not None:
             # The square of noise may be tiny, but is then of no weight.
-            second = {n: second[n] + exact.mul(each[p], exact.mul(u[n], u[n])) for n in second}
-        return first, second
+            squares = {
+                n: squares[n] + exact.mul(of_squares[p], exact.mul(u[n], u[n])) for n in squares
+            }
+        return sums, squares
 
     zeros = {n: jnp.zeros(jnp.shape(x), jnp.float32) for n, x in like.items()}
-    start = (zeros, {} if each is None else zeros)
-    first, second = lax.fori_loop(0, scalars.shape[0], add, start)
-    return first if each is None else (first, second)
+    zero = (zeros, {} if of_squares is None else zeros)
+    sums, squares = lax.fori_loop(0, scalars.shape[0], add, zero)
+    return sums if of_squares is None else (sums, squares)

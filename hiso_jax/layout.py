@@ -17,8 +17,15 @@ from jax import lax
 from hiso_jax import directions, estimators, rules, steps
 from hiso_jax._engine import exact, meshes, packing, trees
 from hiso_jax._engine.lazy import Lazy
+from hiso_jax._engine.shapes import Array, Bool, Float, Index, Key, Shape
 from hiso_jax._engine.trees import Leaves
 from hiso_jax.directions import Noise
+from hiso_jax.steps import Moved
+
+Cast = Callable[[str, Array, Index], Array]
+"""(leaf or pack, wide block, number of its first element) -> block in the leaf's dtype."""
+Nodes = list[Any]
+"""Nodes of a rule's state: dicts of leaves, or one array of each, and other arrays."""
 
 
 class Layout(NamedTuple):
@@ -47,7 +54,7 @@ class Layout(NamedTuple):
         """The trainable leaves by name."""
         return trees.select(params, self.trainable)
 
-    def lay(self, params: trees.Params, rule: Any) -> "Laid":
+    def lay(self, params: trees.Params, rule: rules.RuleState) -> "Laid":
         """Cut parameters and the state of a rule."""
         flat = self.flat
         if flat is None:
@@ -64,7 +71,7 @@ class Layout(NamedTuple):
             rule=packing.pack_state(rule, leaves, packs),
         )
 
-    def blocks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def blocks(self, shape: Shape) -> Shape:
         """Shape of the blocks [count, ...] that a leaf is worked on in.
 
         Flat, the largest equal parts that fit; else the layers of a stacked leaf.
@@ -82,7 +89,7 @@ class Layout(NamedTuple):
         block = next(fitting, None)
         return (1, *shape) if block is None else (size // block, block)
 
-    def is_lazy(self, shape: tuple[int, ...]) -> bool:
+    def is_lazy(self, shape: Shape) -> bool:
         """Whether a leaf is large, and has rows that its noise can be drawn from anywhere in."""
         run = math.prod(shape[1:])
         fits = len(shape) > 1 and shape[0] * run >= self.large and run % 32 == 0
@@ -105,10 +112,10 @@ class Laid(NamedTuple):
     layout: Layout
     params: trees.Params
     names: list[str]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Shape]
     packs: packing.Packs
     leaves: Leaves
-    rule: Any
+    rule: rules.RuleState
 
     def wide(self) -> Leaves:
         """The leaves as a client moves them: see `hiso_jax.exact.wide`."""
@@ -120,7 +127,7 @@ class Laid(NamedTuple):
         flat = packing.unpack(leaves, self.packs)
         return trees.merge(self.params, {n: x.astype(like[n].dtype) for n, x in flat.items()})
 
-    def direction(self, rule: rules.Rule, noise: Noise, k: Any) -> estimators.Direction:
+    def direction(self, rule: rules.Rule, noise: Noise, k: Index) -> estimators.Direction:
         """Perturbation -> direction of the unpacked leaves; large ones lazy where they may be.
 
         Args:
@@ -129,17 +136,15 @@ class Laid(NamedTuple):
           k: number of the local step.
         """
         nodes, tree = trees.nodes(self.rule, self.leaves)
-        by_element = [isinstance(node, dict) for node in nodes]
+        each, by_element = _each(nodes), [node for node in nodes if isinstance(node, dict)]
 
-        def leaf(name: str, shape: tuple[int, ...], p: Any) -> Any:
-            def compute(starts: jax.Array, size: tuple[int, ...], parts: Any) -> jax.Array:
-                cut = iter(parts)
-                pairs = zip(nodes, by_element, strict=True)
-                part = tree.unflatten([{name: next(cut)} if per else n for n, per in pairs])
-                return rule.direction(part, {name: noise(name, k, p, size, starts)})[name]
+        def leaf(name: str, shape: Shape, p: Index) -> Any:
+            def compute(starts: Array, size: Shape, parts: tuple[Array, ...]) -> Array:
+                part = iter(parts)
+                state = tree.unflatten(each(lambda _: {name: next(part)}, nodes))
+                return rule.direction(state, {name: noise(name, k, p, size, starts)})[name]
 
-            pairs = zip(nodes, by_element, strict=True)
-            stored = tuple(node[name] for node, per in pairs if per)
+            stored = tuple(node[name] for node in by_element)
             lazy = Lazy(compute, shape, jnp.dtype(jnp.float32), stored)
             return lazy if self.layout.is_lazy(shape) else lazy[...]
 
@@ -148,115 +153,101 @@ class Laid(NamedTuple):
         )
 
     def step(
-        self, rule: rules.Rule, noise: Noise, here: Any, k: Any, scalars: jax.Array, rate: Any,
-        wanted: Any,
-    ) -> tuple[Leaves, Any]:  # fmt: skip
-        """Take local step `k` of a client, which nobody keeps, on leaves and rule state `here`.
+        self, rule: rules.Rule, noise: Noise, before: Moved, k: Index, scalars: Float[Array, "P"],
+        rate: Float[Array, ""], wanted: Bool[Array, ""],
+    ) -> Moved:  # fmt: skip
+        """Take local step `k` of a client, which nobody keeps, from `before` it.
 
         Where it is not `wanted`, nothing is computed. Directions come from the state that entered
         the round; what the step makes of it is kept only if the rule needs that.
         """
-        this = lambda name, _, *where: noise(name, k, *where)  # noqa: E731
-        leaves, state = here
-        record = (scalars[None], jnp.bool_(True))
-        return over_blocks(
-            self.layout, rule, this, leaves, state, record, rate,
-            entered=self.rule, is_last=jnp.zeros(1, bool), wanted=wanted, discard=not rule.carried,
-        )  # fmt: skip
+        of_step = lambda name, _, *where: noise(name, k, *where)  # noqa: E731
+        round = steps.Round(rule, scalars[None], jnp.bool_(True), rate, jnp.zeros(1, bool))
+        return self.over_blocks(round, of_step, before, wanted=wanted)
 
     def advance(
-        self, rule: rules.Rule, noise: Noise, record: jax.Array, rate: Any, key: jax.Array,
-        round: Any,
-    ) -> tuple[trees.Params, Any]:  # fmt: skip
-        """Return parameters and rule state after a record [K, P]; key and round as of a state."""
+        self, rule: rules.Rule, noise: Noise, record: Float[Array, "K P"], rate: Float[Array, ""],
+        key: Key[Array, ""], round: Index,
+    ) -> tuple[trees.Params, rules.RuleState]:  # fmt: skip
+        """Return parameters and rule state after a record; key and round as of a state."""
         keys = directions.rounding_keys(key, round, self.names)
-        leaves, state = over_blocks(
-            self.layout, rule, noise, self.leaves, self.rule, steps.admit(record), rate,
-            cast=packing.rounding(keys, self.names, self.packs, self.leaves),
+        leaves, state = self.over_blocks(
+            steps.admit(rule, record, rate), noise, (self.leaves, self.rule),
+            packing.rounding(keys, self.names, self.packs, self.leaves),
         )  # fmt: skip
         params = trees.merge(self.params, packing.unpack(leaves, self.packs))
         return params, packing.unpack_state(state, leaves, self.packs)
 
+    def over_blocks(
+        self,
+        round: steps.Round,
+        noise: Noise,
+        before: Moved,
+        cast: Cast = lambda name, x, start: x,
+        wanted: Bool[Array, ""] | None = None,
+    ) -> Moved:
+        """`hiso_jax.steps.advance` on all leaves, block by block, in place.
 
-def over_blocks(
-    layout: Layout,
-    rule: rules.Rule,
-    noise: Noise,
-    leaves: Leaves,
-    state: Any,
-    record: tuple[jax.Array, Any],
-    rate: jax.Array,
-    *,
-    entered: Any = None,
-    is_last: Any = None,
-    wanted: Any = None,
-    discard: bool = False,
-    cast: Callable[[str, jax.Array, Any], jax.Array] = lambda name, x, start: x,
-) -> tuple[Leaves, Any]:
-    """`hiso_jax.steps.advance` on all leaves, block by block, in place.
+        Args:
+          round: what moves them.
+          noise: of the leaves and packs.
+          before: leaves, and the rule's state with them.
+          cast: see `Cast`.
+          wanted: None for everybody's step, from the state that entered the round. Else the step
+            is a client's own: if False, nothing is even computed, and if the rule does not need
+            the state afterwards, it is returned as it was and no copy is made.
+        """
+        (leaves, state), rule = before, round.rule
+        nodes, tree = trees.nodes(state, leaves)
+        entered = nodes if wanted is None else trees.nodes(self.rule, leaves)[0]
+        discard = wanted is not None and not rule.carried
+        each, moved, after = _each(nodes), {}, nodes
 
-    Args:
-      layout: with `flat` decided.
-      rule, leaves, state, record, rate, is_last: as of `steps.advance`.
-      noise: of the leaves.
-      entered: the rule's state that entered the round, if that is another.
-      wanted: bool; if False, nothing is even computed.
-      discard: the state is not needed afterwards: it is returned as it was, and no copy is made.
-      cast: (leaf, wide block, number of its first element) -> block in the leaf's dtype.
+        def at(stacked: Nodes, nodes: Nodes, name: str, i: Index) -> rules.RuleState:
+            """The state of block `i`; what is not by element is as it was before any block."""
+            block = lambda _, x: {name: lax.dynamic_index_in_dim(x, i, 0, False)}  # noqa: E731
+            return tree.unflatten(each(block, nodes, stacked))
+
+        def all_blocks(name: str, leaf: Array) -> tuple[Array, Nodes]:
+            shape = self.layout.blocks(leaf.shape)
+            cut = lambda node: node[name].reshape(shape)  # noqa: E731
+            begin, at_start = each(cut, nodes), each(cut, entered)
+
+            def block(i: Array, carry: tuple[Array, Nodes]) -> tuple[Array, Nodes]:
+                x, stacked = carry
+                start = jnp.asarray(i, jnp.uint32) * jnp.uint32(math.prod(shape[1:]))
+                draw = lambda k: lambda p: {name: noise(name, k, p, shape[1:], start)}  # noqa: E731
+                here = at(begin if discard else stacked, nodes, name, i)
+                start_of_round = here if wanted is None else at(at_start, entered, name, i)
+                old = {name: lax.dynamic_index_in_dim(x, i, 0, False)}
+                cast_back = lambda wide: {name: cast(name, wide[name], start)}  # noqa: E731
+                new, later = steps.advance(round, draw, start_of_round, old, here, cast_back)
+                put = lambda y, x: lax.dynamic_update_index_in_dim(x, y[name], i, 0)  # noqa: E731
+                x = put(new, x)
+                return x, stacked if discard else each(put, tree.flatten_up_to(later), stacked)
+
+            count = shape[0] if wanted is None else jnp.where(wanted, shape[0], 0)
+            carry = (leaf.reshape(shape), [] if discard else begin)
+            x, stacked = lax.fori_loop(0, count, block, carry)
+            return x.reshape(leaf.shape), stacked
+
+        for name, leaf in leaves.items():
+            moved[name], stacked = all_blocks(name, leaf)
+            put = lambda x, node, n=name, leaf=leaf: node | {n: x.reshape(leaf.shape)}  # noqa: E731
+            after = after if discard else each(put, stacked, after)
+        return moved, tree.unflatten(after)
+
+
+def _each(nodes: Nodes) -> Callable[..., Nodes]:
+    """Return a map over lists like the nodes of a rule's state (see `hiso_jax.trees.nodes`).
+
+    It applies a function to those that hold numbers by element; for others it takes the first
+    list's as they are.
     """
-    nodes, tree = trees.nodes(state, leaves)
-    first = nodes if entered is None else trees.nodes(entered, leaves)[0]
-    per_element = [isinstance(node, dict) for node in nodes]
-    moved: Leaves = {}
-    after = [dict(node) if per else node for node, per in zip(nodes, per_element, strict=True)]
+    by_element = [isinstance(node, dict) for node in nodes]
 
-    def part(name: str, values: Any) -> Any:
-        """A rule's state of one block of one leaf."""
-        pairs = zip(values, per_element, strict=True)
-        return tree.unflatten([{name: x} if per else x for x, per in pairs])
+    def each(function: Callable[..., Any], *lists: Nodes) -> Nodes:
+        rows = zip(by_element, *lists, strict=True)
+        return [function(*row) if by else row[0] for by, *row in rows]
 
-    def cut(values: Any, name: str, shape: tuple[int, ...]) -> list[Any]:
-        pairs = zip(values, per_element, strict=True)
-        return [node[name].reshape(shape) if per else node for node, per in pairs]
-
-    def at(values: list[Any], whole: list[Any], i: Any) -> list[Any]:
-        """Block `i`; what is not per element is as it was before any block."""
-        triples = zip(values, whole, per_element, strict=True)
-        return [lax.dynamic_index_in_dim(x, i, 0, False) if per else y for x, y, per in triples]
-
-    def all_blocks(name: str, leaf: jax.Array) -> tuple[jax.Array, list[Any]]:
-        shape = layout.blocks(leaf.shape)
-        before, start_of_round = cut(nodes, name, shape), cut(first, name, shape)
-
-        def block(i: Any, carry: Any) -> Any:
-            x, state = carry
-            start = jnp.asarray(i, jnp.uint32) * jnp.uint32(math.prod(shape[1:]))
-
-            def draw(k: Any) -> estimators.Direction:
-                return lambda p: {name: noise(name, k, p, shape[1:], start)}
-
-            own = part(name, at(before if discard else state, nodes, i))
-            then = own if entered is None else part(name, at(start_of_round, first, i))
-            old = {name: lax.dynamic_index_in_dim(x, i, 0, False)}
-            cast_back = lambda wide: {name: cast(name, wide[name], start)}  # noqa: E731
-            new, later = steps.advance(rule, draw, then, old, own, record, rate, cast_back, is_last)
-            put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)  # noqa: E731
-            x = put(x, new[name])
-            if discard:
-                return x, state
-            values = zip(state, tree.flatten_up_to(later), per_element, strict=True)
-            return x, [put(old, new[name]) if per else new for old, new, per in values]
-
-        count = shape[0] if wanted is None else jnp.where(wanted, shape[0], 0)
-        start = (leaf.reshape(shape), [] if discard else before)
-        x, state = lax.fori_loop(0, count, block, start)
-        return x.reshape(leaf.shape), state
-
-    for name, leaf in leaves.items():
-        moved[name], state = all_blocks(name, leaf)
-        for number, value in enumerate(state):
-            if per_element[number]:
-                after[number][name] = value.reshape(leaf.shape)
-            else:
-                after[number] = value
-    return moved, tree.unflatten(after)
+    return each

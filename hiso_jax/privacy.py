@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from hiso_jax._engine import checks, renamed
+from hiso_jax._engine.shapes import Array, ArrayLike, Float, Real, SomeKey
 
 
 def privatize(
-    scalars: jax.Array, key: jax.Array, *, clip: float, noise_multiplier: float
-) -> jax.Array:
+    scalars: Real[ArrayLike, "*C K P"], key: SomeKey, *, clip: float, noise_multiplier: float
+) -> Float[Array, "*C K P"]:
     """Clip clients' scalars and add noise; what comes back may be sent.
 
     A client's scalars s [K, P] become ``s min(1, clip / |s|) + clip noise_multiplier N(0, I)``.
@@ -37,10 +38,10 @@ def privatize(
     if scalars.ndim not in (2, 3):
         raise ValueError(f"scalars: expected [K, P] or [C, K, P], got shape {scalars.shape}")
     norm = jnp.sqrt((scalars**2).sum((-2, -1), keepdims=True))
-    kept = scalars * jnp.minimum(1, clip / jnp.maximum(norm, 1e-30))
+    clipped = scalars * jnp.minimum(1, clip / jnp.maximum(norm, 1e-30))
     # Drawn flat: the same numbers, for a quarter of the compile time.
     noise = jax.random.normal(key, (scalars.size,)).reshape(scalars.shape)
-    return kept + clip * noise_multiplier * noise
+    return clipped + clip * noise_multiplier * noise
 
 
 def epsilon(noise_multiplier: float, rounds: int, delta: float = 1e-5) -> float:
@@ -69,9 +70,9 @@ def epsilon(noise_multiplier: float, rounds: int, delta: float = 1e-5) -> float:
         from dp_accounting import rdp
     except ImportError:
         raise ImportError("epsilon needs dp-accounting: pip install 'hiso-jax[dp]'") from None
-    each = dp_accounting.GaussianDpEvent(noise_multiplier / 2)
+    event = dp_accounting.GaussianDpEvent(noise_multiplier / 2)
     accountant = rdp.RdpAccountant()
-    accountant.compose(dp_accounting.SelfComposedDpEvent(each, rounds))
+    accountant.compose(dp_accounting.SelfComposedDpEvent(event, rounds))
     return float(accountant.get_epsilon(delta))
 
 

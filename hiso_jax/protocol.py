@@ -4,24 +4,22 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self, TypedDict
 
-import jax
 import jax.numpy as jnp
 
-from hiso_jax import aggregators, estimators
+from hiso_jax import aggregators, estimators, rules
 from hiso_jax._engine import exact, renamed, trees
+from hiso_jax._engine.shapes import Array, Bool, Float, Index, Integer, Key
+from hiso_jax.estimators import LossFn as LossFn
 from hiso_jax.split import Split
-
-LossFn = Callable[[trees.Params, Any], jax.Array]
-"""(params, batch) -> scalar loss, pure; need not be differentiable."""
 
 
 class State(NamedTuple):
     """What every party holds; a function of the initial state and the records alone."""
 
     params: trees.Params  # any pytree
-    key: jax.Array  # root PRNG key, never changes
-    round: jax.Array  # shape=(), dtype=int32: rounds advanced so far
-    rule: Any  # the rule's state, float32 leaves by name
+    key: Key[Array, ""]  # root PRNG key, never changes
+    round: Integer[Array, ""]  # int32: rounds advanced so far
+    rule: rules.RuleState  # the rule's state, float32 leaves by name
 
 
 @dataclasses.dataclass(frozen=True)  # what jax.jit may be given is no tuple
@@ -29,12 +27,12 @@ class Rate:
     """The learning rate of a round: a number, or an optax schedule.
 
     Attributes:
-      value: the number or the schedule; None: a schedule that only its values are known of.
+      value: the number or the schedule; None: a schedule of which only the values are known.
     """
 
     value: Any
 
-    def __call__(self, round: jax.Array) -> jax.Array:
+    def __call__(self, round: Index) -> Float[Array, ""]:
         """The learning rate of a round, float32."""
         if self.value is None:
             raise ValueError("learning_rate: needed, since it follows a schedule; got None")
@@ -58,12 +56,12 @@ class Rate:
 class Metrics(NamedTuple):
     """What a simulation may look at after a round. Only `record` exists outside one."""
 
-    loss: jax.Array  # shape=(): mean of `losses` over the clients that count
-    losses: jax.Array  # [C, K] loss of each client at its own parameters; never sent
-    scalars: jax.Array  # [C, K, P] what each client sent
-    record: jax.Array  # [K, P] what everybody applied; NaN if nobody counted
-    learning_rate: jax.Array  # shape=(): what everybody applied it with
-    finite: jax.Array  # [C] bool: the client's scalars are all finite
+    loss: Float[Array, ""]  # mean of `losses` over the clients that count
+    losses: Float[Array, "C K"]  # loss of each client at its own parameters; never sent
+    scalars: Float[Array, "C K P"]  # what each client sent
+    record: Float[Array, "K S"]  # what everybody applied; NaN if nobody counted
+    learning_rate: Float[Array, ""]  # what everybody applied it with
+    finite: Bool[Array, "C"]  # the client's scalars are all finite
 
 
 class Algorithm(NamedTuple):
@@ -71,8 +69,8 @@ class Algorithm(NamedTuple):
 
     Attributes:
       init: ``(params, key) -> State``.
-      probe: ``(state, batches, place=0) -> scalars [C, K, P]``; batch leaves are [C, K, ...].
-        With `per_client_directions` the clients are those that were asked from number `place` on.
+      probe: ``(state, batches, slot=0) -> scalars [C, K, P]``; batch leaves are [C, K, ...].
+        With `per_client_directions` the clients are those that were asked from number `slot` on.
       aggregate: ``(scalars [C, K, P], weights [C] or None) -> record [K, P]``.
       advance: ``(state, record [K, P], learning_rate=None) -> State``. The rate of a schedule
         is itself computed; a party whose schedule might round differently, or that has none,
@@ -87,12 +85,12 @@ class Algorithm(NamedTuple):
     """
 
     init: Callable[..., State]
-    probe: Callable[..., jax.Array]
-    aggregate: Callable[..., jax.Array]
+    probe: Callable[..., Float[Array, "C K P"]]
+    aggregate: Callable[..., Float[Array, "K S"]]
     advance: Callable[..., State]
     round: Callable[..., tuple[State, Metrics]]
     replay: Callable[..., State]
-    learning_rate: Callable[[jax.Array], jax.Array]
+    learning_rate: Callable[[Index], Float[Array, ""]]
     config: dict[str, Any]
     trainable: Callable[[trees.Params], trees.Leaves]
     spec: Any = None
@@ -103,7 +101,7 @@ class Options(TypedDict, total=False):
     """What every algorithm takes by keyword; explained at `scalar_algorithm`."""
 
     estimator: str | estimators.Difference
-    aggregator: aggregators.Aggregator | Callable[[jax.Array, jax.Array], jax.Array] | None
+    aggregator: aggregators.Aggregator | aggregators.Function | None
     local_steps: int
     num_perturbations: int
     smoothing: float

@@ -28,19 +28,26 @@ arguments, so that a ledger can build it again; it is a function of `RULES`.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from hiso_jax._engine import checks, exact, renamed
+from hiso_jax._engine.shapes import Array, Bool, Float, Number
 from hiso_jax._engine.trees import Leaves
+
+RuleState = Any
+"""A rule's state: any pytree; see `Rule.init`."""
+Delta = Any
+"""Leaves; a pair of them for a rule that takes second differences."""
 
 
 class Rule(NamedTuple):
     """A scalar-only update rule; see the module's docstring for the three functions."""
 
-    init: Callable[[Leaves], Any]
-    direction: Callable[[Any, Leaves], Leaves]
-    update: Callable[[Any, Any, jax.Array, jax.Array], tuple[Leaves, Any]]
+    init: Callable[[Leaves], RuleState]
+    direction: Callable[[RuleState, Leaves], Leaves]
+    update: Callable[
+        [RuleState, Delta, Float[Array, "P"], Bool[Array, ""]], tuple[Leaves, RuleState]
+    ]
     config: Mapping[str, Any] | None = None  # {"rule": name, argument: value, ...}
     second: bool = False  # whether it takes second differences too
     carried: bool = True  # whether the step of `update` depends on the state given to it
@@ -56,7 +63,7 @@ class HisoState(NamedTuple):
     curvature: Leaves  # H, float32, one positive number per trainable parameter
 
 
-def hiso(decay: Any = 0.95, epsilon: Any = 1e-8, update_steps: str = "last") -> Rule:
+def hiso(decay: Number = 0.95, epsilon: Number = 1e-8, update_steps: str = "last") -> Rule:
     """HiSo: noise whitened by a global diagonal curvature estimate (arXiv 2506.02370).
 
     ``z = u / sqrt(H)`` and, after the round, ``H <- decay H + (1 - decay)(Delta^2 + epsilon)``
@@ -75,12 +82,12 @@ def hiso(decay: Any = 0.95, epsilon: Any = 1e-8, update_steps: str = "last") -> 
     checks.choice("update_steps", update_steps, ("last", "all"))
 
     def update(
-        state: HisoState, delta: Leaves, scalars: jax.Array, last: jax.Array
+        state: HisoState, delta: Leaves, scalars: Float[Array, "P"], last: Bool[Array, ""]
     ) -> tuple[Leaves, HisoState]:
         del scalars
         enters = last if update_steps == "last" else jnp.ones_like(last)
 
-        def average(h: jax.Array, d: jax.Array) -> jax.Array:
+        def average(h: Array, d: Array) -> Array:
             new = exact.mul(decay, h) + exact.mul(1 - decay, exact.mul(d, d) + epsilon)
             return jnp.where(enters, exact.flush_subnormals(new), h)
 
@@ -103,16 +110,20 @@ def identity() -> Rule:
 class ScaleState(NamedTuple):
     """A running average of one number a step."""
 
-    square: jax.Array  # shape=(), float32
-    weight: jax.Array  # shape=(), float32: 1 - decay^steps, what the average has seen
+    square: Float[Array, ""]
+    weight: Float[Array, ""]  # 1 - decay^steps, what the average has seen
 
 
-def _normalized(square: Callable[[jax.Array], jax.Array], decay: Any, config: Any) -> Rule:
+def _normalized(
+    square: Callable[[Float[Array, "P"]], Float[Array, ""]],
+    decay: Number,
+    config: Mapping[str, Any],
+) -> Rule:
     """Divide the step by the root of a running average of a number made of the scalars."""
     checks.number("decay", decay, 0, 1)
 
     def update(
-        state: ScaleState, delta: Leaves, scalars: jax.Array, last: jax.Array
+        state: ScaleState, delta: Leaves, scalars: Float[Array, "P"], last: Bool[Array, ""]
     ) -> tuple[Leaves, ScaleState]:
         del last
         average = lambda old, new: exact.mul(decay, old) + exact.mul(1 - decay, new)  # noqa: E731
@@ -129,7 +140,7 @@ def _normalized(square: Callable[[jax.Array], jax.Array], decay: Any, config: An
     return Rule(init, lambda state, u: u, update, config)
 
 
-def rms(decay: Any = 0.99) -> Rule:
+def rms(decay: Number = 0.99) -> Rule:
     """DeComFL's step over the running root mean square of its scalars.
 
     ``v <- decay v + (1 - decay) mean_p(g_p^2)``, ``step = Delta / sqrt(v / (1 - decay^t))``. One
@@ -140,13 +151,13 @@ def rms(decay: Any = 0.99) -> Rule:
       decay: weight of the old average, in [0, 1).
     """
 
-    def square(scalars: jax.Array) -> jax.Array:
+    def square(scalars: Float[Array, "P"]) -> Float[Array, ""]:
         return exact.mul(exact.total(exact.mul(scalars, scalars)), 1 / scalars.shape[0])
 
     return _normalized(square, decay, dict(rule="rms", decay=decay))
 
 
-def meazo(decay: Any = 0.99) -> Rule:
+def meazo(decay: Number = 0.99) -> Rule:
     """MEAZO: one adaptive number instead of one a parameter (arXiv 2605.03869).
 
     ``v <- decay v + (1 - decay) (mean_p g_p)^2``, ``step = Delta / sqrt(v / (1 - decay^t))``: as
@@ -157,7 +168,7 @@ def meazo(decay: Any = 0.99) -> Rule:
       decay: weight of the old average, in [0, 1).
     """
 
-    def square(scalars: jax.Array) -> jax.Array:
+    def square(scalars: Float[Array, "P"]) -> Float[Array, ""]:
         mean = exact.mul(exact.total(scalars), 1 / scalars.shape[0])
         return exact.mul(mean, mean)
 
@@ -176,7 +187,7 @@ def fzoo() -> Rule:
     """
 
     def update(
-        state: tuple[()], delta: Leaves, scalars: jax.Array, last: jax.Array
+        state: tuple[()], delta: Leaves, scalars: Float[Array, "P"], last: Bool[Array, ""]
     ) -> tuple[Leaves, tuple[()]]:
         del last
         if (count := scalars.shape[0]) < 2:
@@ -190,7 +201,7 @@ def fzoo() -> Rule:
     return Rule(lambda leaves: (), lambda state, u: u, update, dict(rule="fzoo"))
 
 
-def hizoo(decay: Any = 1 - 1e-6) -> Rule:
+def hizoo(decay: Number = 1 - 1e-6) -> Rule:
     """HiZOO: noise whitened by second differences of the loss (arXiv 2402.15173).
 
     ``z = u / sqrt(H)`` and, after every local step, with ``c_p`` the second directional
@@ -203,12 +214,15 @@ def hizoo(decay: Any = 1 - 1e-6) -> Rule:
     checks.number("decay", decay, 0, 1)
 
     def update(
-        state: HisoState, delta: tuple[Leaves, Leaves], scalars: jax.Array, last: jax.Array
+        state: HisoState,
+        delta: tuple[Leaves, Leaves],
+        scalars: Float[Array, "P"],
+        last: Bool[Array, ""],
     ) -> tuple[Leaves, HisoState]:
         del scalars, last
         step, seconds = delta
 
-        def average(h: jax.Array, second: jax.Array) -> jax.Array:
+        def average(h: Array, second: Array) -> Array:
             new = exact.mul(jnp.abs(exact.mul(0.5, second)), h)
             # A floor, since a product of many decays could leave the normal numbers.
             return jnp.maximum(exact.mul(decay, h) + exact.mul(1 - decay, new), 2.0**-60)
@@ -224,7 +238,7 @@ class MomentumState(NamedTuple):
     trace: Leaves  # float32, one number per trainable parameter
 
 
-def momentum(decay: Any = 0.9) -> Rule:
+def momentum(decay: Number = 0.9) -> Rule:
     """Heavy-ball momentum on reconstructed directions: ``m <- decay m + Delta``, step m.
 
     Args:
@@ -233,7 +247,7 @@ def momentum(decay: Any = 0.9) -> Rule:
     checks.number("decay", decay, 0, 1)
 
     def update(
-        state: MomentumState, delta: Leaves, scalars: jax.Array, last: jax.Array
+        state: MomentumState, delta: Leaves, scalars: Float[Array, "P"], last: Bool[Array, ""]
     ) -> tuple[Leaves, MomentumState]:
         del scalars, last
         trace = {
@@ -251,10 +265,10 @@ class AdamState(NamedTuple):
 
     first: Leaves  # float32, one number per trainable parameter
     second: Leaves
-    weights: tuple[jax.Array, jax.Array]  # 1 - decay^steps of each
+    weights: tuple[Float[Array, ""], Float[Array, ""]]  # 1 - decay^steps of each
 
 
-def adam(b1: Any = 0.9, b2: Any = 0.999, epsilon: Any = 1e-8) -> Rule:
+def adam(b1: Number = 0.9, b2: Number = 0.999, epsilon: Number = 1e-8) -> Rule:
     """Adam on reconstructed directions, as zeroth-order Adam and AdaMM (arXiv 1910.06513).
 
     ``m <- b1 m + (1 - b1) Delta``, ``v <- b2 v + (1 - b2) Delta^2``, and the step is
@@ -269,11 +283,11 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, epsilon: Any = 1e-8) -> Rule:
     checks.number("epsilon", epsilon, 0, above=True)
 
     def update(
-        state: AdamState, delta: Leaves, scalars: jax.Array, last: jax.Array
+        state: AdamState, delta: Leaves, scalars: Float[Array, "P"], last: Bool[Array, ""]
     ) -> tuple[Leaves, AdamState]:
         del scalars, last
 
-        def average(b: float, old: jax.Array, new: jax.Array) -> jax.Array:
+        def average(b: Number, old: Array, new: Array) -> Array:
             return exact.flush_subnormals(exact.mul(b, old) + exact.mul(1 - b, new))
 
         first = {n: average(b1, m, delta[n]) for n, m in state.first.items()}
@@ -282,7 +296,7 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, epsilon: Any = 1e-8) -> Rule:
         weights = (average(b1, state.weights[0], one), average(b2, state.weights[1], one))
         fresh = [exact.reciprocal(jnp.maximum(w, 2.0**-60)) for w in weights]
 
-        def step(m: jax.Array, v: jax.Array) -> jax.Array:
+        def step(m: Array, v: Array) -> Array:
             # Zero has no root here; what is below 2^-100 is far below any epsilon.
             root = exact.sqrt(jnp.maximum(exact.mul(v, fresh[1]), 2.0**-100))
             return exact.mul(exact.mul(m, fresh[0]), exact.reciprocal(root + epsilon))
@@ -301,7 +315,7 @@ def _whitened(state: HisoState, noise: Leaves) -> Leaves:
     return {n: exact.mul(u, exact.rsqrt(state.curvature[n])) for n, u in noise.items()}
 
 
-def _zero() -> jax.Array:
+def _zero() -> Float[Array, ""]:
     # A buffer of its own each time, since states are donated.
     return jnp.zeros((), jnp.float32)
 

@@ -10,11 +10,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from hiso_jax import estimators
 from hiso_jax._engine import still, trees
+from hiso_jax._engine.shapes import Array, Float, Number
+
+Kept = Any
+"""What a trunk gives: any pytree of arrays."""
+Trunk = Callable[[trees.Params, trees.Batch], Kept]
+Head = Callable[[trees.Params, Kept], Float[Array, ""]]
 
 
 class Split(NamedTuple):
@@ -48,22 +53,20 @@ class Split(NamedTuple):
       (2, 1, 5)
     """
 
-    trunk: Callable[[trees.Params, Any], Any]
-    head: Callable[[trees.Params, Any], jax.Array] | None  # None: the loss itself goes on from kept
+    trunk: Trunk
+    head: Head | None  # None: the loss itself takes what the trunk gives
     leaves: Mapping[str, int]
     directions: int
-    between: Callable[[trees.Params, Any], Any] | None = None
+    between: Callable[[trees.Params, Kept], Kept] | None = None
 
 
-def Upper(
-    features: Callable[[trees.Params, Any], Any], leaves: Mapping[str, int], directions: int
-) -> Split:
+def Upper(features: Trunk, leaves: Mapping[str, int], directions: int) -> Split:
     """A `Split` whose loss goes on from what `features` gives. Deprecated: use `Split`."""
     warnings.warn("hj.Upper: use hj.Split(trunk, head, leaves, directions)", DeprecationWarning, 2)
     return Split(features, None, leaves, directions)
 
 
-def of(upper: Any, perturbations: int) -> tuple[Split, ...]:
+def of(upper: Split | Sequence[Split], perturbations: int) -> tuple[Split, ...]:
     """Return one split or several as a tuple, from the deepest cut to the highest.
 
     Raises:
@@ -87,7 +90,7 @@ def what_moves(splits: Sequence[Split]) -> still.Still:
 
 
 def estimator(
-    splits: Sequence[Split], num_perturbations: int, smoothing: Any
+    splits: Sequence[Split], num_perturbations: int, smoothing: Number
 ) -> estimators.Estimator:
     """Forward differences of which the last ones start from kept activations.
 
@@ -100,8 +103,11 @@ def estimator(
     forward = estimators.forward_difference
 
     def scalars(
-        loss_fn: Any, params: trees.Params, batch: Any, direction: estimators.Direction
-    ) -> tuple[jax.Array, jax.Array]:
+        loss_fn: estimators.LossFn,
+        params: trees.Params,
+        batch: trees.Batch,
+        direction: estimators.Direction,
+    ) -> estimators.Measured:
         found, value, kept, first = [], None, None, wholes
         for split in splits:
             head = split.head or loss_fn

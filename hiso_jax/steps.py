@@ -3,11 +3,11 @@
 `advance` takes a whole round on named arrays, be they leaves or parts of them: rules work
 element by element. `hiso_jax.layout` maps it over the blocks of a model, for everybody's step and
 for a client's own; `hiso_jax.replay` scans it over the rounds of a ledger, block by block; the
-optax face takes one `move`. They reach the same bits because they are the same code.
+optax face takes one `descent_of`. They reach the same bits because they are the same code.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,32 +15,52 @@ from jax import lax
 
 from hiso_jax import estimators, rules
 from hiso_jax._engine import exact, trees
+from hiso_jax._engine.shapes import Array, Bool, Float, Index
 
 Cast = Callable[[trees.Leaves], trees.Leaves]
 """Wide arrays (see `hiso_jax.exact.wide`) -> arrays of the leaves' own dtypes."""
+Noise = Callable[[Index], estimators.Direction]
+"""Local step -> perturbation -> u of the leaves."""
+Moved = tuple[trees.Leaves, rules.RuleState]
+"""Leaves, and the rule's state with them."""
 
 
-def admit(record: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return a record as everybody computes with it, and whether it is usable.
+class Round(NamedTuple):
+    """What moves leaves in a round; the same for all of them.
 
-    One of NaN, a round that nobody answered, is zeros and not usable.
+    Attributes:
+      rule: see `hiso_jax.rules`.
+      scalars: float32 [K, P]; [K, 2 P] with second differences.
+      usable: if not, nothing changes.
+      rate: learning rate, float32.
+      is_last: which is the round's last local step; by default the last of the K.
+    """
 
-    Args:
-      record: float32 [K, P].
+    rule: rules.Rule
+    scalars: Float[Array, "K P"]
+    usable: Bool[Array, ""]
+    rate: Float[Array, ""]
+    is_last: Bool[Array, "K"] | None = None
+
+
+def admit(rule: rules.Rule, record: Float[Array, "K P"], rate: Float[Array, ""]) -> Round:
+    """Return the round of a record, with the scalars as everybody computes with them.
+
+    If the record is NaN, since nobody answered, they are zeros and not usable.
     """
     usable = jnp.isfinite(record).all()
     # Without the barrier the scalars may be computed anew, and differently, where used.
     record = lax.optimization_barrier(jnp.where(usable, record, 0))
-    return exact.no_fma(record), usable
+    return Round(rule, exact.no_fma(record), usable, rate)
 
 
 def ascent(
     rule: rules.Rule,
-    state: Any,
-    scalars: jax.Array,
+    state: rules.RuleState,
+    scalars: Float[Array, "P"],
     noise: estimators.Direction,
-    like: Mapping[str, jax.Array],
-) -> Any:
+    like: Mapping[str, Array],
+) -> rules.Delta:
     """Return the `delta` that a rule's update takes, made of a local step's scalars.
 
     Args:
@@ -61,92 +81,80 @@ def ascent(
 
 def descent_of(
     rule: rules.Rule,
-    entered: Any,
-    state: Any,
-    scalars: jax.Array,
+    entered: rules.RuleState,
+    state: rules.RuleState,
+    scalars: Float[Array, "P"],
     noise: estimators.Direction,
-    like: Mapping[str, jax.Array],
-    last: Any,
-) -> tuple[trees.Leaves, Any]:
+    like: Mapping[str, Array],
+    last: Bool[Array, ""],
+) -> Moved:
     """Return the descent step of a local step's scalars, without learning rate, and the new state.
 
     Args:
       rule, scalars, noise, like: as of `ascent`.
       entered: the rule's state that entered the round; directions come from it.
       state: the rule's state so far.
-      last: bool: whether it is the round's last local step.
+      last: whether it is the round's last local step.
     """
     delta = ascent(rule, entered, scalars, noise, like)
     return rule.update(state, delta, scalars, last)
 
 
 def local_steps(
-    rule: rules.Rule,
-    noise: Callable[[Any], estimators.Direction],
-    entered: Any,
+    round: Round,
+    noise: Noise,
+    entered: rules.RuleState,
     leaves: trees.Leaves,
-    state: Any,
-    record: jax.Array,
-    rate: jax.Array,
-    is_last: Any = None,
-) -> tuple[trees.Leaves, Any]:
-    """Take the local steps of a record [K, P]: ``x <- x - rate * move_k`` for k < K.
+    state: rules.RuleState,
+) -> Moved:
+    """Take the local steps of a round: ``x <- x - rate * step_k`` for k < K.
 
     Args:
-      rule: see `hiso_jax.rules`.
-      noise: local step -> perturbation -> u of the leaves.
+      round: see `Round`; whether it is usable is not looked at.
+      noise: see `Noise`.
       entered: the rule's state that entered the round.
       leaves: name -> float32 array; or float64, which keeps its digits and takes the same float32
         shift.
       state: the rule's state so far.
-      record: float32 [K, P], as `admit` gives it; [K, 2 P] with second differences.
-      rate: learning rate, float32.
-      is_last: bool [K]: which is the round's last local step; by default the last of the record.
 
     Returns:
       The moved leaves and the rule's new state.
     """
-    is_last = jnp.arange(len(record)) == len(record) - 1 if is_last is None else is_last
+    rule, scalars, rate, is_last = round.rule, round.scalars, round.rate, round.is_last
+    numbers = lambda: jnp.arange(len(scalars))  # noqa: E731
+    is_last = numbers() == len(scalars) - 1 if is_last is None else is_last
 
-    def step(carry: Any, inputs: Any) -> tuple[Any, None]:
+    def moved(x: Array, descent: Array) -> Array:
+        shift = exact.mul(rate, descent).astype(x.dtype)
+        return exact.flush_subnormals(exact.flush_subnormals(x) - shift)
+
+    def step(carry: Moved, inputs: tuple[Array, Array, Array]) -> tuple[Moved, None]:
         (leaves, state), (k, scalars, last) = carry, inputs
         descent, state = descent_of(rule, entered, state, scalars, noise(k), leaves, last)
-        shift = {n: exact.mul(rate, descent[n]).astype(x.dtype) for n, x in leaves.items()}
-        return (
-            {
-                n: exact.flush_subnormals(exact.flush_subnormals(x) - shift[n])
-                for n, x in leaves.items()
-            },
-            state,
-        ), None
+        return ({n: moved(x, descent[n]) for n, x in leaves.items()}, state), None
 
-    return lax.scan(step, (leaves, state), (jnp.arange(len(record)), record, is_last))[0]
+    return lax.scan(step, (leaves, state), (numbers(), scalars, is_last))[0]
 
 
 def advance(
-    rule: rules.Rule,
-    noise: Callable[[Any], estimators.Direction],
-    entered: Any,
+    round: Round,
+    noise: Noise,
+    entered: rules.RuleState,
     leaves: trees.Leaves,
-    state: Any,
-    record: tuple[jax.Array, Any],
-    rate: jax.Array,
+    state: rules.RuleState,
     cast: Cast = lambda wide: wide,
-    is_last: Any = None,
-) -> tuple[trees.Leaves, Any]:
+) -> Moved:
     """Take a round on leaves of any float dtype.
 
     Args:
-      rule, noise, entered, state, rate, is_last: as of `local_steps`.
+      round, noise, entered, state: as of `local_steps`.
       leaves: name -> array.
-      record: from `admit`, and whether it is usable; if not, nothing changes.
       cast: see `Cast`.
 
     Returns:
-      The moved leaves and the rule's new state.
+      The moved leaves and the rule's new state; as they were if the round is not usable.
     """
-    scalars, usable = record
     wide = {name: exact.wide(x) for name, x in leaves.items()}
-    ends, new = local_steps(rule, noise, entered, wide, state, scalars, rate, is_last)
-    kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731
-    return jax.tree.map(kept, (cast(ends), new), (leaves, state))
+    ends, new = local_steps(round, noise, entered, wide, state)
+    keep = lambda new, old: jnp.where(round.usable, new, old)  # noqa: E731
+    return jax.tree.map(keep, (cast(ends), new), (leaves, state))

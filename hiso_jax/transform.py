@@ -10,19 +10,25 @@ import optax
 
 from hiso_jax import directions, estimators, rules, steps
 from hiso_jax._engine import checks, exact, trees
+from hiso_jax._engine.shapes import Array, Float, Index, Integer, SomeKey, UInt32
 from hiso_jax.protocol import LossFn, Rate
 
-ValueFn = Callable[[trees.Params], jax.Array]
+ValueFn = Callable[[trees.Params], Float[Array, ""]]
 """params -> scalar loss, as in ``optax.lbfgs``."""
+GradFn = Callable[
+    [trees.Params, trees.Batch, SomeKey],
+    tuple[Float[Array, ""], trees.Params],
+]
+"""(params, batch, key) -> (loss, gradient)."""
 
 
 class ZerothOrderState(NamedTuple):
     """State of `hiso`, `zo_sgd` and `scale_by_zeroth_order`."""
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), dtype=int32: updates made
-    key: jax.Array  # root PRNG key data, shape=(2,), dtype=uint32, never changes
-    value: jax.Array  # shape=(), dtype=float32: the loss last seen
-    rule: Any  # the rule's state
+    count: Integer[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]  # updates made
+    key: UInt32[Array, "2"]  # root PRNG key data, never changes
+    value: Float[Array, ""]  # the loss last seen
+    rule: rules.RuleState  # the rule's state
 
 
 def _transform(
@@ -33,7 +39,7 @@ def _transform(
     estimator: str | estimators.Difference,
     distribution: str,
     trainable: trees.Trainable,
-    seed: Any,
+    seed: Index,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation; with a learning rate of None it gives the ascent step."""
     if learning_rate is not None and not callable(learning_rate):
@@ -52,7 +58,7 @@ def _transform(
         )
 
     def update(
-        updates: Any,
+        updates: optax.Updates | None,
         state: Any,
         params: trees.Params | None = None,
         *,
@@ -72,7 +78,7 @@ def _transform(
         leaves = trees.select(params, trainable)
         key = directions.as_key(state.key)
 
-        def noise(p: Any) -> trees.Leaves:
+        def noise(p: Index) -> trees.Leaves:
             at = directions.direction_key(key, state.count, 0, p)
             return directions.noise(at, leaves, noise_law)
 
@@ -87,7 +93,7 @@ def _transform(
             rate = Rate(learning_rate)(state.count)
             keys = directions.rounding_keys(key, state.count, list(leaves))
 
-            def moves(number: int, x: jax.Array, step: jax.Array) -> jax.Array:
+            def moves(number: int, x: Array, step: Array) -> Array:
                 wide, shift = exact.wide(x), exact.mul(rate, step)
                 # The plain product, so that nothing is lost in adding and subtracting x.
                 if wide.dtype == x.dtype:
@@ -211,7 +217,7 @@ def value_and_grad(
     estimator: str | estimators.Difference = "forward",
     distribution: str = "normal",
     trainable: trees.Trainable = None,
-) -> Callable[[trees.Params, Any, jax.Array], tuple[jax.Array, trees.Params]]:
+) -> GradFn:
     """Like ``jax.value_and_grad``, but the gradient is estimated from losses alone.
 
     The estimate ``(1/P) sum_p scalar_p u_p`` is unbiased for the gradient of the smoothed
@@ -238,13 +244,13 @@ def value_and_grad(
     estimate = estimators.get(estimator)
 
     def estimated(
-        params: trees.Params, batch: Any, key: jax.Array
-    ) -> tuple[jax.Array, trees.Params]:
+        params: trees.Params, batch: trees.Batch, key: SomeKey
+    ) -> tuple[Float[Array, ""], trees.Params]:
         key = directions.as_key(key)
         checks.loss(jax.eval_shape(loss_fn, params, batch))
         leaves = trees.select(params, trainable)
 
-        def direction(p: Any) -> trees.Leaves:
+        def direction(p: Index) -> trees.Leaves:
             return directions.noise(directions.direction_key(key, 0, 0, p), leaves, noise_law)
 
         value, scalars = estimate(

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from hiso_jax._engine.shapes import Array, ArrayLike, Float, Number, Real
+
 
 def is_concrete(x: Any) -> bool:
     """Whether the values of `x` can be looked at now (they cannot inside jit)."""
@@ -24,14 +26,14 @@ def count(name: str, value: Any) -> int:
             f"optax.inject_hyperparams pass static_args=({name!r},)"
         )
     try:
-        whole = None if isinstance(value, bool) else operator.index(value)
+        integer = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        whole = None
-    if whole is None:
+        integer = None
+    if integer is None:
         raise TypeError(f"{name}: expected an int >= 1, got {value!r}")
-    if whole < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {whole}")
-    return whole
+    if integer < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {integer}")
+    return integer
 
 
 def number(
@@ -126,7 +128,7 @@ def loss(value: Any) -> None:
         )
 
 
-def record(record: Any, shape: tuple[int, int]) -> jax.Array:
+def record(record: Real[ArrayLike, "K S"], shape: tuple[int, int]) -> Float[Array, "K S"]:
     """Return a record as float32 [K, P]; finite, or NaN only for a round nobody answered."""
     record = jnp.asarray(record, jnp.float32)
     if record.shape != shape:
@@ -140,7 +142,9 @@ def record(record: Any, shape: tuple[int, int]) -> jax.Array:
     return record
 
 
-def records(records: Any, rates: Any, shape: tuple[int, int]) -> tuple[jax.Array, Any]:
+def records(
+    records: Real[ArrayLike, "R K S"], rates: Real[ArrayLike, "R"] | None, shape: tuple[int, int]
+) -> tuple[Float[Array, "R K S"], Float[Array, "R"] | None]:
     """Return records as float32 [R, K, P], and learning rates [R] if any are given."""
     records = jnp.asarray(records, jnp.float32)
     if records.ndim != 3 or records.shape[1:] != shape:
@@ -159,12 +163,12 @@ def records(records: Any, rates: Any, shape: tuple[int, int]) -> tuple[jax.Array
     return records, rates
 
 
-def rate(value: Any) -> jax.Array:
+def rate(value: Number) -> Float[Array, ""]:
     """Return a learning rate as float32."""
     return jnp.asarray(number("learning_rate", value, 0), jnp.float32)
 
 
-def weights(weights: Any, clients: int) -> jax.Array:
+def weights(weights: Real[ArrayLike, "C"] | None, clients: int) -> Float[Array, "C"]:
     """Return the clients' weights as float32 [C]; by default all are 1."""
     if weights is None:
         return jnp.ones(clients, jnp.float32)

@@ -103,13 +103,13 @@ def flush_subnormals(x: jax.Array) -> jax.Array:
       [0.0, 1.0, -2.0]
     """
     double = x.dtype == jnp.float64
-    whole, exponent, sign = (
+    integer, exponent, sign = (
         (jnp.int64, 0x7FF << 52, -(2**63)) if double else (jnp.int32, 0x7F800000, -(2**31))
     )
-    pattern = lax.bitcast_convert_type(x, whole)
-    zero = pattern & whole(sign)
-    kept = jnp.where(pattern & whole(exponent) == 0, zero, pattern)
-    return lax.bitcast_convert_type(kept, jnp.float64 if double else jnp.float32)
+    pattern = lax.bitcast_convert_type(x, integer)
+    zero = pattern & integer(sign)
+    flushed = jnp.where(pattern & integer(exponent) == 0, zero, pattern)
+    return lax.bitcast_convert_type(flushed, jnp.float64 if double else jnp.float32)
 
 
 def wide(x: jax.Array) -> jax.Array:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiso_jax._engine import exact
+from hiso_jax._engine.shapes import Array, Float, Integer, Number, Shape, Start, UInt32
 
-Compute = Callable[[jax.Array, tuple[int, ...], tuple[jax.Array, ...]], jax.Array]
+Compute = Callable[[UInt32[Array, "..."], Shape, tuple[Array, ...]], Float[Array, "..."]]
 """(starts [...], shape, parts [..., *shape]) -> array [..., *shape]."""
 
 
@@ -44,10 +45,10 @@ class Lazy:
     def __init__(
         self,
         compute: Compute,
-        shape: tuple[int, ...],
+        shape: Shape,
         dtype: Any,
-        parts: tuple[jax.Array, ...] = (),
-        start: Any = 0,
+        parts: tuple[Array, ...] = (),
+        start: Start = 0,
     ):
         self.compute, self.shape, self.dtype = compute, shape, dtype
         self.parts, self.start = parts, start
@@ -57,27 +58,25 @@ class Lazy:
 
     def __getitem__(self, index: Any) -> jax.Array:
         """As of an array, which is made first; ``[...]`` is the whole."""
-        whole = self.__jax_array__()
-        return whole if index is ... else whole[index]
+        array = self.__jax_array__()
+        return array if index is ... else array[index]
 
-    def starts(self, indices: jax.Array) -> jax.Array:
+    def starts(self, indices: Integer[Array, "*runs"]) -> UInt32[Array, "*runs"]:
         """Numbers of the first elements of ``self[indices]``."""
         run = np.uint32(math.prod(self.shape[1:]))
         return jnp.asarray(self.start, jnp.uint32) + indices.astype(jnp.uint32) * run
 
-    def plus(self, x: jax.Array, scale: Any) -> "Lazy":
+    def plus(self, x: Array, scale: Number) -> "Lazy":
         """``x + scale * self`` in the dtype of `x`, rounded alike however it is computed."""
 
-        def compute(
-            starts: jax.Array, shape: tuple[int, ...], parts: tuple[jax.Array, ...]
-        ) -> jax.Array:
-            own, *others = parts
-            return exact.axpy(own, scale, self.compute(starts, shape, tuple(others)))
+        def compute(starts: Array, shape: Shape, parts: tuple[Array, ...]) -> Array:
+            x, *others = parts
+            return exact.axpy(x, scale, self.compute(starts, shape, tuple(others)))
 
         return Lazy(compute, x.shape, x.dtype, (x, *self.parts), self.start)
 
 
-def take(table: Any, indices: jax.Array) -> jax.Array:
+def take(table: Any, indices: Integer[Array, "..."]) -> Array:
     """``table[indices]``, of an array or of a lazy leaf, of which only these rows are computed.
 
     Args:
@@ -101,7 +100,7 @@ def scan(
     """``lax.scan`` over stacked layers, or some of them; their leaves [L, ...] may be lazy.
 
     Args:
-      layer: ``(carry, (own, other)) -> (carry, output)``, `own` being one layer's arrays.
+      layer: ``(carry, (arrays, other)) -> (carry, output)``, with the arrays of one layer.
       carry: to begin with.
       layers: pytree of leaves [L, ...].
       others: pytree of further leaves [L, ...].
@@ -113,16 +112,16 @@ def scan(
     some = len(numbers) < leaves[0].shape[0]
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
-        number, own, other = inputs
+        number, rows, other = inputs
         if some:
             # Looked up layer by layer: a slice of the stack would be a copy of all of them.
             at = lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, keepdims=False)  # noqa: E731
-            own, other = jax.tree.map(at, (stored, others))
+            rows, other = jax.tree.map(at, (stored, others))
         arrays = [
             x.compute(x.starts(number), x.shape[1:], part) if isinstance(x, Lazy) else part
-            for x, part in zip(leaves, own, strict=True)
+            for x, part in zip(leaves, rows, strict=True)
         ]
         return layer(carry, (tree.unflatten(arrays), other))
 
-    whole = (None, None) if some else (stored, others)
-    return jax.lax.scan(step, carry, (numbers, *whole))
+    scanned = (None, None) if some else (stored, others)
+    return jax.lax.scan(step, carry, (numbers, *scanned))

@@ -69,7 +69,7 @@ def over_clients(function: Callable[[Any, Any], Any], state: Any, batches: Any) 
     if (rows := size(CLIENTS)) == 1:
         return function(state, batches)
     _check_rows(batches, rows)
-    own = jax.shard_map(
+    gathered = jax.shard_map(
         function,
         in_specs=(PartitionSpec(), PartitionSpec(CLIENTS)),
         out_specs=PartitionSpec(CLIENTS),
@@ -77,7 +77,7 @@ def over_clients(function: Callable[[Any, Any], Any], state: Any, batches: Any) 
         check_vma=False,
     )(state, batches)
     everywhere = lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec())  # noqa: E731
-    return jax.tree.map(everywhere, own)
+    return jax.tree.map(everywhere, gathered)
 
 
 def _check_rows(batches: Any, rows: int) -> None:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from hiso_jax._engine import exact, prng, trees
+from hiso_jax._engine.shapes import Array, Float, Index, Key, Shape, Start, UInt32
 from hiso_jax._engine.trees import Leaves
 
-Packs = dict[str, dict[str, tuple[int, ...]]]
+Packs = dict[str, dict[str, Shape]]
 """Name of a pack -> leaf -> shape, in the order in which they lie."""
 
 
@@ -37,35 +38,35 @@ def plan(leaves: Mapping[str, Any], small: int = 2**16, room: int = 2**18) -> Pa
     """
     if huge := [name for name, x in leaves.items() if x.size > 2**32]:
         raise ValueError(f"params: leaves {huge} have more numbers than a stream's 2^32 words")
-    packs: list[dict[str, tuple[int, ...]]] = []
-    last: dict[Any, dict[str, tuple[int, ...]]] = {}  # dtype -> the pack with room
+    packs: list[dict[str, Shape]] = []
+    last: dict[Any, dict[str, Shape]] = {}  # dtype -> the pack with room
     for name, x in leaves.items():
         if x.size >= small:
             continue
-        own = last.get(x.dtype)
-        if own is None or sum(map(math.prod, own.values())) + x.size > room:
-            own = last[x.dtype] = {}
-            packs.append(own)
-        own[name] = x.shape
+        shapes = last.get(x.dtype)
+        if shapes is None or sum(map(math.prod, shapes.values())) + x.size > room:
+            shapes = last[x.dtype] = {}
+            packs.append(shapes)
+        shapes[name] = x.shape
     # No name of a leaf has a NUL in it: `hiso_jax.trees.named` sees to that.
-    return {f"\0{i}": own for i, own in enumerate(packs) if len(own) > 1}
+    return {f"\0{i}": shapes for i, shapes in enumerate(packs) if len(shapes) > 1}
 
 
 def pack(leaves: Leaves, packs: Packs) -> Leaves:
     """Leaves with the packed ones end to end, under the names of the packs."""
-    gone = {name for own in packs.values() for name in own}
+    gone = {name for shapes in packs.values() for name in shapes}
     packed = {n: x for n, x in leaves.items() if n not in gone}
-    for pack, own in packs.items():
-        packed[pack] = jnp.concatenate([leaves[n].reshape(-1) for n in own])
+    for pack, shapes in packs.items():
+        packed[pack] = jnp.concatenate([leaves[n].reshape(-1) for n in shapes])
     return packed
 
 
 def unpack(leaves: Mapping[str, Any], packs: Packs) -> dict[str, Any]:
     """The inverse of `pack`."""
     out = {n: x for n, x in leaves.items() if n not in packs}
-    for pack, own in packs.items():
+    for pack, shapes in packs.items():
         start = 0
-        for name, shape in own.items():
+        for name, shape in shapes.items():
             size = math.prod(shape)
             out[name] = leaves[pack][start : start + size].reshape(shape)
             start += size
@@ -84,7 +85,7 @@ def unpack_state(state: Any, packed: Leaves, packs: Packs) -> Any:
     return tree.unflatten([unpack(n, packs) if isinstance(n, dict) else n for n in nodes])
 
 
-def _laid(parts: Sequence[jax.Array]) -> jax.Array:
+def _laid(parts: Sequence[Array]) -> Array:
     """Flat parts end to end.
 
     What is computed for more than eight at once is, on a CPU, code of its own for every part.
@@ -92,11 +93,13 @@ def _laid(parts: Sequence[jax.Array]) -> jax.Array:
     while len(parts) > 8:
         groups = [parts[i : i + 8] for i in range(0, len(parts), 8)]
         # Else the compiler makes one of all of them again.
-        parts = [lax.optimization_barrier(jnp.concatenate(own)) for own in groups]
+        parts = [lax.optimization_barrier(jnp.concatenate(group)) for group in groups]
     return jnp.concatenate(parts)
 
 
-def _pairs(keys: jax.Array, counts: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+def _pairs(
+    keys: Key[Array, "leaves"], counts: Sequence[int]
+) -> tuple[UInt32[Array, "N"], UInt32[Array, "N"]]:
     """The words of the first counters of several streams, end to end, and their second words."""
     data = jax.random.key_data(keys)
     lanes = [_laid([jnp.full(n, data[i, lane]) for i, n in enumerate(counts)]) for lane in (0, 1)]
@@ -107,10 +110,10 @@ def _pairs(keys: jax.Array, counts: Sequence[int]) -> tuple[jax.Array, jax.Array
 
 
 def draw(
-    keys: jax.Array,
-    shapes: Sequence[tuple[int, ...]],
+    keys: Key[Array, "leaves"],
+    shapes: Sequence[Shape],
     distribution: prng.Distribution,
-) -> jax.Array:
+) -> Float[Array, "N"]:
     """The noise of several leaves end to end, of the keys and shapes given, as `prng.draw`.
 
     Example:
@@ -130,42 +133,42 @@ def draw(
 
 
 def noise(
-    keys: jax.Array,
+    keys: Key[Array, "K P leaves"],
     names: Sequence[str],
     packs: Packs,
     distribution: prng.Distribution,
-) -> Callable[..., jax.Array]:
-    """The `hiso_jax.directions.Noise` of leaves and packs; keys [K, P, leaves] are of `names`."""
+) -> Callable[..., Float[Array, "..."]]:
+    """The `hiso_jax.directions.Noise` of leaves and packs; the keys are of `names`."""
     number = {name: i for i, name in enumerate(names)}
 
-    def one(name: str, k: Any, p: Any, shape: tuple[int, ...], start: Any) -> jax.Array:
+    def draw_one(name: str, k: Index, p: Index, shape: Shape, start: Start) -> Float[Array, "..."]:
         if name not in packs:
             return prng.draw(keys[k, p, number[name]], shape, distribution, start)
-        own = packs[name]
-        members = jnp.array([number[n] for n in own])
-        return draw(keys[k, p][members], list(own.values()), distribution)
+        shapes = packs[name]
+        members = jnp.array([number[n] for n in shapes])
+        return draw(keys[k, p][members], list(shapes.values()), distribution)
 
-    return one
+    return draw_one
 
 
 def rounding(
-    keys: jax.Array, names: Sequence[str], packs: Packs, leaves: Mapping[str, Any]
-) -> Callable[[str, jax.Array, Any], jax.Array]:
-    """The `cast` of `hiso_jax.layout.over_blocks` for packed `leaves`.
+    keys: Key[Array, "leaves"], names: Sequence[str], packs: Packs, leaves: Mapping[str, Array]
+) -> Callable[[str, Array, Index], Array]:
+    """The `cast` of `hiso_jax.layout.Laid.over_blocks` for packed `leaves`.
 
-    Stochastic, with the keys [leaves] of `names`: see `hiso_jax._engine.prng.round_to`.
+    Stochastic, with the keys of `names`: see `hiso_jax._engine.prng.round_to`.
     """
     number = {name: i for i, name in enumerate(names)}
 
-    def one(name: str, x: jax.Array, start: Any) -> jax.Array:
+    def round_one(name: str, x: Array, start: Index) -> Array:
         dtype = leaves[name].dtype
         if dtype == x.dtype:
             return x
         if name not in packs:
             return prng.round_to(keys[number[name]], x, dtype, start)
-        own = packs[name]
-        sizes = [math.prod(shape) for shape in own.values()]
-        words, _ = _pairs(keys[jnp.array([number[n] for n in own])], sizes)
+        shapes = packs[name]
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        words, _ = _pairs(keys[jnp.array([number[n] for n in shapes])], sizes)
         return exact.stochastic_round(words, x, dtype)
 
-    return one
+    return round_one

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hiso_jax._engine import checks, exact
+from hiso_jax._engine.shapes import Array, Float, Index, Key, Shape, Start, UInt32
 
 Distribution = Literal["normal", "near_normal", "rademacher"]
 
@@ -49,7 +50,7 @@ def threefry(
     return x, y
 
 
-def fold_in(key: jax.Array, counter: Any) -> jax.Array:
+def fold_in(key: Key[Array, "..."], counter: Start) -> Key[Array, "..."]:
     """``jax.random.fold_in``, bit for bit, in one piece of code instead of four loops.
 
     Args:
@@ -70,7 +71,7 @@ def fold_in(key: jax.Array, counter: Any) -> jax.Array:
     return jax.random.wrap_key_data(jnp.stack(pair, -1), impl="threefry2x32")
 
 
-def words(key: jax.Array, size: int, start: Any = 0) -> jax.Array:
+def words(key: Key[Array, ""], size: int, start: Start = 0) -> UInt32[Array, "... N"]:
     """Random words: word i is the cipher of counter i, so any part can be drawn alone.
 
     `start` may be an array: that many runs of `size` words, [*start.shape, size].
@@ -78,7 +79,9 @@ def words(key: jax.Array, size: int, start: Any = 0) -> jax.Array:
     return pairs(key, size, start)[0]
 
 
-def pairs(key: jax.Array, size: int, start: Any) -> tuple[jax.Array, jax.Array]:
+def pairs(
+    key: Key[Array, ""], size: int, start: Start
+) -> tuple[UInt32[Array, "*runs N"], UInt32[Array, "*runs N"]]:
     """`words`, and the second words of the same counters."""
     data = jax.random.key_data(key)
     if size > 2**32:
@@ -93,8 +96,8 @@ def pairs(key: jax.Array, size: int, start: Any) -> tuple[jax.Array, jax.Array]:
 # Inlined where it is traced; by itself one program, instead of one for every operation.
 @functools.partial(jax.jit, static_argnames=("shape", "distribution"), inline=True)
 def draw(
-    key: jax.Array, shape: tuple[int, ...], distribution: Distribution, start: Any = 0
-) -> jax.Array:
+    key: Key[Array, ""], shape: Shape, distribution: Distribution, start: Start = 0
+) -> Float[Array, "..."]:
     """Draw zero-mean, unit-variance, independent float32 noise.
 
     ``"normal"`` is N(0, 1), the paper's: number i, counted over the flattened leaf, comes from
@@ -137,7 +140,9 @@ def words_of(sizes: Sequence[int], distribution: Distribution) -> list[int]:
     return [-(-size // 32) if distribution == "rademacher" else size for size in sizes]
 
 
-def from_words(pairs: tuple[jax.Array, jax.Array], distribution: Distribution) -> jax.Array:
+def from_words(
+    pairs: tuple[UInt32[Array, "... N"], UInt32[Array, "... N"]], distribution: Distribution
+) -> Float[Array, "... M"]:
     """Noise [..., N] of the two words of counters, [..., N] each or, for signs, [..., N / 32].
 
     A near-normal number adds up 32 signs, the bits of the first word, and to be continuous the
@@ -146,21 +151,23 @@ def from_words(pairs: tuple[jax.Array, jax.Array], distribution: Distribution) -
     """
     words, others = pairs
     if distribution == "normal":
-        whole = jax.lax.bitcast_convert_type(words, jnp.int32) >> 8
+        integers = jax.lax.bitcast_convert_type(words, jnp.int32) >> 8
         # Exact, symmetric and inside (-1, 1): 24 bits hold an odd multiple of 2^-24.
-        return exact.normal_quantile((whole.astype(jnp.float32) + 0.5) * jnp.float32(2**-23))
+        return exact.normal_quantile((integers.astype(jnp.float32) + 0.5) * jnp.float32(2**-23))
     if distribution == "near_normal":
         ones = jax.lax.population_count(words).astype(jnp.int32) - 16
         halves = (others >> 16).astype(jnp.int32) - (others & 0xFFFF).astype(jnp.int32)
         return exact.near_normal((ones << 16) + halves)
     # Bit j becomes the sign bit of the j-th number: +1.0 is 0x3f800000.
-    places = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * words.ndim + (32,))
-    signs = (words[..., None] << places) & jnp.uint32(0x80000000)
+    shifts = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * words.ndim + (32,))
+    signs = (words[..., None] << shifts) & jnp.uint32(0x80000000)
     ones = jax.lax.bitcast_convert_type(signs | jnp.uint32(0x3F800000), jnp.float32)
     return ones.reshape(*words.shape[:-1], -1)
 
 
-def round_to(key: jax.Array, x: jax.Array, dtype: Any, start: Any = 0) -> jax.Array:
+def round_to(
+    key: Key[Array, ""], x: Float[Array, "*shape"], dtype: Any, start: Index = 0
+) -> Float[Array, "*shape"]:
     """Round float32 to a narrower `dtype`, stochastically; `key` and `start` as of `draw`.
 
     What is of that type already, float64 included, stays as it is.

@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hiso_jax._engine import checks, packing, trees
+from hiso_jax._engine.shapes import Array, Float, Index, Shape, Start, UInt32
 
 
 class Part(NamedTuple):
@@ -47,8 +47,8 @@ class Still(NamedTuple):
         counts = [self.wholes(perturbations), *(part.directions for part in self.parts[:-1])]
         return tuple(np.cumsum(counts).tolist())
 
-    def bounds(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """For each part, the number of the first element of a leaf that moves: uint32 [parts]."""
+    def bounds(self, name: str, shape: Shape) -> UInt32[np.ndarray, "parts"]:
+        """For each part, the number of the first element of a leaf that moves."""
         rows = [part.leaves.get(name) for part in self.parts]
         run, size = math.prod(shape[1:]), math.prod(shape)
         return np.array([size if r is None else r * run if r else 0 for r in rows], np.uint32)
@@ -89,7 +89,9 @@ def check_part(part: Any, perturbations: int) -> None:
         raise ValueError(f"upper: leaves must name leaves and rows >= 0, got {part.leaves!r}")
 
 
-def bound_of(number: Any, firsts: Sequence[int], bounds: Any) -> Any:
+def bound_of(
+    number: Index, firsts: Sequence[int], bounds: UInt32[Array | np.ndarray, "parts"]
+) -> UInt32[Array, ""]:
     """Number of the first element that moves along direction `number` of a client."""
     bound = jnp.uint32(0)
     for i, first in enumerate(firsts):
@@ -97,7 +99,9 @@ def bound_of(number: Any, firsts: Sequence[int], bounds: Any) -> Any:
     return bound
 
 
-def only(drawn: jax.Array, start: Any, shape: tuple[int, ...], bound: Any) -> jax.Array:
+def only(
+    drawn: Float[Array, "..."], start: Start, shape: Shape, bound: UInt32[Array, ""]
+) -> Float[Array, "..."]:
     """Noise with zeros before element number `bound`.
 
     Args:
@@ -113,12 +117,12 @@ def only(drawn: jax.Array, start: Any, shape: tuple[int, ...], bound: Any) -> ja
 
 
 def masked(
-    noise: Callable[..., jax.Array],
+    noise: Callable[..., Float[Array, "..."]],
     still: Still,
     perturbations: int,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, Shape],
     packs: packing.Packs,
-) -> Callable[..., jax.Array]:
+) -> Callable[..., Float[Array, "..."]]:
     """The noise of leaves and packs, zero for what stays still.
 
     Args:
@@ -130,7 +134,7 @@ def masked(
     """
     firsts, wholes = still.firsts(perturbations), still.wholes(perturbations)
 
-    def one(name: str, k: Any, p: Any, shape: tuple[int, ...], start: Any) -> jax.Array:
+    def draw_one(name: str, k: Index, p: Index, shape: Shape, start: Start) -> Float[Array, "..."]:
         members = packs.get(name) or {name: shapes[name]}
         bounds = [(still.bounds(n, s), math.prod(s)) for n, s in members.items()]
         if not wholes and all((bound == size).all() for bound, size in bounds):
@@ -140,8 +144,8 @@ def masked(
             return only(drawn, start, shape, bound_of(number, firsts, bounds[0][0]))
         moves = jnp.ones(sum(size for _, size in bounds), bool)
         for i, first in enumerate(firsts):
-            own = jnp.concatenate([jnp.arange(size) >= int(bound[i]) for bound, size in bounds])
-            moves = jnp.where(number >= first, own, moves)
+            above = jnp.concatenate([jnp.arange(size) >= int(bound[i]) for bound, size in bounds])
+            moves = jnp.where(number >= first, above, moves)
         return jnp.where(moves, drawn, 0)
 
-    return one
+    return draw_one

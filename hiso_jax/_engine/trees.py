@@ -14,9 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hiso_jax._engine.shapes import Array, Float
+
 Params = Any
 """Any pytree of arrays."""
-Leaves = dict[str, jax.Array]
+Batch = Any
+"""A client's data, any pytree of arrays; those of a round are [C, K, ...]."""
+Leaves = dict[str, Float[Array, "..."]]
 """Flat dict: leaf name -> array, trainable leaves only."""
 Trainable = Any
 """None (every float leaf), a pytree (or prefix) of bools, or a function params -> that."""
@@ -152,7 +156,7 @@ def nodes(tree: Any, leaves: Mapping[str, Any]) -> tuple[list[Any], Any]:
       [(), ['count', 'curvature']]
     """
 
-    def own(x: Any) -> bool:
+    def is_leaves(x: Any) -> bool:
         return (
             isinstance(x, dict)
             and x.keys() == leaves.keys()
@@ -160,4 +164,4 @@ def nodes(tree: Any, leaves: Mapping[str, Any]) -> tuple[list[Any], Any]:
             and all(jnp.shape(y) == jnp.shape(leaves[n]) for n, y in x.items())
         )
 
-    return jax.tree.flatten(tree, own)
+    return jax.tree.flatten(tree, is_leaves)

@@ -41,24 +41,34 @@ class Baseline(NamedTuple):
     trainable: Callable[[trees.Params], trees.Leaves]
 
 
+class _Gradient(NamedTuple):
+    """How a client finds the slope of its loss, and what that costs.
+
+    Attributes:
+      of: (leaves -> loss, leaves, key) -> loss and gradient.
+      forward_passes: what one costs; a backward pass is about two.
+    """
+
+    of: Callable[..., tuple[jax.Array, trees.Leaves]]
+    forward_passes: int
+
+
 def _build(
     name: str,
     loss_fn: LossFn,
     learning_rate: optax.ScalarOrSchedule,
-    gradient: Callable[..., tuple[jax.Array, trees.Leaves]],
+    gradient: _Gradient,
     server: Callable[[Any], optax.GradientTransformation] | None,
     client_rate: float | None,
     local_steps: int,
     trainable: trees.Trainable,
-    forward_passes: int = 3,
 ) -> Baseline:
     """K steps of SGD a client, whose mean direction is the server's gradient.
 
     Args:
-      gradient: (leaves -> loss, leaves, key) -> loss and gradient.
+      gradient: of a client.
       server: learning rate -> optimizer; None moves to the mean of the clients' models.
       client_rate: of the clients' SGD; None takes the learning rate.
-      forward_passes: what a gradient costs; a backward pass is about two.
     """
     steps = checks.count("local_steps", local_steps)
     rate_of = learning_rate if callable(learning_rate) else lambda round: learning_rate
@@ -83,8 +93,8 @@ def _build(
             def step(x: trees.Leaves, inputs: Any) -> tuple[trees.Leaves, jax.Array]:
                 k, batch = inputs
                 loss = lambda x: loss_fn(trees.merge(state.params, x), batch)  # noqa: E731
-                own = jax.random.fold_in(jax.random.fold_in(key, number), k)
-                value, slope = gradient(loss, x, own)
+                key_of_step = jax.random.fold_in(jax.random.fold_in(key, number), k)
+                value, slope = gradient.of(loss, x, key_of_step)
                 return {n: v - own_rate * slope[n].astype(v.dtype) for n, v in x.items()}, value
 
             moved, values = lax.scan(step, leaves, (jnp.arange(steps), data))
@@ -101,8 +111,8 @@ def _build(
         else:
             slope = {n: x / (own_rate * steps) for n, x in mean.items()}
             updates, memory = optimizer.update(slope, state.rule, leaves)
-        kept = lambda new, old: jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old)  # noqa: E731
-        moved = kept(optax.apply_updates(leaves, updates), leaves)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old)  # noqa: E731
+        moved = keep(optax.apply_updates(leaves, updates), leaves)
         metrics = hj.Metrics(
             loss=jnp.where(weights > 0, weights * losses.mean(1), 0).sum() / weights.sum(),
             losses=losses,
@@ -112,10 +122,10 @@ def _build(
             finite=finite,
         )
         params = trees.merge(state.params, moved)
-        memory = kept(memory, state.rule)
+        memory = keep(memory, state.rule)
         return hj.State(params, state.key, state.round + 1, memory), metrics
 
-    config = dict(name=name, local_steps=steps, forward_passes=forward_passes)
+    config = dict(name=name, local_steps=steps, forward_passes=gradient.forward_passes)
     return Baseline(init, round, rate_at, config, chosen)
 
 
@@ -149,8 +159,9 @@ def first_order(
       client_learning_rate: of the clients' SGD where the server has an optimizer.
     """
     checks.choice("name", name, ("fedavg", *SERVERS))
-    server, own = SERVERS.get(name), None if name == "fedavg" else client_learning_rate
-    return _build(name, loss_fn, learning_rate, _backward, server, own, local_steps, trainable)
+    server, rate = SERVERS.get(name), None if name == "fedavg" else client_learning_rate
+    gradient = _Gradient(_backward, forward_passes=3)
+    return _build(name, loss_fn, learning_rate, gradient, server, rate, local_steps, trainable)
 
 
 def fedzo(
@@ -174,10 +185,8 @@ def fedzo(
         value, scalars = estimate(loss, x, noise, num_perturbations, smoothing)
         return value, estimators.reconstruct(scalars, noise, x)
 
-    passes = num_perturbations + 1
-    return _build(
-        "fedzo", loss_fn, learning_rate, gradient, None, None, local_steps, trainable, passes
-    )
+    estimated = _Gradient(gradient, forward_passes=num_perturbations + 1)
+    return _build("fedzo", loss_fn, learning_rate, estimated, None, None, local_steps, trainable)
 
 
 def restore(folder: Path, algorithm: Any, state: hj.State) -> hj.State:

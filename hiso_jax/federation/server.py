@@ -96,7 +96,7 @@ class Server:
     def open(self, names: Iterable[Any]) -> int:
         """Ask clients for a round; return its number.
 
-        With `per_client_directions`, a client's number among them is the `place` that it probes
+        With `per_client_directions`, a client's number among them is the `slot` that it probes
         with.
         The ledger keeps it until the round is closed. After a restart ask the same clients in
         the same order: whoever has had another place in this round does not count in it, since

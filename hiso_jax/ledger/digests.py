@@ -98,12 +98,12 @@ def part(x: Any, salts: Any, start: Any = 0, size: Any = None, skip: Any = 0) ->
     bits = _patterns(x)
     words = math.prod(bits.shape[x.ndim :])  # of an element: two of float64, of a key
     bits = bits.reshape(1) if bits.ndim == 0 else bits
-    place, stride = jnp.uint32(start) * np.uint32(words), 1
+    position, stride = jnp.uint32(start) * np.uint32(words), 1
     for axis in reversed(range(bits.ndim)):
         index = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        place, stride = place + index * np.uint32(stride % 2**32), stride * bits.shape[axis]
+        position, stride = position + index * np.uint32(stride % 2**32), stride * bits.shape[axis]
     # Odd factors and shifts that are known to mix well (murmur3).
-    first = (bits ^ (place * np.uint32(0x9E3779B9) + salts[0])) * np.uint32(0x85EBCA6B)
+    first = (bits ^ (position * np.uint32(0x9E3779B9) + salts[0])) * np.uint32(0x85EBCA6B)
     first = first ^ (first >> 15)
     second = (first + salts[1]) * np.uint32(0xC2B2AE35)
     second = second ^ (second >> 13)

@@ -12,6 +12,7 @@ from jax import lax
 
 from hiso_jax import directions, rules
 from hiso_jax._engine import checks, exact, trees
+from hiso_jax._engine.shapes import Array, Key
 from hiso_jax.algorithm import Spec
 from hiso_jax.ledger.store import Ledger
 
@@ -46,17 +47,17 @@ def accumulate(ledger: Ledger) -> np.ndarray:
     rates = records.learning_rates
     rates = np.float32(spec.rate.value) if rates is None else rates[:, None, None]
     root = jax.random.wrap_key_data(jnp.array(key["data"], jnp.uint32), impl=key["implementation"])
-    place = [x.ravel() for x in np.indices(records.scalars.shape)]
+    address = [x.ravel() for x in np.indices(records.scalars.shape)]
     pick = lambda r, k, p: directions.pool_pick(root, r, k, p, pool)  # noqa: E731
-    picks = jax.vmap(pick)(*map(jnp.asarray, place))
+    picks = jax.vmap(pick)(*map(jnp.asarray, address))
     shares = np.nan_to_num(rates * records.scalars / records.scalars.shape[2])
     return np.bincount(np.asarray(picks), shares.ravel(), pool).astype(np.float32)
 
 
 def apply(
     params: trees.Params,
-    key: jax.Array,
-    weights: np.ndarray | jax.Array,
+    key: Key[Array, ""],
+    weights: np.ndarray | Array,
     *,
     distribution: str = "normal",
     trainable: trees.Trainable = None,
@@ -76,7 +77,7 @@ def apply(
     leaves = trees.select(params, trainable)
     checks.count("seed_pool", len(weights))
 
-    def add(j: jax.Array, total: trees.Leaves) -> trees.Leaves:
+    def add(j: Array, total: trees.Leaves) -> trees.Leaves:
         u = directions.noise(directions.pool_key(key, j), leaves, law)
         return {n: exact.axpy(total[n], -weights[j], u[n]) for n in total}
 

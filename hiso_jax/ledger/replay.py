@@ -16,7 +16,9 @@ import numpy as np
 from jax import lax
 
 from hiso_jax import directions, rules, steps
-from hiso_jax._engine import exact, still, trees
+from hiso_jax._engine import exact, trees
+from hiso_jax._engine import still as stills
+from hiso_jax._engine.shapes import Array, Float, Index, Key, Real, Shape, UInt32
 from hiso_jax.algorithm import Spec
 from hiso_jax.ledger import digests
 from hiso_jax.ledger.store import Ledger, LedgerMismatch
@@ -37,7 +39,7 @@ class Leaf(NamedTuple):
 
     name: str
     dtype: np.dtype
-    shape: tuple[int, ...]
+    shape: Shape
     trainable: bool
 
     @property
@@ -97,10 +99,8 @@ class Replay:
         data = jnp.array(key["data"], jnp.uint32)
         self._path, self._records = ledger.path, (records.scalars, rates)
         self._rule, self._still = spec.rule, spec.directions.still
-        firsts = () if self._still is None else self._still.firsts(spec.directions.per_client)
         self._program = jax.jit(
-            functools.partial(_replay, spec.rule, spec.directions, firsts),
-            compiler_options=exact.compiler_options(),
+            functools.partial(_replay, spec), compiler_options=exact.compiler_options()
         )
         root = jax.random.wrap_key_data(data, impl=key["implementation"])
         shape = (ledger.rounds, spec.steps, spec.directions.total)
@@ -116,10 +116,10 @@ class Replay:
         names = [name] if leaf.trainable else [name, f"params/{name}"]
         salts = np.stack([digests.salts(n, leaf) for n in names])
         for offset in range(0, x.size, large()):
-            own = x[offset : offset + large()]
-            block = np.zeros(SMALL if own.size <= SMALL else large(), leaf.dtype)
-            block[: own.size] = own
-            sums = np.asarray(_digests(block, salts, np.uint32(start + offset), own.size))
+            part = x[offset : offset + large()]
+            block = np.zeros(SMALL if part.size <= SMALL else large(), leaf.dtype)
+            block[: part.size] = part
+            sums = np.asarray(_digests(block, salts, np.uint32(start + offset), part.size))
             with self._lock:
                 self._read += sums[0]
                 self._moved += sums[1:].sum(0, dtype=np.uint32)
@@ -145,11 +145,11 @@ class Replay:
         skip = start % 32  # noise can be drawn from multiples of 32 on
         room = SMALL if x.size + skip <= SMALL else large()
         for offset in range(-skip, x.size, room):
-            own = x[max(offset, 0) : offset + room]
+            part = x[max(offset, 0) : offset + room]
             before = max(-offset, 0)
             block = np.zeros(room, leaf.dtype)
-            block[before : before + own.size] = own
-            moved = self._block(leaf, start + offset, block, before, own.size)
+            block[before : before + part.size] = part
+            moved = self._block(leaf, start + offset, block, before, part.size)
             out[max(offset, 0) : offset + room] = moved
         return out
 
@@ -173,70 +173,90 @@ class Replay:
         state = {"params": like, "rule": jax.eval_shape(self._rule.init, like)}
         salts = np.stack([digests.salts(n, x) for n, x in trees.named(state).items()])
         keys = self._keys(np.uint32(trees.leaf_hash(leaf.name)))
-        place = (np.uint32(start), np.uint32(skip), np.uint32(size))
         bounds = np.zeros(0, np.uint32)
         if self._still is not None:
             bounds = self._still.bounds(leaf.name, leaf.shape)
-        moved, digest, shared = self._program(x, *place, bounds, salts, keys, *self._records)
+        block = Block(x, np.uint32(start), np.uint32(skip), np.uint32(size), bounds)
+        moved, digest, shared = self._program(block, salts, keys, self._records)
         with self._lock:
             self._moved += np.asarray(digest)
             self._shared = np.asarray(shared)
         return np.asarray(moved)[skip : skip + size]
 
 
+class Block(NamedTuple):
+    """A run of a leaf's elements that goes through all rounds at once.
+
+    Attributes:
+      x: the run, padded in front and at the end.
+      start: number of its first element in the flattened leaf.
+      skip: elements of padding in front.
+      size: elements that count.
+      bounds: see `hiso_jax._engine.still.Still.bounds`.
+    """
+
+    x: Real[Array | np.ndarray, "N"]
+    start: Index
+    skip: Index
+    size: Index
+    bounds: UInt32[Array | np.ndarray, "parts"]
+
+
 @jax.jit
-def _digests(x: jax.Array, salts: jax.Array, start: jax.Array, size: jax.Array) -> jax.Array:
-    return jnp.stack([digests.part(x, own, start, size) for own in salts])
+def _digests(x: Array, salts: Array, start: Array, size: Array) -> UInt32[Array, "salts 2"]:
+    return jnp.stack([digests.part(x, salt, start, size) for salt in salts])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _keys(
-    root: jax.Array, shape: tuple[int, ...], pool: int | None, leaf: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Keys of a leaf's noise [R, K, P], and of its rounding [R]."""
-    place = jnp.unravel_index(jnp.arange(math.prod(shape)), shape)
-    noise = jax.vmap(lambda r, k, p: directions.direction_key(root, r, k, p, pool))(*place)
+    root: Key[Array, ""], shape: tuple[int, int, int], pool: int | None, leaf: Array
+) -> tuple[Key[Array, "R K P"], Key[Array, "R"]]:
+    """Keys of a leaf's noise, and of its rounding."""
+    address = jnp.unravel_index(jnp.arange(math.prod(shape)), shape)
+    noise = jax.vmap(lambda r, k, p: directions.direction_key(root, r, k, p, pool))(*address)
     rounding = jax.vmap(lambda r: directions.rounding_key(root, r))(jnp.arange(shape[0]))
     return directions.fold_in(noise, leaf).reshape(shape), directions.fold_in(rounding, leaf)
 
 
 def _replay(
-    rule: rules.Rule,
-    own: directions.Directions,
-    firsts: tuple[int, ...],
-    x: jax.Array,
-    start: jax.Array,
-    skip: jax.Array,
-    size: jax.Array,
-    bounds: jax.Array,
-    salts: jax.Array,
-    keys: tuple[jax.Array, jax.Array],
-    records: jax.Array,
-    rates: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All rounds on one block; returns it, its digest, and that of state without elements."""
+    spec: Spec,
+    block: Block,
+    salts: UInt32[Array, "leaves 2"],
+    keys: tuple[Key[Array, "R K P"], Key[Array, "R"]],
+    records: tuple[Float[Array, "R K S"], Float[Array, "R"]],
+) -> tuple[Real[Array, "N"], UInt32[Array, "2"], UInt32[Array, "2"]]:
+    """All rounds on one block; returns it, its digest, and that of state without elements.
 
-    def round(carry: Any, inputs: Any) -> tuple[Any, None]:
-        x, state = carry
-        (noise_keys, rounding_key), record, rate = inputs
+    Args:
+      spec: whose rule and directions are used.
+      block: where the leaf is cut.
+      salts: of the leaf and of the rule's state.
+      keys: of the noise and of the rounding.
+      records: of the ledger, and its learning rates.
+    """
+    rule, (per_client, distribution, *_), still = spec.rule, spec.directions, spec.directions.still
+    x, start, skip, size, bounds = block
+    firsts = () if still is None else still.firsts(per_client)
 
-        def noise(k: Any) -> Any:
-            def draw(p: Any) -> Any:
-                drawn = directions.draw(noise_keys[k, p], x.shape, own.distribution, start)
-                if not firsts:
-                    return {"x": drawn}
-                bound = still.bound_of(p % own.per_client, firsts, bounds)
-                return {"x": still.only(drawn, start, x.shape, bound)}
+    def round(carry: steps.Moved, inputs: Any) -> tuple[steps.Moved, None]:
+        leaves, state = carry
+        (noise_keys, rounding_key), (record, rate) = inputs
 
-            return draw
+        def noise(k: Index, p: Index) -> trees.Leaves:
+            drawn = directions.draw(noise_keys[k, p], x.shape, distribution, start)
+            if not firsts:
+                return {"x": drawn}
+            bound = stills.bound_of(p % per_client, firsts, bounds)
+            return {"x": stills.only(drawn, start, x.shape, bound)}
 
         cast = lambda wide: {"x": directions.round_to(rounding_key, wide["x"], x.dtype, start)}  # noqa: E731
-        record = steps.admit(record)
-        leaves, state = steps.advance(rule, noise, state, {"x": x}, state, record, rate, cast)
-        return (leaves["x"], state), None
+        admitted = steps.admit(rule, record, rate)
+        draw = lambda k: functools.partial(noise, k)  # noqa: E731
+        return steps.advance(admitted, draw, state, leaves, state, cast), None
 
-    begin = (x, rule.init({"x": x}))
-    x, state = lax.scan(round, begin, (keys, records, rates))[0]
+    leaves = {"x": jnp.asarray(x)}
+    (leaves, state), _ = lax.scan(round, (leaves, rule.init(leaves)), (keys, records))
+    x = leaves["x"]
     digest, shared = jnp.zeros(2, jnp.uint32), jnp.zeros(2, jnp.uint32)
     for salt, leaf in zip(salts, jax.tree.leaves({"params": x, "rule": state}), strict=True):
         if leaf.shape == x.shape:
