@@ -100,7 +100,13 @@ def __getattr__(name: str) -> ModuleType:
     """Import a module of this package that is not imported yet (PEP 562)."""
     path = f"{__name__}.{_SHORT.get(name, name)}"
     if name.isidentifier() and not name.startswith("_") and importlib.util.find_spec(path):
-        return importlib.import_module(path)
+        try:
+            return importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if name not in ("models", "tasks", "train") or "hiso_jax" in str(error.name):
+                raise
+            needed = f"hiso_jax.{name} needs {error.name}: pip install 'hiso-jax[{name}]'"
+            raise ModuleNotFoundError(needed, name=error.name) from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -281,7 +281,7 @@ def test_a_client_s_own_directions_are_its_part_of_the_record():
     assert scalars.shape == (3, 1, 2)
     for c in range(3):
         np.testing.assert_allclose(scalars[c], every[c, :, 2 * c : 2 * c + 2], rtol=1e-4, atol=1e-4)
-    alone = jax.jit(functools.partial(own.probe, place=1))(start, batches[1:2])
+    alone = jax.jit(functools.partial(own.probe, slot=1))(start, batches[1:2])
     np.testing.assert_allclose(alone[0], scalars[1], rtol=1e-4, atol=1e-4)
     weights = np.array([1.0, 0.0, 3.0], np.float32)
     record = np.asarray(own.aggregate(scalars, weights))
@@ -304,7 +304,7 @@ def test_a_server_keeps_everybody_s_place():
             server.open(["a", "b", "c", "d"])
         server.open(["a", "b", "c"])
         for place, name in ((2, "c"), (0, "a")):  # b never answers
-            scalars = alg.probe(start, batches[place : place + 1], place=place)[0]
+            scalars = alg.probe(start, batches[place : place + 1], slot=place)[0]
             assert server.reply(name, 0, scalars)
         record = server.close()
     whole = alg.aggregate(alg.probe(start, batches), jnp.array([1.0, 0.0, 1.0]))
@@ -320,6 +320,6 @@ def test_own_directions_are_refused_where_they_make_no_sense():
     with pytest.raises(ValueError, match="3 clients from place 0"):
         alg.probe(start, jnp.ones((3, 1, 2)))
     with pytest.raises(ValueError, match="1 clients from place 2"):
-        alg.probe(start, jnp.ones((1, 1, 2)), place=2)
+        alg.probe(start, jnp.ones((1, 1, 2)), slot=2)
     with pytest.raises(ValueError, match="at most per_client_directions=2"):
         alg.aggregate(jnp.ones((3, 1, 5)))

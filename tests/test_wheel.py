@@ -154,9 +154,14 @@ def test_the_core_alone(core: Path, empty: Path):
         alg = hiso_jax.decomfl(lambda p, batch: ((p - batch) ** 2).mean(), 0.1)
         state, _ = alg.round(alg.init(jnp.zeros(8), jax.random.key(0)), jnp.ones((2, 1, 8)))
         print(state.round, hiso_jax.__file__)
+        try:
+            hiso_jax.models
+        except ModuleNotFoundError as error:
+            print(error)
     """
     printed = call(core / "python", "-c", code, cwd=empty).splitlines()
     assert printed[0] == "[]" and printed[1].startswith(f"1 {core.parent}")
+    assert printed[2].endswith("pip install 'hiso-jax[models]'")
     assert "finetune" in call(core / "hiso", "--help", cwd=empty)
     for command in COMMANDS:
         said = call(core / "hiso", command, cwd=empty, code=1).strip()

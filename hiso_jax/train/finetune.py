@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained model over clients that send a few bytes a round."""
+"""Fine-tune a pretrained model over clients that send a few bytes per round."""
 
 import dataclasses
 import importlib.util
@@ -37,7 +37,7 @@ def bundled_model() -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Options(job.Options):
-    """Fine-tune a pretrained model over clients that send a few bytes a round.
+    """Fine-tune a pretrained model over clients that send a few bytes per round.
 
     Without options: all 22.6 M parameters of all-MiniLM-L6-v2 on the topics of the docstrings of
     Python's standard library, where each of 71 modules is one client; defaults were chosen on
