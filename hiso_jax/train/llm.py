@@ -33,7 +33,7 @@ def bundled_model() -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Options(finetune.Options):
-    """Fine-tune all 134.5 million parameters of SmolLM2 over clients that send a few bytes per round.
+    """Fine-tune all 134.5 M parameters of SmolLM2 over clients that send a few bytes per round.
 
     The docstrings of Python's standard library, each module a client: what is it about? Prompt,
     words, method and rates were chosen on the training split. FedAdam, whose clients send whole
