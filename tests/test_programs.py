@@ -17,6 +17,7 @@ different ways. Taken together the rows have
 and every pair of options in `PAIRS`.
 """
 
+import os
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any, NamedTuple, get_args
@@ -42,7 +43,7 @@ from tests.helpers import (
 
 P, ROUNDS, NOBODY = 4, 4, 2  # in one round nobody answers
 # The compiler's usual way to write loops, which takes twice as long and which `conftest` turns off.
-EMITTERS = {"xla_cpu_use_fusion_emitters": True}
+EMITTERS = {"xla_cpu_use_fusion_emitters": True} if "emitters" in os.environ["XLA_FLAGS"] else {}
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "whole": dict(small=1),
