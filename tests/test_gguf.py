@@ -190,7 +190,7 @@ def test_a_ledger_is_replayed_onto_it(
 ):
     path = ggufs.write(tmp_path / "in/a.gguf", family, Kind.Q4_1)
     ours = load(path, dtype=dtype)
-    rule = rules.from_recipe({"rule": "identity"})
+    rule = rules.from_config({"rule": "identity"})
     loss = lambda params, batch: jnp.float32(0)  # noqa: E731
     alg = hj.scalar_algorithm(loss, 1e-2, rule=rule, distribution="rademacher")
     ledger, end = fill(tmp_path / "ledger.sqlite", alg, ours.params, 3)

@@ -2,10 +2,10 @@
 
 Example:
   >>> from hiso_jax.ledger import rebuild
-  >>> rebuild.rebuild("gone.sqlite", "base", "base")
+  >>> rebuild.rebuild("run.sqlite", "gone", "out")
   Traceback (most recent call last):
       ...
-  FileNotFoundError: gone.sqlite: no such file
+  FileNotFoundError: gone: no such file or folder
 """
 
 import contextlib
@@ -210,14 +210,14 @@ def rebuild(
       ValueError: there is nothing to replay.
     """
     ledger, base, out = Path(ledger), Path(base), Path(out)
-    if not ledger.is_file():
-        raise FileNotFoundError(f"{ledger}: no such file")
     if out.exists():
         raise FileExistsError(f"{out} exists; nothing is written over")
     folder = base.is_dir() or base.suffix.lower() == ".gguf"
     kind, paths = huggingface.weight_files(base) if folder else (TensorFile, [base])
     if not paths[0].is_file():
         raise FileNotFoundError(f"{base}: no such file or folder")
+    if not ledger.is_file():
+        raise FileNotFoundError(f"{ledger}: no such file")
     with contextlib.ExitStack() as stack:
         records = stack.enter_context(open_ledger(ledger))
         if not records.rounds:

@@ -123,6 +123,7 @@ def check(options: Options) -> None:
             raise ValueError(
                 f"--data: needed for {spelled(own)}; without it the docstrings are run"
             )
+        _check_words(options)
         if own := given("split", "num_clients", "alpha", "client_column"):
             raise ValueError(
                 f"{spelled(own)}: every module is a client of the docstrings task; give --data or "
@@ -141,6 +142,17 @@ def check(options: Options) -> None:
                 f"--text: {options.text!r} is not in --prompt {options.prompt!r}, which names the "
                 "columns; leave --text out"
             )
+
+
+def _check_words(options: Options) -> None:
+    """Raise unless prompt and words of a decoder are for the docstrings' text and topics."""
+    topics, instead = list(docstrings.TOPICS), "for a task of yours give --data"
+    if options.prompt and Task(options.prompt).columns != ["text"]:
+        raise ValueError(f"--prompt: expected the docstrings' column, {{text}}, and no other, got "
+                         f"{options.prompt!r}; {instead}")  # fmt: skip
+    if options.verbalizer and len(options.verbalizer) != len(topics):
+        raise ValueError(f"--verbalizer: expected {len(topics)}, one for each topic of {topics}, "
+                         f"got {options.verbalizer}; {instead}")  # fmt: skip
 
 
 def task_of(options: Options) -> Task:
@@ -327,11 +339,6 @@ def build(options: Options) -> Problem:
     if task is DOCSTRINGS and encoder and (options.prompt or options.verbalizer):
         raise ValueError(f"--prompt, --verbalizer: {name}, an encoder, reads the bare text")
     if task is DOCSTRINGS and not encoder:
-        if options.verbalizer and len(options.verbalizer) != len(docstrings.TOPICS):
-            raise ValueError(
-                f"--verbalizer: expected {len(docstrings.TOPICS)}, one for each topic of the "
-                f"docstrings, {list(docstrings.TOPICS)}; got {options.verbalizer}"
-            )
         task = task._replace(
             prompt=options.prompt or "{text}\nTopic:",
             verbalizer=options.verbalizer or task.verbalizer,
