@@ -42,7 +42,9 @@ def test_two_methods_and_what_is_left(tiny: Path, tmp_path: Path, monkeypatch: p
     assert sum("--eval-examples" in note for note in problem.notes) == 2
     job.run(options, problem, llm.LEARNING_RATES)
     said = output.getvalue()
-    assert "a round takes about" in said and "rms: compiling" in said.replace("DeComFL / ", "")
+    assert "the passes of a round take about" in said and "rms: compiling" in said.replace(
+        "DeComFL / ", ""
+    )
     assert "FedAdam" in said and "what the model writes" in said
     summaries = json.loads((tmp_path / "run/summary.json").read_text())
     assert [s["method"] for s in summaries] == ["rms", "fedadam"]

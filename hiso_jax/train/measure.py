@@ -87,7 +87,8 @@ def say_how_long(options: Options, problem: Problem, alg: Any, base: Base) -> No
     whole = options.rounds * a_round + looks * measured
     if whole > WORTH_SAYING:
         report.say(
-            f"{methods.title(options.method)}: a round takes about {duration(a_round)} here, "
-            f"{options.rounds} rounds {duration(options.rounds * a_round)}; an evaluation of dev "
+            f"{methods.title(options.method)}: the passes of a round take about "
+            f"{duration(a_round)} here, those of {options.rounds} rounds "
+            f"{duration(options.rounds * a_round)}, and noise up to as much; an evaluation of dev "
             f"{duration(measured)}, {looks} of them {duration(looks * measured)}"
         )
