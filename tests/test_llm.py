@@ -55,6 +55,8 @@ def test_two_methods_and_what_is_left(tiny: Path, tmp_path: Path, monkeypatch: p
     answers = json.loads((tmp_path / "run/rms/answers.json").read_text())
     assert len(answers) == 3 and len({a["wanted"] for a in answers}) == 3
     assert answers[0].keys() == {"prompt", "wanted", "before", "written"}
+    words = {a[when].partition(" (writes: ")[0] for a in answers for when in ("before", "written")}
+    assert words <= set(options.verbalizer)
 
 
 def test_examples_are_capped_at_random():

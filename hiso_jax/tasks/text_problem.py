@@ -191,6 +191,23 @@ def _with_text(each: dict[str, Arrays], column: str, notes: list[str]) -> dict[s
     return filled
 
 
+def _of_different_labels(task: Task, rows: Rows, count: int) -> Rows:
+    """The first row of every label, and more if those are too few."""
+    first: dict[str, Any] = {}
+    for row in rows:
+        first.setdefault(task.answers(row)[0], row)
+    return [*first.values(), *rows][:count]
+
+
+def _answers(task: Task, rows: Rows, lines: list[str], best: Any) -> list[Answer]:
+    """Answers that were written, each behind the best of the label words if there are some."""
+    if best is not None:
+        words = [(task.verbalizer or ())[i] for i in best]
+        lines = [f"{word} (writes: {line})" for word, line in zip(words, lines, strict=True)]
+    return [Answer(task.read(row), task.answers(row)[0], line)
+            for row, line in zip(rows, lines, strict=True)]  # fmt: skip
+
+
 def decoder_problem(
     material: Material,
     room: int = 32,
@@ -251,14 +268,11 @@ def decoder_problem(
         return metrics.METRICS[task.metric](lines, [task.answers(row) for row in asked])
 
     def answers(params: Any) -> list[Answer]:
-        """What the model writes after the prompts of some test examples of different labels."""
-        by_label: dict[str, Any] = {}
-        for row in rows["test"]:
-            by_label.setdefault(task.answers(row)[0], row)
-        asked = [*by_label.values(), *rows["test"]][:shown]
-        lines = write(params, asked, shown)
-        return [Answer(task.read(row), task.answers(row)[0], line)
-                for row, line in zip(asked, lines, strict=True)]  # fmt: skip
+        """What the model writes after some prompts, and the word that it is measured by."""
+        asked, best = _of_different_labels(task, rows["test"], shown), None
+        if task.verbalizer is not None:
+            best = head(params, hidden(params, columns(asked), 0)[:, -1], tokens).argmax(-1)
+        return _answers(task, asked, write(params, asked, shown), best)
 
     stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     if task.verbalizer is not None:
