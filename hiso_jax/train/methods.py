@@ -154,7 +154,7 @@ SETTLED = {"mezo": ("estimator", "num_perturbations", "local_steps"), "hizoo": (
 
 def not_used(options: Any) -> list[str]:
     """Options that are not the job's defaults and that the method does not use, for a note."""
-    name, default = options.method.partition("(")[0], type(options)()
+    (name, _), default = parse(options.method), type(options)()
     return [x for x in SETTLED.get(name, ()) if getattr(options, x) != getattr(default, x)]
 
 
@@ -181,14 +181,23 @@ def _arguments(name: str) -> set[str]:
 
 
 def _yours(method: str) -> Callable[..., hj.Algorithm]:
-    module, colon, name = method.partition(":")
-    wanted = f"--method: expected one of {', '.join(NAMES)}, or module:function of yours"
+    return imported(method, f"--method: expected one of {', '.join(NAMES)}, or")
+
+
+def imported(text: str, wanted: str) -> Callable[..., Any]:
+    """The function of yours that ``module:function`` names.
+
+    Raises:
+      ValueError: there is none; the message begins with what is `wanted`.
+    """
+    module, colon, name = text.partition(":")
+    wanted = f"{wanted} module:function of yours, got {text!r}"
     if not colon:
-        raise ValueError(f"{wanted}, got {method!r}")
+        raise ValueError(wanted)
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{wanted}, got {method!r}: {error}") from None
+        raise ValueError(f"{wanted}: {error}") from None
 
 
 def build(

@@ -1,6 +1,5 @@
 """`hiso replay LEDGER BASE OUT`: rebuild a fine-tuned model, and prove that it is the same."""
 
-import importlib
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import tyro
 from hiso_jax.ledger import LedgerError
 from hiso_jax.ledger.rebuild import rebuild
 from hiso_jax.rules import Rule
-from hiso_jax.train import report
+from hiso_jax.train import methods, report
 
 
 def rule_of(text: str | None) -> Rule | None:
@@ -22,13 +21,12 @@ def rule_of(text: str | None) -> Rule | None:
     """
     if text is None:
         return None
-    module, _, name = text.partition(":")
+    function = methods.imported(text, "--rule: expected")
     try:
-        rule = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"--rule: expected module:function of yours, got {text!r}: {error}"
-        ) from None
+        rule = function()
+    except (TypeError, ValueError) as error:
+        wanted = "--rule: expected module:function of yours"
+        raise ValueError(f"{wanted}, got {text!r}: {error}") from None
     if not isinstance(rule, Rule):
         raise ValueError(f"--rule: expected {text} to make a Rule, got {type(rule).__name__}")
     return rule
