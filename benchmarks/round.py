@@ -16,6 +16,9 @@ import numpy as np
 import hiso_jax as hj
 from benchmarks import timing
 from hiso_jax import directions, models
+from hiso_jax._engine import trees
+from hiso_jax.models import subsets
+from hiso_jax.train.work import multiplications
 
 SHAPES: dict[str, dict[str, int]] = {  # of OPT; vocabulary 50,272 except where it is given
     "opt-1m": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=2048),
@@ -25,15 +28,25 @@ SHAPES: dict[str, dict[str, int]] = {  # of OPT; vocabulary 50,272 except where 
     "opt-350m": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
     "opt-1.3b": dict(hidden_size=2048, num_hidden_layers=24, num_attention_heads=32),
 }
+REAL: dict[str, tuple[str, dict[str, int]]] = {
+    "smollm2-135m": ("Llama", dict(
+        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        intermediate_size=1536, vocab_size=49152)),
+    "gemma3-270m": ("Gemma3Text", dict(
+        hidden_size=640, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1,
+        head_dim=256, intermediate_size=2048, vocab_size=262144, sliding_window=512)),
+}  # fmt: skip
+"""Models as they are published: their kind, and what their transformers config says."""
 WORDS = (3, 4)
 """Tokens of the two labels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Time and memory of a round, on an OPT of random weights and random tokens."""
+    """Time and memory of a round, on a decoder of random weights and random tokens."""
 
-    shape: Literal["opt-1m", "opt-10m", "opt-30m", "opt-125m", "opt-350m", "opt-1.3b"] = "opt-125m"
+    shape: Literal["opt-1m", "opt-10m", "opt-30m", "opt-125m", "opt-350m", "opt-1.3b",
+                   "smollm2-135m", "gemma3-270m"] = "opt-125m"  # fmt: skip
     """Size of the model."""
     clients: int = 2
     """C."""
@@ -61,11 +74,14 @@ class Options:
 
 def config(shape: str) -> Any:
     """The transformers config of a shape."""
-    from transformers import OPTConfig
+    import transformers
 
+    if shape in REAL:
+        kind, own = REAL[shape]
+        return getattr(transformers, f"{kind}Config")(**own, tie_word_embeddings=True)
     own = dict(vocab_size=50272) | SHAPES[shape]
     width = own["hidden_size"]
-    return OPTConfig(**own, ffn_dim=4 * width, word_embed_proj_dim=width)
+    return transformers.OPTConfig(**own, ffn_dim=4 * width, word_embed_proj_dim=width)
 
 
 def batches(options: Options) -> dict[str, np.ndarray]:
@@ -94,31 +110,46 @@ def peak_rss() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def shapes(options: Options) -> tuple[Any, Any]:
+    """Loss and parameters of a model, of which nothing is computed."""
+    loss = []
+
+    def make() -> Any:
+        made = models.from_config(
+            config(options.shape), jax.random.key(0), jnp.dtype(options.dtype)
+        )
+        loss.append(loss_of(made))
+        return made.params
+
+    params = jax.eval_shape(make)
+    return loss[0], params
+
+
 def flops(options: Options) -> float:
-    """Floating-point operations of the forward passes of a round."""
-    own = SHAPES[options.shape]
-    width, layers = own["hidden_size"], own["num_hidden_layers"]
-    each = layers * (2 * 12 * width**2 + 4 * options.length * width)
-    tokens = options.clients * options.local_steps * options.batch * options.length
-    return float((options.num_perturbations + 1) * tokens * each)
+    """Floating-point operations of the matrix products of a round's forward passes."""
+    loss_fn, params = shapes(options)
+    one = jax.tree.map(lambda x: x[0, 0], batches(options))
+    passes = (options.num_perturbations + 1) * options.clients * options.local_steps
+    return 2.0 * passes * multiplications(loss_fn, params, one)
 
 
-def moved_bytes(options: Options, size: int, width: int) -> float:
+def moved_bytes(options: Options) -> float:
     """Bytes a round cannot help to move, with a normalizing rule.
 
     Every perturbed pass reads the layers and their curvature; the update reads and writes
-    all parameters and their curvature. `width` is the bytes of a parameter.
+    all parameters and their curvature.
     """
-    own, steps = SHAPES[options.shape], options.local_steps
+    leaves, steps = trees.named(shapes(options)[1]), options.local_steps
     rule = 4 if options.method == "hiso" else 0
-    layers = own["num_hidden_layers"] * 12 * own["hidden_size"] ** 2
+    moved = {name: x.size * (x.dtype.itemsize + rule) for name, x in leaves.items()}
+    layers = sum(size for name, size in moved.items() if subsets.stacked(name))
     passes = options.num_perturbations * steps * (options.clients if steps > 1 else 1)
-    return passes * layers * (width + rule) + 2.0 * size * (width + rule)
+    return float(passes * layers + 2 * sum(moved.values()))
 
 
 def ceilings(options: Options) -> tuple[float, float]:
     """The machine's matmul rate (operations a second) and copy bandwidth (bytes a second)."""
-    width, dtype = SHAPES[options.shape]["hidden_size"], jnp.dtype(options.dtype)
+    width, dtype = config(options.shape).hidden_size, jnp.dtype(options.dtype)
     rows = options.batch * options.length * (options.clients if options.local_steps == 1 else 1)
     many = 10
     # Random numbers, since an accelerator draws less power, and is faster, on zeros and ones; and
@@ -204,7 +235,7 @@ def measure(options: Options) -> dict[str, Any]:
     seconds = timing.interleaved({"bare": bare, "round": round}, options.repeats)
     temp = step.memory_analysis().temp_size_in_bytes - forward.memory_analysis().temp_size_in_bytes
     rate, bandwidth = ceilings(options)
-    floor = flops(options) / rate + moved_bytes(options, size, held // size) / bandwidth
+    floor = flops(options) / rate + moved_bytes(options) / bandwidth
     scalars = steps * options.num_perturbations
     rule = sum(x.nbytes for x in jax.tree.leaves(states[0].rule))
     return dict(

@@ -33,7 +33,7 @@ class Spec(NamedTuple):
       >>> import hiso_jax as hj
       >>> alg = hj.decomfl(lambda params, batch: ((params["w"] - batch) ** 2).mean(), 0.1)
       >>> alg.spec.record, alg.spec.directions.distribution
-      ((1, 5), 'normal')
+      ((1, 5), 'near_normal')
       >>> central = alg.spec._replace(estimator=hj.estimators.make("central", 5, 1e-3))
       >>> algorithm(central).config["estimator"]
       'central'

@@ -24,7 +24,7 @@ def scalar_algorithm(
     local_steps: int = 1,
     num_perturbations: int = 5,
     smoothing: float = 1e-3,
-    distribution: str = "normal",
+    distribution: str = directions.DEFAULT,
     trainable: trees.Trainable = None,
     nonfinite: str = "raise",
     seed_pool: int | None = None,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from hiso_jax._engine import exact, lazy, packing, trees
 from hiso_jax._engine import still as stills
 from hiso_jax._engine.prng import (  # noqa: F401  # all that is drawn with, under one name
+    DEFAULT,
     Distribution,
     check_distribution,
     draw,
@@ -93,7 +94,7 @@ def _leaf_keys(key: Key[Array, ""], names: Sequence[str]) -> Key[Array, "leaves"
 
 
 def noise(
-    key: Key[Array, ""], leaves: Mapping[str, Any], distribution: Distribution = "normal"
+    key: Key[Array, ""], leaves: Mapping[str, Any], distribution: Distribution = DEFAULT
 ) -> trees.Leaves:
     """Draw the noise u of every named leaf.
 
@@ -168,7 +169,7 @@ class Directions(NamedTuple):
     """
 
     per_client: int
-    distribution: Distribution = "normal"
+    distribution: Distribution = DEFAULT
     clients: int | None = None
     pool: int | None = None
     still: Still | None = None

@@ -119,7 +119,7 @@ def scale_by_zeroth_order(
     num_perturbations: int = 5,
     smoothing: float = 1e-3,
     estimator: str | estimators.Difference = "forward",
-    distribution: str = "normal",
+    distribution: str = directions.DEFAULT,
     trainable: trees.Trainable = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -148,7 +148,7 @@ def hiso(
     decay: float = 0.95,
     epsilon: float = 1e-8,
     estimator: str | estimators.Difference = "forward",
-    distribution: str = "normal",
+    distribution: str = directions.DEFAULT,
     trainable: trees.Trainable = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -198,7 +198,7 @@ def zo_sgd(
     num_perturbations: int = 1,
     smoothing: float = 1e-3,
     estimator: str | estimators.Difference = "central",
-    distribution: str = "normal",
+    distribution: str = directions.DEFAULT,
     trainable: trees.Trainable = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -215,7 +215,7 @@ def value_and_grad(
     num_perturbations: int = 5,
     smoothing: float = 1e-3,
     estimator: str | estimators.Difference = "forward",
-    distribution: str = "normal",
+    distribution: str = directions.DEFAULT,
     trainable: trees.Trainable = None,
 ) -> GradFn:
     """Like ``jax.value_and_grad``, but the gradient is estimated from losses alone.

@@ -153,7 +153,7 @@ def test_nothing_is_written_over_and_bad_resumes_are_refused(
     bad = [
         (("digits", "--resume", str(tmp_path / "no")), "no run to resume"),
         (("digits", "--resume", str(out), "--rounds", "9"), "--rounds cannot be given with it"),
-        (("finetune", "--resume", str(out)), "is a run of experiments.digits"),
+        (("finetune", "--resume", str(out)), "is a run of `hiso digits`"),
     ]
     for arguments, message in bad:
         output = refuse(*arguments)

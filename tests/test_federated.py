@@ -84,6 +84,7 @@ def test_equals_the_paper(method: str, update: str, steps: int, perturbations: i
     rng = np.random.default_rng(steps * 10 + perturbations)
     x = rng.normal(size=D).astype(np.float32)
     options: dict[str, Any] = dict(local_steps=steps, num_perturbations=perturbations, smoothing=MU)
+    options |= dict(distribution="normal")  # the paper's
     with jax.enable_x64(True):  # the loss in float64, parameters and scalars in float32
         if method == "hiso":
             alg = hj.federated_hiso(

@@ -96,7 +96,7 @@ def test_the_header_says_what_the_run_was_made_of(written: dict[str, Any]):
     assert header["algorithm"] == dict(
         rule=dict(rule="hiso", decay=0.95, epsilon=1e-8, update_steps="last"),
         learning_rate="schedule", local_steps=2, num_perturbations=3, smoothing=1e-3,
-        estimator="forward", aggregator="mean()", distribution="normal", nonfinite="raise",
+        estimator="forward", aggregator="mean()", distribution="near_normal", nonfinite="raise",
     )  # fmt: skip
     assert header["key"] == {"implementation": "threefry2x32", "data": [0, 0]}
     assert header["software"]["jax"] == jax.__version__

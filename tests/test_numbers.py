@@ -101,8 +101,9 @@ def test_an_update_of_float64_is_the_plain_product():
     """However small it is: the optax face moves float64 leaves as the algorithm does."""
     batch = jnp.float32([0.3, 0.4])
     with jax.enable_x64(True):
-        alg = hj.federated_hiso(mixed_loss, 1e-11, num_perturbations=2, smoothing=1e-2)
-        tx = hj.hiso(1e-11, num_perturbations=2, smoothing=1e-2)
+        how: Any = dict(num_perturbations=2, smoothing=1e-2, distribution="normal")
+        alg = hj.federated_hiso(mixed_loss, 1e-11, **how)
+        tx = hj.hiso(1e-11, **how)
         start = alg.init({n: WIDE[n] for n in ("b", "c")}, root())
         value_fn = lambda p: jax.vmap(mixed_loss, (None, 0))(p, batch[None])[0]  # noqa: E731
 

@@ -26,7 +26,9 @@ from tests.helpers import CONTROL, CORRECT, equations
 DATA = Path(__file__).parent / "data"
 ROUNDS, SHAPES = 30, [(33, 65), (129,), (4, 31, 17), (), (0, 3)]
 CASES: dict[str, Any] = {
-    "normal-float32": dict(make=hj.federated_hiso, local_steps=2, update_steps="all"),
+    "normal-float32": dict(
+        make=hj.federated_hiso, distribution="normal", local_steps=2, update_steps="all"
+    ),
     "near_normal-float32": dict(make=hj.federated_hiso, distribution="near_normal"),
     "rademacher-bfloat16": dict(make=hj.federated_hiso, distribution="rademacher"),
 }

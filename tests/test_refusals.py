@@ -173,7 +173,7 @@ def test_a_file_of_numbers_for_weights(place: Path):
 @pytest.mark.parametrize("saved, said", [
     (None, "no run to resume"), ("", "not the options of a run"), ("[]", "not the options of a run"),
     ('{"job": "digits"}', "not the options of a run"),
-    ('{"job": "digits", "options": {}, "learning_rates": {}}', "is a run of experiments.digits"),
+    ('{"job": "digits", "options": {}, "learning_rates": {}}', "is a run of `hiso digits`"),
 ])  # fmt: skip
 def test_runs_that_are_none(saved: str | None, said: str, tmp_path: Path):
     if saved is not None:

@@ -90,7 +90,9 @@ GRADIENT_CHAINS = {
 @pytest.mark.parametrize("name", GRADIENT_CHAINS)
 def test_gradient_estimates_feed_any_chain(name: str):
     tx = GRADIENT_CHAINS[name]()
-    estimate = hj.value_and_grad(lambda p, batch: value_fn(p) * batch, num_perturbations=8)
+    estimate = hj.value_and_grad(
+        lambda p, batch: value_fn(p) * batch, num_perturbations=8, distribution="normal"
+    )
 
     @jax.jit
     def step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:

@@ -171,7 +171,7 @@ def fedzo(
     local_steps: int = 1,
     num_perturbations: int = 5,
     smoothing: float = 1e-3,
-    distribution: str = "normal",
+    distribution: str = directions.DEFAULT,
     trainable: trees.Trainable = None,
 ) -> Baseline:
     """FedZO: clients estimate gradients with per-client directions, the server averages models."""

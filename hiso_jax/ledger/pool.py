@@ -59,7 +59,7 @@ def apply(
     key: Key[Array, ""],
     weights: np.ndarray | Array,
     *,
-    distribution: str = "normal",
+    distribution: str = directions.DEFAULT,
     trainable: trees.Trainable = None,
 ) -> trees.Params:
     """Return ``params - sum_j weights[j] u_j``, with u_j the pool's directions.

@@ -18,7 +18,7 @@ from hiso_jax._engine import files, meshes
 from hiso_jax.federation import baselines
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import folders, measure, methods, report, resume, settings
+from hiso_jax.train import depth, folders, measure, methods, report, resume, settings
 from hiso_jax.train.progress import duration
 from hiso_jax.train.report import console
 from hiso_jax.train.settings import COMPARED, Options, settle
@@ -257,6 +257,7 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
                 f"--clients-per-round: expected at most {there}, for there are {there} clients; "
                 f"got {options.clients_per_round}"
             )
+        options = depth.settle(options, problem)
         for method, rate in rates.items():
             alg = algorithm(dataclasses.replace(options, method=method), problem, rate)
             jax.eval_shape(alg.init, problem.params, resume.root_key(options))

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 from pathlib import Path
+from typing import Literal
 
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.train import finetune, job
@@ -60,7 +61,7 @@ class Options(finetune.Options):
     """Every client has directions of its own: more for the server to average, no more to do."""
     num_perturbations: int = 12
     """Scalars a local step (P)."""
-    upper_directions: tuple[int, ...] = (10,)
+    upper_directions: tuple[int, ...] | Literal["auto"] = (10,)
     """Of these, so many along directions that move the upper layers only."""
     upper_layers: tuple[int, ...] = (3,)
     """How many layers those are."""

@@ -81,7 +81,8 @@ def settings(options: job.Options) -> Row:
     }  # fmt: skip
     kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
     for name in ("upper_directions", "upper_layers"):  # one depth is a number in a row
-        kept[name] = kept[name][0] if len(kept[name]) == 1 else kept[name] or 0
+        if kept[name] != "auto":
+            kept[name] = kept[name][0] if len(kept[name]) == 1 else kept[name] or 0
     if "task" in kept:  # which is the job, in a row
         kept["text_task"] = kept.pop("task")
     for name, value in kept.items():  # JSON has no infinity, which some take
@@ -103,8 +104,9 @@ def fit(hint: Any, value: Any) -> Any:
       ValueError: it is none of that type; says what is wanted.
     """
     if get_origin(hint) in (Union, types.UnionType):
-        hints = [kind for kind in get_args(hint) if kind is not types.NoneType]
-        return fit(hints[0], value)
+        kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        return value if isinstance(value, str) and value in words else fit(kinds[0], value)
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ValueError(f"one of {', '.join(map(str, get_args(hint)))}")
@@ -133,7 +135,8 @@ def _from_text(hint: Any, text: str) -> Any:
         int: int,
         float: float,
     }
-    read = next((kinds[k] for k in (hint, *get_args(hint)) if k in kinds), str)
+    parts = [part for kind in (hint, *get_args(hint)) for part in (kind, *get_args(kind))]
+    read = next((kinds[k] for k in parts if isinstance(k, type) and k in kinds), str)
     try:
         return fit(hint, read(text))
     except ValueError:

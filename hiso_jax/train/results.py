@@ -91,6 +91,8 @@ def variant(rows: list[Row]) -> Callable[[Row], str]:
         parts = [OWN] * bool(row.get("per_client_directions"))
         if not (upper := row.get("upper_directions")):
             return "".join(parts + other(row, names))
+        if upper == "auto":
+            return "".join([*parts, ", upper directions by a look", *other(row, names)])
         many = [x if isinstance(x, list) else [x] for x in (upper, row["upper_layers"])]
         counts, depths = (" and ".join(map(str, x)) for x in many)
         layers = "layer" if depths == "1" else f"{depths} layers"

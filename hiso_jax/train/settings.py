@@ -54,9 +54,10 @@ class Options:
     """Scalars a local step (P); an update costs P + 1 forward passes."""
     per_client_directions: bool = False
     """Every client has directions of its own: more for the server to average, no more to do."""
-    upper_directions: tuple[int, ...] = ()
+    upper_directions: tuple[int, ...] | Literal["auto"] = ()
     """Of the scalars of a local step, so many along directions that move the upper layers only,
-    whose passes start from the activations below them; several numbers for several depths."""
+    whose passes start from the activations below them; several numbers for several depths. auto:
+    a look before the run tells how many of which, for the forward passes of P others."""
     upper_layers: tuple[int, ...] = (1,)
     """How many layers those are; for several depths the deepest comes first."""
     smoothing: float = 1e-3
@@ -147,7 +148,7 @@ def settle(options: SomeOptions) -> SomeOptions:
         sys.exit(f"--resume takes all options from the run; {names} cannot be given with it")
     saved = read(options.resume)
     if saved["job"] != job_of(options):
-        sys.exit(f"{options.resume} is a run of experiments.{saved['job']}")
+        sys.exit(f"{options.resume} is a run of `hiso {saved['job']}`")
     kept: dict[str, Any] = {
         name: _typed(hint, saved["options"][name])
         for name, hint in get_type_hints(kind).items()
@@ -264,6 +265,11 @@ def check(options: Options) -> None:
 def _check_upper(options: Options) -> None:
     """Raise unless as many depths have layers as have directions, the deepest first."""
     counts, layers = options.upper_directions, options.upper_layers
+    if counts == "auto":
+        if options.estimator != "forward":
+            raise ValueError(f"--upper-directions: auto goes with --estimator forward, got "
+                             f"{options.estimator}")  # fmt: skip
+        return
     for name, values in (("--upper-directions", counts), ("--upper-layers", layers)):
         for value in values:
             checks.count(name, value)
