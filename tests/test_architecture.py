@@ -15,6 +15,7 @@ ROWS = {
     "_engine": "how is it computed?",
     "models": "what is fine-tuned?",
     "": "what is the algorithm?",
+    "privacy": "how much is given away?",
     "ledger": "what stays of a run?",
     "federation": "who takes part?",
     "tasks": "what is learned, from which data?",
@@ -144,7 +145,7 @@ def test_what_is_imported_is_declared():
                 found.add(node.module.split(".")[0])
         third = found - sys.stdlib_module_names - {"hiso_jax"}
         brought = extra.get(folder_of(name_of(path)), set())
-        dp = {"dp_accounting"} if path.stem == "privacy" else set()
+        dp = {"dp_accounting"} if folder_of(name_of(path)) == "privacy" else set()
         # Shapes take the place of what jaxtyping would bring, unless that is there.
         shapes = {"jaxtyping"} if path.stem == "shapes" else set()
         assert third <= core | brought | dp | shapes, path

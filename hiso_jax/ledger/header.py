@@ -20,14 +20,18 @@ class Mismatch(ValueError):
 
 
 def describe(
-    algorithm: Algorithm, state: State, about: Mapping[str, Any] | None = None
+    algorithm: Algorithm,
+    state: State,
+    about: Mapping[str, Any] | None = None,
+    privacy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the header of a run that starts at `state`.
 
     ``algorithm``: every hyper-parameter (``learning_rate`` is ``"schedule"`` where it is a
     function; the values are then in the records). ``key``: PRNG implementation and root key.
     ``base``: digest of the parameters. ``leaves``: [name, dtype, shape, trainable, digest] of
-    each. ``software``: versions and backend. ``about``: yours.
+    each. ``software``: versions and backend. ``about``: yours. ``privacy``: the grid of the sums,
+    and what protects them, where something does.
 
     Raises:
       ValueError: `state` is not fresh, the rule has no config, or `about` is not plain data.
@@ -59,6 +63,7 @@ def describe(
         software={name: _version(name) for name in ("hiso-jax", "jax", "jaxlib")}
         | {"backend": jax.default_backend()},
         about=dict(about or {}),
+        **({"privacy": plain(privacy)} if privacy else {}),
     )
     try:
         return json.loads(canonical(header))

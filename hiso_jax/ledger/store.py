@@ -87,6 +87,7 @@ class Ledger:
         algorithm: Algorithm,
         state: State,
         about: Mapping[str, Any] | None = None,
+        privacy: Mapping[str, Any] | None = None,
     ) -> Self:
         """Begin the ledger of a run.
 
@@ -96,6 +97,8 @@ class Ledger:
           state: fresh from ``algorithm.init``.
           about: anything else worth keeping in the header, as plain data. What it says under
             ``"train"`` also goes into the compact file of `export`.
+          privacy: what the sums are made of, as plain data: the ``config`` of
+            `hiso_jax.privacy.Terms`.
 
         Raises:
           FileExistsError: a ledger is never written over, nor put beside the log of another.
@@ -103,7 +106,7 @@ class Ledger:
           LedgerWriteError: the file cannot be written.
         """
         tables.check_free(path, "path")
-        return cls._make(path, headers.describe(algorithm, state, about))
+        return cls._make(path, headers.describe(algorithm, state, about, privacy))
 
     @classmethod
     def _make(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Self:

@@ -8,7 +8,7 @@ included, has to be trusted: the guarantee is local, for all of a client's data.
 import jax
 import jax.numpy as jnp
 
-from hiso_jax._engine import checks, renamed
+from hiso_jax._engine import checks
 from hiso_jax._engine.shapes import Array, ArrayLike, Float, Real, SomeKey
 
 
@@ -74,6 +74,3 @@ def epsilon(noise_multiplier: float, rounds: int, delta: float = 1e-5) -> float:
     accountant = rdp.RdpAccountant()
     accountant.compose(dp_accounting.SelfComposedDpEvent(event, rounds))
     return float(accountant.get_epsilon(delta))
-
-
-__getattr__ = renamed.functions(globals(), privatise="privatize")
