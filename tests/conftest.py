@@ -7,6 +7,7 @@ the same bits.
 """
 
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -33,6 +34,15 @@ import jax  # noqa: E402  # after what it reads
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the examples of modules whose extra is not installed."""
+    if importlib.util.find_spec("cryptography") and importlib.util.find_spec("Crypto"):
+        return
+    for item in items:
+        if item.name.startswith(("hiso_jax.secure", "hiso_jax.federation.private")):
+            item.add_marker(pytest.mark.skip(reason="needs the extra secure"))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ ROWS = {
     "models": "what is fine-tuned?",
     "": "what is the algorithm?",
     "privacy": "how much is given away?",
+    "secure": "what does the server see?",
     "ledger": "what stays of a run?",
     "federation": "who takes part?",
     "tasks": "what is learned, from which data?",
@@ -147,8 +148,9 @@ def test_what_is_imported_is_declared():
         brought = extra.get(folder_of(name_of(path)), set())
         dp = {"dp_accounting"} if folder_of(name_of(path)) == "privacy" else set()
         # Shapes take the place of what jaxtyping would bring, unless that is there.
+        secure = {"cryptography"} if folder_of(name_of(path)) == "secure" else set()
         shapes = {"jaxtyping"} if path.stem == "shapes" else set()
-        assert third <= core | brought | dp | shapes, path
+        assert third <= core | brought | dp | secure | shapes, path
 
 
 def test_public_names_are_documented():
