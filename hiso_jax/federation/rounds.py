@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from hiso_jax import algorithm as algorithms
 from hiso_jax._engine import checks, meshes
 from hiso_jax._engine.exact import compiler_options
 from hiso_jax.federation.clients import Arrays, Clients
@@ -24,6 +26,7 @@ class Report(NamedTuple):
     names: list[str]  # who was asked
     weights: np.ndarray  # float32 [C]: 0 for those who did not answer
     bad: list[str]  # who sent NaN or infinite scalars, so that nothing moved
+    event: dict[str, Any] | None = None  # what a round of sums has released
 
     @property
     def reported(self) -> dict[str, float]:
@@ -51,6 +54,7 @@ def run(
     dropout: float = 0.0,
     prepare: Callable[[Arrays], Arrays] = lambda batches: batches,
     mesh: Mesh | None = None,
+    summed: Callable[..., Any] | None = None,
 ) -> Iterator[Report]:
     """Yield a report after every round, from ``state.round`` on.
 
@@ -71,6 +75,8 @@ def run(
         answers moves nothing; its record is NaN.
       prepare: what is done to batches [C, K, B, ...] before they are computed with.
       mesh: devices to work on, from `hiso_jax.meshes.make`; C must be a multiple of its rows.
+      summed: a `hiso_jax.federation.private.Simulated`, which makes records of sums on a grid.
+        Under a mechanism the losses of its rounds are NaN: to show them would be one release more.
 
     Raises:
       FloatingPointError: clients sent NaN or infinite scalars, by name, and whether their loss
@@ -80,7 +86,10 @@ def run(
     checks.count("rounds", rounds)
     checks.count("batch_size", batch_size)
     checks.number("dropout", dropout, 0, 1)
-    step = jax.jit(algorithm.round, donate_argnums=0, compiler_options=compiler_options())
+    if summed is None:
+        step = jax.jit(algorithm.round, donate_argnums=0, compiler_options=compiler_options())
+    else:
+        step = _round_of_sums(algorithm, summed)
 
     def draw(round: int) -> tuple[list[str], Any]:
         names = clients.sample(clients_per_round, round, seed, sampling)
@@ -95,14 +104,18 @@ def run(
     for round in range(first, rounds):
         names, batches = ahead
         weights = participation(len(names), round, seed, dropout)
+        event = None
         with used():
-            state, metrics = step(state, batches, weights)
+            if summed is None:
+                state, metrics = step(state, batches, weights)
+            else:
+                state, metrics, weights, event = step(state, batches, weights, round, names)
         if round + 1 < rounds:
             ahead = draw(round + 1)  # the device is still busy with this round
         finite = np.asarray(metrics.finite) | (weights == 0)  # waits for the device
         bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
         stuck = bad and not np.isfinite(np.asarray(metrics.record)).all()
-        yield Report(round + 1, state, metrics, names, weights, bad if stuck else [])
+        yield Report(round + 1, state, metrics, names, weights, bad if stuck else [], event)
         if stuck:
             raise FloatingPointError(
                 f"round {round}: clients {bad} sent NaN or infinite scalars; the round moved "
@@ -110,12 +123,46 @@ def run(
             )
 
 
+def _round_of_sums(algorithm: Algorithm, summed: Any) -> Callable[..., Any]:
+    """A round whose record is a sum on a grid: scalars leave the device for it."""
+    spec, terms = algorithm.spec, summed.terms
+    terms.check(spec)
+    compiled = partial(jax.jit, compiler_options=compiler_options())
+    measure, advance = compiled(partial(algorithms.evaluate, spec)), compiled(algorithm.advance)
+
+    def step(
+        state: State, batches: Any, weights: np.ndarray, round: int, names: list[str]
+    ) -> tuple[State, Metrics, np.ndarray, dict[str, Any] | None]:
+        losses, sent = measure(state, batches)
+        scalars = np.asarray(sent)
+        finite = np.isfinite(scalars).all((1, 2))
+        usable = np.where(finite, weights, 0)
+        record, reported, event = np.full(spec.record, np.nan, np.float32), {}, None
+        if spec.combine.nonfinite == "exclude" or (finite | (weights == 0)).all():
+            record, reported, event = summed(round, names, scalars, usable)
+        there = np.array([reported.get(name, 0.0) for name in names], np.float32)
+        mean = jnp.asarray(np.nan, losses.dtype)
+        if terms.mechanism is not None:
+            losses = jnp.full_like(losses, jnp.nan)
+        elif there.any():
+            mean = jnp.average(losses.mean(1), weights=jnp.asarray(there, losses.dtype))
+        rate = spec.rate(state.round)
+        metrics = Metrics(mean, losses, sent, jnp.asarray(record), rate, jnp.asarray(finite))
+        # NaN scalars of those who answered are told by name, so their weights stay.
+        weights = there if (finite | (weights == 0)).all() else weights
+        return advance(state, record, rate), metrics, weights, event
+
+    return step
+
+
 def _advice(
     algorithm: Algorithm, metrics: Metrics, round: int, names: list[str], bad: list[str]
 ) -> str:
     """What may have made the scalars of the clients `bad` NaN or infinite."""
     first = dict(zip(names, np.asarray(metrics.losses)[:, 0].tolist(), strict=True))
-    broken = [name for name in bad if not np.isfinite(first[name])]
+    # Under a mechanism no loss is shown.
+    shown = np.isfinite(np.asarray(metrics.losses)).any()
+    broken = [name for name in bad if shown and not np.isfinite(first[name])]
     if not broken:
         return ". Lower the learning rate or the smoothing"
     kind = "NaN" if all(np.isnan(first[name]) for name in broken) else "NaN or infinite"

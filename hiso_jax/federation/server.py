@@ -133,12 +133,8 @@ class Server:
         Raises:
           ValueError: the client was not asked, or scalars or weight are out of range.
         """
-        if round < self.round:
-            return False
         name = checks.client("name", name)
-        if round > self.round or name not in self._asked:
-            raise ValueError(f"reply: client {name!r} was not asked in round {round}")
-        if name in self._replies or len(self._places.get(name, ())) > 1:
+        if not self._waits_for(name, round):
             return False
         shape, scalars = self.algorithm.spec.sent, np.asarray(scalars, np.float32)
         if scalars.shape != shape:
@@ -166,6 +162,23 @@ class Server:
         """
         if not self._asked:
             raise RuntimeError("close: no round is open")
+        record, reported, event = self._combine()
+        rate = np.asarray(self.algorithm.learning_rate(self.state.round))
+        state = self._advance(self.state, record, rate)
+        self.ledger.append(record, digests.digest(state), rate, reported, event)
+        self.state, self._asked, self._places, self._replies = state, [], {}, {}
+        return record
+
+    def _waits_for(self, name: str, round: int) -> bool:
+        """Whether a reply of this client would count; ValueError if it was not asked."""
+        if round < self.round:
+            return False
+        if round > self.round or name not in self._asked:
+            raise ValueError(f"reply: client {name!r} was not asked in round {round}")
+        return name not in self._replies and len(self._places.get(name, ())) <= 1
+
+    def _combine(self) -> tuple[np.ndarray, dict[str, float], dict[str, Any] | None]:
+        """The record [K, P] of the replies, their weights by name, and what it releases."""
         record = np.full(self.ledger.shape, np.nan, np.float32)
         # In the order of asking, not of arrival: sums depend on it.
         names = [name for name in self._asked if name in self._replies]
@@ -176,9 +189,4 @@ class Server:
             scalars = np.stack([reply[0] for reply in replies])
             weights = np.array([reply[1] for reply in replies], np.float32)
             record = np.asarray(self.algorithm.aggregate(jnp.asarray(scalars), weights))
-        rate = np.asarray(self.algorithm.learning_rate(self.state.round))
-        state = self._advance(self.state, record, rate)
-        reported = {name: self._replies[name][1] for name in names}
-        self.ledger.append(record, digests.digest(state), rate, reported)
-        self.state, self._asked, self._places, self._replies = state, [], {}, {}
-        return record
+        return record, {name: self._replies[name][1] for name in names}, None

@@ -163,6 +163,7 @@ class Ledger:
         digest: Any,
         learning_rate: Any = None,
         reported: Mapping[str, float] | None = None,
+        event: Mapping[str, Any] | None = None,
     ) -> int:
         """Commit one round; once this returns, it survives anything.
 
@@ -171,6 +172,7 @@ class Ledger:
           digest: of the state after it, from `hiso_jax.digest`.
           learning_rate: what it was applied with; needed if the rate follows a schedule.
           reported: weights of those who reported, by name.
+          event: what the round has released, as plain data, for `hiso_jax.privacy.Accountant`.
 
         Returns:
           The number of the round.
@@ -198,11 +200,21 @@ class Ledger:
         reported = {} if reported is None else reported
         names = checks.clients("reported", reported) if reported else []
         weights = [float(checks.number("reported", w, 0)) for w in reported.values()]
-        return self._append(record, rate, text, json.dumps(dict(zip(names, weights, strict=True))))
+        said = json.dumps(dict(zip(names, weights, strict=True)))
+        return self._append(
+            record, rate, text, said, None if event is None else headers.canonical(event)
+        )
 
-    def _append(self, record: np.ndarray, rate: float, digest: str | None, reported: str) -> int:
+    def _append(
+        self,
+        record: np.ndarray,
+        rate: float,
+        digest: str | None,
+        reported: str,
+        event: str | None = None,
+    ) -> int:
         scalars = b"" if np.isnan(record).all() else record.astype("<f4").tobytes()
-        chain = tables.link(self._chain, self.rounds, scalars, rate, digest, reported)
+        chain = tables.link(self._chain, self.rounds, scalars, rate, digest, reported, event)
         with self._writing(f"round {self.rounds}") as connection:
             connection.execute(
                 "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)",
@@ -210,6 +222,8 @@ class Ledger:
             )
             connection.execute("UPDATE head SET rounds = ?, chain = ?", (self.rounds + 1, chain))
             tables.clear_places(connection)
+            if event is not None:
+                tables.put_event(connection, self.rounds, event)
         self.rounds, self._chain = self.rounds + 1, chain
         return self.rounds - 1
 
@@ -283,6 +297,17 @@ class Ledger:
             digests=[r[2] for r in rows],
             reported=[json.loads(r[3]) for r in rows],
         )
+
+    def events(self) -> list[dict[str, Any] | None]:
+        """What each round has released [R]; None where nothing is written down.
+
+        A compact file has no events: the epsilon of a run is read from its ledger.
+        """
+        try:
+            found = tables.events(self._connection)
+        except sqlite3.Error as error:
+            raise LedgerError(f"{self.path}: it cannot be read now: {error}") from error
+        return [json.loads(found[n]) if n in found else None for n in range(self.rounds)]
 
     def export(self, path: str | os.PathLike[str]) -> int:
         """Write header, scalars and last digest to one compact file; return its bytes.

@@ -34,6 +34,8 @@ CREATE TABLE head (rounds INTEGER NOT NULL, chain BLOB NOT NULL);
 _PLACES = (
     "CREATE TABLE open_round (round INTEGER NOT NULL, places TEXT NOT NULL, sha256 BLOB NOT NULL)"
 )
+# Only where rounds have been given events, of what they released; these are in the chain.
+_EVENTS = "CREATE TABLE events (round INTEGER PRIMARY KEY, json TEXT NOT NULL)"
 _LOGS = ("-journal", "-wal")
 # What SQLite says when it is not the file's contents that are at fault.
 _NOT_CORRUPT = ("BUSY", "LOCKED", "READONLY", "FULL", "CANTOPEN", "NOMEM", "PERM")
@@ -199,7 +201,7 @@ def verify(path: str, connection: sqlite3.Connection) -> tuple[dict[str, Any], i
         if (faults := get("PRAGMA quick_check(1)")) != [("ok",)]:
             raise ValueError(f"SQLite finds {faults[0][0]!r}")
         tables = {sql for (sql,) in get("SELECT sql FROM sqlite_schema")}
-        if tables - {_PLACES} != {sql.strip() for sql in _TABLES.split(";")[:-1]}:
+        if tables - {_PLACES, _EVENTS} != {sql.strip() for sql in _TABLES.split(";")[:-1]}:
             raise ValueError("the tables are not those of a ledger")
         ((text, total),) = get("SELECT * FROM header")
         if total != start(text):
@@ -208,18 +210,21 @@ def verify(path: str, connection: sqlite3.Connection) -> tuple[dict[str, Any], i
         headers.check(header)
         chain, count = start(text), 0
         size = 4 * int(np.prod(headers.shape(header)))
+        released = events(connection)
         for row in get("SELECT * FROM records ORDER BY round"):
             where = f"the record of round {count}"
             number, scalars, rate, digest, reported, own = row
             if number != count:
                 raise ValueError(f"it is missing, the next is that of round {number}")
-            chain = link(chain, number, scalars, rate, digest, reported)
+            chain = link(chain, number, scalars, rate, digest, reported, released.pop(count, None))
             if own != chain or len(scalars) not in (0, size):
                 raise ValueError("it is not as it was written")
             if digest is not None:
                 digests.parse(digest)
             count += 1
         where = "the end"
+        if released:
+            raise ValueError(f"there are events of rounds {sorted(released)}, which are not there")
         ((rounds, head),) = get("SELECT * FROM head")
         if (rounds, head) != (count, chain):
             raise ValueError(f"{rounds!r} records were written, {count} are left")
@@ -257,11 +262,32 @@ def start(text: str) -> bytes:
 
 
 def link(
-    chain: bytes, number: int, scalars: bytes, rate: float, digest: str | None, reported: str
+    chain: bytes,
+    number: int,
+    scalars: bytes,
+    rate: float,
+    digest: str | None,
+    reported: str,
+    event: str | None = None,
 ) -> bytes:
     """The chain's next link: the sum of the last and of all that a record says."""
-    row = json.dumps([number, rate, digest, reported]).encode()
+    said = [number, rate, digest, reported]
+    row = json.dumps(said if event is None else [*said, event]).encode()
     return hashlib.sha256(chain + row + scalars).digest()
+
+
+def events(connection: sqlite3.Connection) -> dict[int, str]:
+    """What rounds have released, as JSON, by their numbers."""
+    if not _has(connection, "events"):
+        return {}
+    return dict(connection.execute("SELECT round, json FROM events").fetchall())
+
+
+def put_event(connection: sqlite3.Connection, round: int, event: str) -> None:
+    """Keep what a round has released, in the transaction that records it."""
+    if not _has(connection, "events"):
+        connection.execute(_EVENTS)
+    connection.execute("INSERT INTO events VALUES (?, ?)", (round, event))
 
 
 def places(connection: sqlite3.Connection, round: int, chain: bytes) -> dict[str, list[int]]:
@@ -270,7 +296,7 @@ def places(connection: sqlite3.Connection, round: int, chain: bytes) -> dict[str
     Raises:
       ValueError: they are not as they were written, or of another round.
     """
-    if not _has_places(connection):
+    if not _has(connection, "open_round"):
         return {}
     rows = connection.execute("SELECT * FROM open_round").fetchall()
     if not rows:
@@ -285,7 +311,7 @@ def put_places(
     connection: sqlite3.Connection, round: int, chain: bytes, places: dict[str, list[int]]
 ) -> None:
     """Keep the places of the round that is not recorded yet, in the transaction that is open."""
-    if not _has_places(connection):
+    if not _has(connection, "open_round"):
         connection.execute(_PLACES)
     clear_places(connection)
     text = json.dumps(places)
@@ -295,13 +321,13 @@ def put_places(
 
 def clear_places(connection: sqlite3.Connection) -> None:
     """Forget them: the round is recorded."""
-    if _has_places(connection):
+    if _has(connection, "open_round"):
         connection.execute("DELETE FROM open_round")
 
 
-def _has_places(connection: sqlite3.Connection) -> bool:
-    sql = "SELECT 1 FROM sqlite_schema WHERE name = 'open_round'"
-    return bool(connection.execute(sql).fetchall())
+def _has(connection: sqlite3.Connection, table: str) -> bool:
+    sql = "SELECT 1 FROM sqlite_schema WHERE name = ?"
+    return bool(connection.execute(sql, (table,)).fetchall())
 
 
 def _sealed(chain: bytes, text: str) -> bytes:

@@ -119,7 +119,7 @@ class Grid:
                              f"got {len(vectors)}")  # fmt: skip
         if len(lengths := {len(v) for v in vectors}) > 1:
             raise ValueError(f"vectors: expected one length, got {sorted(lengths)}")
-        return np.sum(np.stack(vectors), axis=0, dtype=np.int64)
+        return np.asarray(np.stack(vectors).sum(0), np.int64)
 
     def check_sum(self, total: np.ndarray, clients: int, noise: int = 0) -> None:
         """Raise unless a sum is one that so many clients could have made.

@@ -272,7 +272,9 @@ class Client:
             raise SecureError(
                 f"client {owner!r}: its shares for {self.name!r} are forged or swapped"
             )
-        both = dict(zip(_KINDS, (plain[: primitives.SEED], plain[primitives.SEED :]), strict=True))
+        both: dict[bytes, bytes] = dict(
+            zip(_KINDS, (plain[: primitives.SEED], plain[primitives.SEED :]), strict=True)
+        )
         for (kind, share), wanted in zip(both.items(), committed, strict=True):
             if sessions.commitment(self.session, kind, owner, self.name, share) != wanted:
                 raise SecureError(f"client {owner!r}: its share for {self.name!r} is not the one "

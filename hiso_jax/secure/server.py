@@ -58,6 +58,7 @@ class Server:
         self._vectors: dict[str, np.ndarray] = {}
         self._shares: dict[str, dict[int, bytes]] = {}  # owner -> place -> share
         self._gone: set[str] = set()
+        self._total: tuple[np.ndarray, list[str]] | None = None
 
     @property
     def step(self) -> bytes:
@@ -121,11 +122,15 @@ class Server:
     def total(self) -> tuple[np.ndarray, list[str]]:
         """The sum over the clients whose vectors came, int64 [length], and their names.
 
+        Asked again, it says the same.
+
         Raises:
           TooFew: too few have revealed shares; the round is void.
           SecureError: somebody's shares do not make what it has committed to, by name; or the
             steps before are not closed.
         """
+        if self._total is not None:
+            return self._total
         if self.step != REVEALED:
             raise SecureError(f"total: step {self.step!r} is not closed")
         names = [name for name in self.session.names if name in self._vectors]
@@ -148,7 +153,8 @@ class Server:
                 public = self._keys[other].pads
                 total = total + pads.pair(self.session, name, key, other, public)
         self._step += 1
-        return total.astype(np.int64), names
+        self._total = total.astype(np.int64), names
+        return self._total
 
     def _enough(self, there: list[str]) -> None:
         session = self.session

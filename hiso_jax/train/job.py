@@ -35,9 +35,17 @@ def algorithm(
 
 
 def rounds(
-    options: Options, problem: Problem, alg: Any, state: hj.State
+    options: Options, problem: Problem, alg: Any, state: hj.State, ledger: Any = None
 ) -> Iterator[federation.Report]:
-    """Simulate the rounds that the options ask for, from `state` on."""
+    """Simulate the rounds that the options ask for, from `state` on.
+
+    Args:
+      options: of the job.
+      problem: whose clients take part.
+      alg: the method.
+      state: to begin at.
+      ledger: of the run, whose header says how masked rounds are made.
+    """
     return federation.run(
         alg,
         state,
@@ -51,7 +59,16 @@ def rounds(
         dropout=options.dropout,
         prepare=problem.prepare,
         mesh=meshes.make(*options.mesh) if options.mesh else None,
+        summed=_masked(options, ledger) if options.secure else None,
     )
+
+
+def _masked(options: Options, ledger: Any) -> Any:
+    """What makes the records of masked rounds; its secret is kept beside the ledger."""
+    from hiso_jax.federation import private  # needs the extra `secure`
+
+    secret = hj.privacy.secret(options.out / "secret")
+    return private.Simulated(private.terms_of(ledger), secret, private.run_name(ledger))
 
 
 class Trained(NamedTuple):
@@ -88,7 +105,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
         start = time.perf_counter()
         stop = stack.enter_context(folders.stop_on_ctrl_c())
         try:
-            for step in rounds(options, problem, alg, state):
+            for step in rounds(options, problem, alg, state, ledger):
                 seconds.append(time.perf_counter() - start)
                 state = step.state
                 if step.bad:
@@ -115,7 +132,11 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
                 log.flush()
                 rows.append(row)
                 ledger.append(
-                    step.metrics.record, hj.digest(state), step.metrics.learning_rate, step.reported
+                    step.metrics.record,
+                    hj.digest(state),
+                    step.metrics.learning_rate,
+                    step.reported,
+                    **({"event": step.event} if step.event else {}),
                 )
                 if done % options.snapshot_every == 0 or done == options.rounds:
                     snapshots.save(folder / "snapshots", alg, state)

@@ -54,7 +54,8 @@ def open_run(
     about = {"task": problem.name, "data": data_digest(problem)}
     about |= {} if problem.adapter is None else {"train": problem.adapter}
     if not path.exists():
-        return hj.Ledger.create(path, alg, state, about), state, []
+        terms = hj.privacy.Terms(masked=True).config if options.secure else None
+        return hj.Ledger.create(path, alg, state, about, terms), state, []
     ledger = hj.Ledger.open(path, alg, state)
     _check_about(ledger, about)
     state = snapshots.restore(folder / "snapshots", alg, state, ledger)

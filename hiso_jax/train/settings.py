@@ -1,6 +1,7 @@
 """The options of every job, and how a run is gone on with by those it was started with."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -46,6 +47,8 @@ class Options:
     """Which clients take part: all alike, or in proportion to their examples."""
     dropout: float = 0.0
     """Chance that a sampled client does not answer."""
+    secure: bool = False
+    """Scalars are masked: the server sees the sum of a round only (extra secure)."""
     batch_size: int = 4
     """Examples of a client in a local step."""
     local_steps: int = 1
@@ -250,6 +253,8 @@ def check(options: Options) -> None:
     checks.number("--smoothing", options.smoothing, 1e-30, 1e30)
     checks.number("--decay", options.decay, 0, 1)
     _check_upper(options)
+    if options.secure:
+        _check_secure(options)
     if options.learning_rate is not None:
         checks.number("--learning-rate", options.learning_rate, 0, 1e38)
     if options.compare and options.method != Options.method:
@@ -281,3 +286,15 @@ def _check_upper(options: Options) -> None:
                          f"got {layers}")  # fmt: skip
     if any(below <= above for below, above in itertools.pairwise(layers)):
         raise ValueError(f"--upper-layers: expected the deepest first, got {layers}")
+
+
+def _check_secure(options: Options) -> None:
+    """Raise unless rounds of these options can be masked."""
+    if options.clients_per_round < 2:
+        raise ValueError(f"--secure: the sum of one hides nothing; expected --clients-per-round of "
+                         f"at least 2, got {options.clients_per_round}")  # fmt: skip
+    if options.per_client_directions:
+        raise ValueError("--secure: scalars of --per-client-directions are never added up")
+    for package in ("cryptography", "Crypto"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--secure needs {package}: pip install 'hiso-jax[secure]'")

@@ -1,0 +1,351 @@
+"""Rounds of sums: of integers, masked or with noise, as the ledger's header promises.
+
+`PrivateServer` is a `Server` for real clients, `Simulated` does the same on one machine. What is
+promised (`hiso_jax.privacy.Terms`) is in the header, what was released in the rows.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hiso_jax import privacy, secure
+from hiso_jax._engine import checks
+from hiso_jax.federation.server import Server
+from hiso_jax.ledger import header as headers
+from hiso_jax.ledger.store import Ledger
+from hiso_jax.protocol import Algorithm, State
+
+_NOBODY = ""
+"""Who is asked in a round that the secret draw has left empty: it must look like any other."""
+
+
+def run_name(ledger: Ledger) -> str:
+    """What a run is called in masked rounds and journals: a digest of the ledger's header."""
+    return hashlib.sha256(headers.canonical(ledger.header).encode()).hexdigest()
+
+
+def terms_of(ledger: Ledger) -> privacy.Terms:
+    """What a ledger's header promises.
+
+    Raises:
+      ValueError: it promises nothing.
+    """
+    if "privacy" not in ledger.header:
+        raise ValueError(f"ledger: {ledger.path} promises nothing: create it with "
+                         "privacy=hiso_jax.privacy.Terms(...).config")  # fmt: skip
+    return privacy.Terms.from_config(ledger.header["privacy"])
+
+
+def accountant_of(ledger: Ledger, delta: float | None = None) -> privacy.Accountant:
+    """What a ledger's rows have given away, for whoever has the ledger."""
+    delta = terms_of(ledger).delta if delta is None else delta
+    return privacy.Accountant.of(ledger.events(), ledger.records().reported, delta)
+
+
+class PrivateServer(Server):
+    """A server that adds up integers, masked or with noise, and keeps to a budget.
+
+    Args:
+      algorithm: the run's; its aggregator is the mean.
+      state: as of `Server`.
+      ledger: whose header has `privacy`: the config of `hiso_jax.privacy.Terms`.
+      secret: of a central mechanism and its draw, from `hiso_jax.privacy.secret`.
+      directory: Ed25519 public keys [32] of the clients' sites by name, for masked rounds.
+
+    Raises:
+      ValueError: the terms need a secret or a directory that is not given, or the algorithm
+        does not go with them.
+
+    Example:
+      >>> import hiso_jax as hj, jax, jax.numpy as jnp
+      >>> alg = hj.decomfl(lambda params, batch: ((params["w"] - batch) ** 2).mean(), 0.1)
+      >>> state = alg.init({"w": jnp.zeros(3)}, jax.random.key(0))
+      >>> terms = hj.privacy.Terms.of(hj.privacy.central(4.0, 6.0, clients=2), epsilon=2.0)
+      >>> ledger = hj.Ledger.create(":memory:", alg, state, privacy=terms.config)
+      >>> server = PrivateServer(alg, state, ledger, secret=bytes(range(32)))
+      >>> number = server.open(["ann", "bob"])
+      >>> all(server.reply(name, number, jnp.ones((1, 5))) for name in ("ann", "bob"))
+      True
+      >>> server.close().shape, ledger.events()
+      ((1, 5), [{'noise': 6.0, 'participation': 'known'}])
+      >>> 0.5 < accountant_of(ledger).epsilon() < 1
+      True
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        state: State,
+        ledger: Ledger,
+        *,
+        secret: bytes | None = None,
+        directory: Mapping[str, bytes] | None = None,
+    ):
+        self.terms = terms_of(ledger)
+        self.terms.check(algorithm.spec)
+        kind = self.terms.mechanism and self.terms.mechanism.kind
+        if kind == "central" and secret is None:
+            raise ValueError("secret: a central mechanism needs the server's, got None")
+        if self.terms.masked and directory is None:
+            raise ValueError("directory: masked rounds need the sites' public keys, got None")
+        super().__init__(algorithm, state, ledger)
+        self._secret, self._directory = secret, directory
+        self.accountant = accountant_of(ledger)
+        self.masked: secure.Server | None = None
+        self._released: tuple[dict[str, Any], dict[str, float]] | None = None
+
+    def open(self, names: Iterable[Any]) -> int:
+        """Ask clients for a round; return its number. See `Server.open`.
+
+        Raises:
+          hiso_jax.privacy.BudgetSpent: the round would exceed the budget; none is open.
+          ValueError: the terms promise a secret draw: use `open_drawn`.
+        """
+        mechanism = self.terms.mechanism
+        if mechanism is not None and mechanism.rate is not None:
+            raise ValueError("names: the ledger promises a secret draw; open rounds by open_drawn")
+        asked = checks.clients("names", names)
+        self._check_budget(asked)
+        number = super().open(asked)
+        self.masked = None
+        return number
+
+    def open_drawn(self, names: Iterable[Any]) -> list[str]:
+        """Draw who takes part, secretly, from the names of all clients, and open the round.
+
+        The same clients are drawn for the same round again. There may be none.
+
+        Raises:
+          ValueError: the terms promise no secret draw.
+          hiso_jax.privacy.BudgetSpent: the round would exceed the budget; none is open.
+        """
+        mechanism = self.terms.mechanism
+        if mechanism is None or mechanism.rate is None or self._secret is None:
+            raise ValueError("names: the ledger promises no secret draw; open rounds by open")
+        drawn = privacy.draw(names, mechanism.rate, round=self.round, secret=self._secret)
+        self._check_budget(())
+        super().open(drawn or ["nobody"])
+        self._asked = drawn or [_NOBODY]
+        return drawn
+
+    def mask(self, threshold: int = 0, degree: int | None = None) -> secure.Server:
+        """The masked session of the round that is open; `close` takes its sum.
+
+        Args:
+          threshold: as of `hiso_jax.secure.Session`.
+          degree: the same.
+
+        Raises:
+          RuntimeError: no round is open, or it has a session.
+          ValueError: replies of this run are not masked.
+        """
+        if not self._asked or self.masked is not None:
+            raise RuntimeError("mask: expected a round that is open and has no session")
+        if not self.terms.masked or self._directory is None:
+            raise ValueError("mask: the ledger says that replies of this run are not masked")
+        least = 0 if self.terms.mechanism is None else self.terms.mechanism.least
+        steps, width = self.algorithm.spec.sent
+        session = secure.Session(run_name(self.ledger), self.round, tuple(self._asked),
+                                 steps * width + 1, threshold, degree, least)  # fmt: skip
+        self.masked = secure.Server(session, self._directory)
+        return self.masked
+
+    def reply(self, name: Any, round: int, scalars: Any, weight: float = 1.0) -> bool:
+        """Take a client's reply; return whether it counts.
+
+        Args:
+          name: of the client.
+          round: that it replies to.
+          scalars: [K, P]; of a local mechanism, and where a client encodes by itself, what
+            `hiso_jax.privacy.Terms.contribute` gave, int64 [K P + 1].
+          weight: a whole number; it is in what was encoded already.
+
+        Raises:
+          ValueError: the client was not asked, its reply should be masked or have noise, or it is
+            out of range; names the client.
+        """
+        name = checks.client("name", name)
+        if not self._waits_for(name, round):
+            return False
+        if self.terms.masked:
+            raise ValueError(f"scalars: client {name!r}: replies of this run are masked; its "
+                             "messages go to the session that `mask` gives")  # fmt: skip
+        (steps, width), given = self.algorithm.spec.sent, np.asarray(scalars)
+        kind = self.terms.mechanism and self.terms.mechanism.kind
+        if given.dtype == np.int64 and given.shape == (steps * width + 1,):
+            if kind == "central":
+                raise ValueError(f"scalars: client {name!r}: expected [K, P], which the server "
+                                 "clips; got what is encoded")  # fmt: skip
+            self.terms.grid.check_sum(given, 1, self.terms.noise_bound)
+            vector = given
+        elif kind == "local":
+            raise ValueError(f"scalars: client {name!r}: the ledger promises noise of its own; "
+                             "expected what Terms.contribute gave, got "
+                             f"{given.dtype} {list(given.shape)}")  # fmt: skip
+        elif given.shape != (steps, width):
+            raise ValueError(f"scalars: client {name!r}: expected shape {(steps, width)}, "
+                             f"got {given.shape}")  # fmt: skip
+        else:
+            vector = self.terms.contribute(given, client=name, round=round, weight=weight)
+        self._replies[name] = (vector, float(vector[-1]))
+        return True
+
+    def close(self) -> np.ndarray:
+        """Release the sum, advance, and commit record and event; return the record [K, P].
+
+        Nothing is released before it is committed, and what is computed again after a crash is
+        the same. A masked round of which too few are left, or whose session has not come to its
+        end, is void: a record of NaN.
+
+        Raises:
+          RuntimeError: no round is open.
+          hiso_jax.secure.SecureError: somebody has forged; the round stays open.
+        """
+        record = super().close()
+        if self._released is not None:
+            self.accountant.spend(*self._released)
+        self.masked = self._released = None
+        return record
+
+    def _check_budget(self, names: Iterable[str]) -> None:
+        mechanism = self.terms.mechanism
+        if mechanism is not None and self.terms.epsilon is not None:
+            self.accountant.check(mechanism.event, names, self.terms.epsilon)
+
+    def _combine(self) -> tuple[np.ndarray, dict[str, float], dict[str, Any] | None]:
+        mechanism, shape = self.terms.mechanism, self.ledger.shape
+        secret_draw = mechanism is not None and mechanism.rate is not None
+        names = [name for name in self._asked if name in self._replies]
+        if self.terms.masked:
+            total, names = self._unmasked()
+        elif names:
+            total = self.terms.grid.add([self._replies[name][0] for name in names])
+        else:  # an empty round shows who was drawn, unless it is like the others
+            total = np.zeros(shape[0] * shape[1] + 1, np.int64) if secret_draw else None
+        if total is None:
+            self._released = None
+            return np.full(shape, np.nan, np.float32), {}, None
+        released = self.terms.release(total, round=self.round, secret=self._secret)
+        record = self.terms.decode(released, shape)
+        # Of a masked sum, only the sum of the weights is known.
+        even = float(total[-1]) / max(len(names), 1)
+        reported = {n: self._replies[n][1] if n in self._replies else even for n in names}
+        reported = {} if secret_draw else reported
+        event = None if mechanism is None else mechanism.event
+        self._released = None if event is None else (event, reported)
+        return record, reported, event
+
+    def _unmasked(self) -> tuple[np.ndarray | None, list[str]]:
+        # Closed before the session has come to its end, the round is void: nothing was revealed.
+        if self.masked is None or self.masked.step not in (b"R", b""):
+            return None, []
+        try:
+            total, names = self.masked.total()
+        except secure.TooFew:
+            return None, []
+        bound = len(names) * self.terms.noise_bound
+        self.terms.grid.check_sum(total, len(names), bound)
+        return total, names
+
+
+class Summed(NamedTuple):
+    """What a simulated round of sums leaves."""
+
+    record: np.ndarray  # float32 [K, P]
+    reported: dict[str, float]  # weights by name
+    event: dict[str, Any] | None  # what it has released
+
+
+class Simulated:
+    """Rounds of sums on one machine: all clients, and the server, in one object.
+
+    Every party's secret comes from one, so that a run that goes on has the same.
+
+    Args:
+      terms: of the run.
+      secret: from `hiso_jax.privacy.secret`.
+      run: what it is called, as of `run_name`.
+      accountant: of the rounds before.
+      degree: as of `hiso_jax.secure.Session`.
+
+    Example:
+      >>> import numpy as np
+      >>> terms = privacy.Terms(masked=True)
+      >>> simulated = Simulated(terms, bytes(range(32)), "run")
+      >>> summed = simulated(0, ["ann", "bob", "cem"], np.ones((3, 1, 2)), np.ones(3))
+      >>> summed.record.tolist(), summed.event
+      ([[1.0, 1.0]], None)
+    """
+
+    def __init__(
+        self,
+        terms: privacy.Terms,
+        secret: bytes,
+        run: str,
+        accountant: privacy.Accountant | None = None,
+        degree: int | None = 32,
+    ):
+        self.terms, self._secret, self._run, self._degree = terms, secret, run, degree
+        self.accountant = privacy.Accountant(terms.delta) if accountant is None else accountant
+        self._sites: dict[str, bytes] = {}
+        self._directory: dict[str, bytes] = {}
+
+    def __call__(
+        self, round: int, names: list[str], scalars: np.ndarray, weights: np.ndarray
+    ) -> Summed:
+        """The record of a round, masked and with noise as the terms say.
+
+        Args:
+          round: its number.
+          names: who was asked.
+          scalars: [C, K, P].
+          weights: [C], 0 for those who do not answer.
+
+        Raises:
+          hiso_jax.privacy.BudgetSpent: the round would exceed the budget; nothing is released.
+        """
+        terms, shape = self.terms, scalars.shape[1:]
+        answered = [i for i, weight in enumerate(weights) if weight > 0]
+        event = terms.mechanism and terms.mechanism.event
+        if event is not None and terms.epsilon is not None:
+            self.accountant.check(event, [names[i] for i in answered], terms.epsilon)
+        vectors = {
+            names[i]: terms.contribute(
+                scalars[i], client=names[i], round=round, weight=weights[i],
+                secret=self._own(b"noise", names[i]),
+            )
+            for i in answered
+        }  # fmt: skip
+        total = self._masked(round, names, vectors) if terms.masked else None
+        if not terms.masked and vectors:
+            total = terms.grid.add(list(vectors.values()))
+        if total is None:
+            return Summed(np.full(shape, np.nan, np.float32), {}, None)
+        released = terms.release(total, round=round, secret=self._secret)
+        reported = {name: float(vector[-1]) for name, vector in vectors.items()}
+        if event is not None:
+            self.accountant.spend(event, reported)
+        return Summed(terms.decode(released, shape), reported, event)
+
+    def _own(self, purpose: bytes, name: str) -> bytes:
+        return hmac.digest(self._secret, purpose + b" of " + name.encode(), "sha256")
+
+    def _masked(
+        self, round: int, names: list[str], vectors: Mapping[str, np.ndarray]
+    ) -> np.ndarray | None:
+        least = 0 if self.terms.mechanism is None else self.terms.mechanism.least
+        for name in names:
+            if name not in self._sites:
+                self._sites[name] = self._own(b"site", name)
+                self._directory[name] = secure.site_public(self._sites[name])
+        length = len(next(iter(vectors.values()))) if vectors else 1
+        session = secure.Session(self._run, round, tuple(names), length, 0, self._degree, least)
+        try:
+            total, there = secure.run(session, vectors, self._sites, self._directory)
+        except secure.TooFew:
+            return None
+        self.terms.grid.check_sum(total, len(there), len(there) * self.terms.noise_bound)
+        return total

@@ -1,0 +1,284 @@
+"""Servers of sums: exact, masked, with noise; what a crash, a retry and an audit find."""
+
+import dataclasses
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("cryptography", reason="needs the extra secure")
+pytest.importorskip("Crypto", reason="needs the extra secure")
+pytest.importorskip("dp_accounting", reason="needs the extra dp")
+
+import hiso_jax as hj
+from hiso_jax import federation, privacy, secure
+from hiso_jax.federation import private, server
+from tests.helpers import assert_same_bits, quadratic_loss
+
+NAMES = ["ann", "bob", "cem", "dia", "eve"]
+SITES = {name: name.encode().ljust(32) for name in NAMES}
+DIRECTORY = {name: secure.site_public(key) for name, key in SITES.items()}
+SECRET = bytes(range(32))
+ALGORITHM = hj.decomfl(quadratic_loss, 0.05, num_perturbations=3)
+CENTRAL = privacy.Terms.of(privacy.central(2.0, 4.0, clients=5), epsilon=2.0)
+DISTRIBUTED = privacy.Terms.of(privacy.distributed(2.0, 4.0, clients=5, least=3))
+
+
+def fresh() -> hj.State:
+    return ALGORITHM.init({"w": jnp.ones(33)}, jax.random.key(4))
+
+
+def started(path: Any, terms: privacy.Terms, **given: Any) -> private.PrivateServer:
+    ledger = hj.Ledger.create(path, ALGORITHM, fresh(), privacy=terms.config)
+    return private.PrivateServer(ALGORITHM, fresh(), ledger, **given)
+
+
+def scalars_of(name: str, round: int = 0) -> np.ndarray:
+    rng = np.random.default_rng([round, *name.encode()])
+    return rng.normal(size=(1, 3)).astype(np.float32)
+
+
+def masked_round(
+    host: private.PrivateServer, names: list[str], threshold: int = 0
+) -> np.ndarray:
+    """A round through the masks, of those whose vectors come."""
+    number = host.open(NAMES)
+    session = host.mask(threshold)
+    parties = {n: secure.Client(session.session, n, SITES[n], DIRECTORY) for n in NAMES}
+    for name, party in parties.items():
+        session.receive(name, party.advertise())
+    for name, keys in session.close().items():
+        session.receive(name, parties[name].share(keys))
+    for name, shares in session.close().items():
+        vector = host.terms.contribute(
+            scalars_of(name), client=name, round=number, secret=SECRET + name.encode()
+        )
+        if name in names:
+            session.receive(name, parties[name].mask(shares, vector))
+    try:
+        requests = session.close()
+    except secure.TooFew:
+        return host.close()
+    for name, request in requests.items():
+        session.receive(name, parties[name].unmask(request))
+    return host.close()
+
+
+def test_records_do_not_depend_on_the_order_of_arrival_or_on_masks(tmp_path: Path):
+    """Nor on who knows the replies: plain, masked and simulated rounds have the same bits."""
+    found = []
+    for order in (NAMES[:4], NAMES[3::-1]):
+        host = started(":memory:", privacy.Terms())
+        number = host.open(order + ["eve"])
+        for name in order:
+            assert host.reply(name, number, scalars_of(name))
+            assert not host.reply(name, number, scalars_of(name))
+        found.append((host.close(), host.state))
+    host = started(":memory:", privacy.Terms(masked=True), directory=DIRECTORY)
+    with pytest.raises(ValueError, match="client 'ann': replies of this run are masked"):
+        number = host.open(NAMES)
+        host.reply("ann", number, scalars_of("ann"))
+    host.close()
+    assert host.ledger.records().reported == [{}]  # void: nobody had a session
+    record = masked_round(host, NAMES[:4])
+    np.testing.assert_array_equal(record, found[0][0])
+    assert host.ledger.records().reported[1] == dict.fromkeys(NAMES[:4], 1.0)
+    assert_same_bits(*found)
+    simulated = private.Simulated(privacy.Terms(masked=True), SECRET, "run")
+    scalars = np.stack([scalars_of(name) for name in NAMES])
+    summed = simulated(0, NAMES, scalars, np.array([1, 1, 1, 1, 0]))
+    np.testing.assert_array_equal(summed.record, record)
+    plain = ALGORITHM.aggregate(scalars[:4])
+    np.testing.assert_allclose(record, plain, atol=2.0**-20)
+
+
+def test_below_the_threshold_a_masked_round_is_void():
+    host = started(":memory:", privacy.Terms(masked=True), directory=DIRECTORY)
+    before = host.state.params
+    assert np.isnan(masked_round(host, NAMES[:3])).all()  # of five, four are needed
+    assert_same_bits(host.state.params, before)
+    assert host.ledger.events() == [None] and host.round == 1
+    simulated = private.Simulated(privacy.Terms(masked=True), SECRET, "run")
+    scalars = np.zeros((5, 1, 3))
+    assert np.isnan(simulated(0, NAMES, scalars, np.array([1, 1, 1, 0, 0])).record).all()
+
+
+def test_weights_travel_as_one_more_integer():
+    grid = privacy.Grid(max_weight=9)
+    host = started(":memory:", privacy.Terms(grid))
+    number = host.open(["ann", "bob"])
+    assert host.reply("ann", number, scalars_of("ann"), 3)
+    with pytest.raises(ValueError, match="weight: client 'bob': .*1 to 9 .*got 10"):
+        host.reply("bob", number, scalars_of("bob"), 10)
+    assert host.reply("bob", number, grid.encode(scalars_of("bob"), 9))
+    wanted = (3 * scalars_of("ann") + 9 * scalars_of("bob")) / 12
+    np.testing.assert_allclose(host.close(), wanted, atol=2.0**-20)
+    assert host.ledger.records().reported == [{"ann": 3.0, "bob": 9.0}]
+
+
+def answer_all(host: private.PrivateServer, round: int = 0) -> None:
+    number = host.open(NAMES)
+    for name in NAMES:
+        host.reply(name, number, scalars_of(name, round))
+
+
+def test_a_retry_and_a_crash_release_the_same_noise(tmp_path: Path):
+    """And another sum gets another: their difference is not that of the sums."""
+    host = started(tmp_path / "a", CENTRAL, secret=SECRET)
+    shutil.copy(tmp_path / "a", tmp_path / "b")
+    shutil.copy(tmp_path / "a", tmp_path / "c")
+    answer_all(host)
+    host.ledger._connection.execute("PRAGMA busy_timeout = 0")
+    other = sqlite3.connect(tmp_path / "a", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(hj.LedgerWriteError):
+        host.close()
+    other.close()
+    assert host.accountant.epsilon() == 0
+    first = host.close()
+    again = private.PrivateServer(ALGORITHM, fresh(), hj.Ledger.open(tmp_path / "b"), secret=SECRET)
+    answer_all(again)
+    np.testing.assert_array_equal(again.close(), first)
+    third = private.PrivateServer(ALGORITHM, fresh(), hj.Ledger.open(tmp_path / "c"), secret=SECRET)
+    answer_all(third, round=1)
+    clipped = lambda r: sum(privacy.clip(scalars_of(n, r), 2.0, CENTRAL.grid)[:-1] for n in NAMES)  # noqa: E731
+    plain = (clipped(1) - clipped(0)) * CENTRAL.grid.step / 5
+    assert np.abs(third.close() - first - plain).min() > 1e-3
+
+
+def test_the_budget_ends_a_run_before_it_is_exceeded_also_after_a_restart(tmp_path: Path):
+    path = tmp_path / "a"
+    host = started(path, CENTRAL, secret=SECRET)
+    rounds, spent = 0, []
+    with pytest.raises(privacy.BudgetSpent, match="would make epsilon 2.* the budget is 2"):
+        for rounds in range(100):
+            answer_all(host, rounds)
+            host.close()
+            spent.append(private.accountant_of(host.ledger).epsilon())
+            assert spent[-1] == host.accountant.epsilon() <= 2.0
+            host.ledger.close()  # resumed after every round, the account is the same
+            ledger = hj.Ledger.open(path)
+            host = private.PrivateServer(ALGORITHM, fresh(), ledger, secret=SECRET)
+    assert host.round == rounds == len(spent) > 1
+    assert spent[-1] == privacy.epsilon_of({(4.0, 1.0): rounds}, 1e-5)
+    assert privacy.epsilon_of({(4.0, 1.0): rounds + 1}, 1e-5) > 2.0
+    assert host.open(["zoe"]) == rounds  # who has not taken part has given nothing away
+
+
+def test_an_event_that_is_changed_or_gone_is_found(tmp_path: Path):
+    host = started(tmp_path / "a", CENTRAL, secret=SECRET)
+    answer_all(host)
+    host.close()
+    host.ledger.close()
+    for i, edit in enumerate((
+        """UPDATE events SET json = replace(json, '4.0', '9.0')""", "DELETE FROM events",
+        "INSERT INTO events VALUES (7, '{}')", "DROP TABLE events",
+    )):  # fmt: skip
+        shutil.copy(tmp_path / "a", path := tmp_path / f"{i}")
+        with sqlite3.connect(path) as connection:
+            connection.execute(edit)
+        connection.close()
+        with pytest.raises(hj.CorruptLedger, match="not as it was written|events of rounds"):
+            hj.Ledger.open(path)
+
+
+def test_distributed_noise_under_masks_has_the_size_that_is_claimed():
+    """Of three survivors it is exactly what `least` = 3 promises."""
+    host = started(":memory:", DISTRIBUTED, directory=DIRECTORY)
+    errors = []
+    for _ in range(30):
+        record = masked_round(host, NAMES[:3], threshold=3)
+        clipped = [privacy.clip(scalars_of(n), 2.0, DISTRIBUTED.grid)[:-1] for n in NAMES[:3]]
+        errors.append(record.ravel() * 5 - sum(clipped) * DISTRIBUTED.grid.step)
+    assert np.std(errors) == pytest.approx(4.0 * 2.0, rel=0.25)  # 90 numbers
+    events = host.ledger.events()
+    assert events == [{"noise": 4.0, "participation": "known"}] * 30
+    assert host.accountant.most == NAMES[:3]
+    assert np.isnan(masked_round(host, NAMES[:2])).all()
+
+
+def test_a_secret_draw_leaves_no_names_and_an_empty_round_looks_like_any_other(tmp_path: Path):
+    people = [str(i) for i in range(40)]
+    terms = privacy.Terms.of(privacy.central(2.0, 4.0, clients=2, rate=0.05))
+    host = started(tmp_path / "a", terms, secret=SECRET)
+    sizes = []
+    for round in range(40):
+        drawn = host.open_drawn(people)
+        for name in drawn:
+            assert host.reply(name, round, np.ones((1, 3)))
+        sizes.append(len(drawn))
+        assert np.isfinite(host.close()).all()
+    assert 0 in sizes and len(set(sizes)) > 2
+    assert host.ledger.records().reported == [{}] * 40
+    content = (tmp_path / "a").read_bytes()
+    assert b'"39"' not in content
+    amplified = privacy.epsilon_of({(4.0, 0.05): 40}, 1e-5)
+    assert host.accountant.epsilon() == amplified < privacy.epsilon_of({(4.0, 1.0): 2}, 1e-5)
+    with pytest.raises(ValueError, match="secret draw; open rounds by open_drawn"):
+        host.open(["ann"])
+
+
+def test_what_breaks_the_analysis_is_refused_by_name():
+    median = hj.decomfl(quadratic_loss, 0.05, aggregator=hj.aggregators.median())
+    with pytest.raises(ValueError, match=r"aggregator: .*got median\(\)"):
+        CENTRAL.check(median.spec)
+    own = hj.decomfl(quadratic_loss, 0.05, per_client_directions=5)
+    for terms in (CENTRAL, DISTRIBUTED, privacy.Terms()):
+        with pytest.raises(ValueError, match="per_client_directions: 5 clients"):
+            terms.check(own.spec)
+    with pytest.warns(UserWarning, match="per_client_directions: every client's"):
+        privacy.Terms.of(privacy.local(2.0, 4.0, clients=5)).check(own.spec)
+    host = started(":memory:", CENTRAL, secret=SECRET)
+    number = host.open(NAMES)
+    with pytest.raises(ValueError, match="weight: client 'ann': .*expected 1, got 2"):
+        host.reply("ann", number, scalars_of("ann"), 2)
+    with pytest.raises(ValueError, match="client 'ann': .*which the server clips"):
+        host.reply("ann", number, np.ones(4, np.int64))
+    local = started(":memory:", privacy.Terms.of(privacy.local(2.0, 4.0, clients=5)))
+    number = local.open(NAMES)
+    with pytest.raises(ValueError, match="client 'ann': the ledger promises noise of its own"):
+        local.reply("ann", number, scalars_of("ann"))
+    noised = local.terms.contribute(scalars_of("ann"), client="ann", round=0, secret=SECRET)
+    assert local.reply("ann", number, noised) and np.isfinite(local.close()).all()
+    with pytest.raises(ValueError, match="secret: a central mechanism"):
+        started(":memory:", CENTRAL)
+    with pytest.raises(ValueError, match="directory: masked rounds"):
+        started(":memory:", DISTRIBUTED)
+    with pytest.raises(ValueError, match="ledger: :memory: promises nothing"):
+        private.terms_of(hj.Ledger.create(":memory:", ALGORITHM, fresh()))
+
+
+CLIENTS = federation.Clients({name: {"x": np.random.default_rng(i).normal(size=(6, 33)).astype(np.float32)}
+                              for i, name in enumerate(NAMES)})  # fmt: skip
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    return ((params["w"] - batch["x"].mean(0)) ** 2).mean()
+
+
+@pytest.mark.parametrize("terms", [privacy.Terms(masked=True), DISTRIBUTED, dataclasses.replace(CENTRAL, epsilon=None)],
+                         ids=["masked", "distributed", "central"])  # fmt: skip
+def test_simulated_rounds_replay_and_show_no_losses(terms: privacy.Terms):
+    alg = hj.decomfl(loss, 0.05, num_perturbations=3)
+    make = lambda: alg.init({"w": jnp.ones(33)}, jax.random.key(4))  # noqa: E731
+    options: Any = dict(rounds=4, clients_per_round=5, batch_size=2)
+    summed = private.Simulated(terms, SECRET, "run")
+    with hj.Ledger.create(":memory:", alg, make(), privacy=terms.config) as ledger:
+        for report in federation.run(alg, make(), CLIENTS, summed=summed, **options):
+            metrics = report.metrics
+            ledger.append(metrics.record, hj.digest(report.state), metrics.learning_rate,
+                          report.reported, report.event)  # fmt: skip
+            assert np.isnan(metrics.losses).all() == np.isnan(metrics.loss) == bool(terms.mechanism)
+        assert_same_bits(server.catch_up(alg, make(), ledger.records()), report.state)
+        assert private.accountant_of(ledger).epsilon() == summed.accountant.epsilon()
+        again = private.Simulated(terms, SECRET, "run")
+        *_, last = federation.run(alg, make(), CLIENTS, summed=again, **options)
+        assert_same_bits(last.state, report.state)
+    if terms.mechanism is None:
+        *_, last = federation.run(alg, make(), CLIENTS, **options)
+        np.testing.assert_allclose(last.state.params["w"], report.state.params["w"], atol=1e-4)
