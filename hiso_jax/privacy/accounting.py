@@ -33,7 +33,7 @@ def _library() -> Any:
 def check_event(event: Event) -> None:
     """Raise ValueError unless an event is one that the accountant knows."""
     kinds = {"known": {"noise", "participation"}, "poisson": {"noise", "participation", "rate"}}
-    if event.keys() != kinds.get(event.get("participation", ""), set()):
+    if event.keys() != kinds.get(event.get("participation", ""), None):
         raise ValueError(f"event: expected noise, participation 'known' or 'poisson', and for the "
                          f"latter its rate, got {dict(event)}")  # fmt: skip
     checks.number("event: noise", event["noise"], 0, above=True)
