@@ -273,6 +273,10 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
             saved = settings.read(options.out)
             rates = saved["learning_rates"]
         settings.check(options)
+        if options.secure and (unmasked := {*options.methods} & {*methods.FIRST_ORDER, "fedzo"}):
+            raise ValueError(
+                f"--secure: {unmasked.pop()} sends models, and only scalars are masked"
+            )
         if options.clients_per_round > (there := len(problem.clients)):
             raise ValueError(
                 f"--clients-per-round: expected at most {there}, for there are {there} clients; "
