@@ -3,7 +3,9 @@
 One compiled program for all of them. Real processes, which are really killed: `test_resume`.
 """
 
+import json
 import re
+import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,6 +127,30 @@ def test_a_crash_at_any_point_of_any_round(
         assert go_on(tmp_path, problem) == 0
         assert all_of(tmp_path) == undisturbed
     assert not list(tmp_path.glob("*.sqlite-*"))
+
+
+def test_ctrl_c_and_on(
+    tmp_path: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    """The round is taken to its end, all is left as at the end of a run, and it goes on."""
+    real = hj.Ledger.append
+
+    def append(ledger: hj.Ledger, *given: Any) -> int:
+        if ledger.rounds == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(ledger, *given)
+
+    monkeypatch.setattr(hj.Ledger, "append", append)
+    assert run(tmp_path) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert "keepingwhatwasdone" in said and f"--resume{tmp_path}" in said
+    stopped = json.loads((tmp_path / "summary.json").read_text())
+    assert stopped["rounds"] == 4 and stopped["digest"] != undisturbed["digest"]
+    assert (tmp_path / "model.safetensors").exists()
+    monkeypatch.undo()
+    assert go_on(tmp_path, PROBLEM) == 0
+    assert all_of(tmp_path) == undisturbed
 
 
 @pytest.mark.parametrize("kilobytes", [(40,), (60, 100)])

@@ -1,7 +1,7 @@
 """Jobs as real processes: what they leave, and that killed ones go on to the same bits.
 
-That each boundary of a round may be the last, that rounds may be empty and disks full is tested
-without processes, in `test_crashes`.
+That each boundary of a round may be the last, that rounds may be empty, disks full and people press
+Ctrl-C is tested without processes, in `test_crashes`.
 """
 
 import json
@@ -117,23 +117,14 @@ def test_a_job_leaves_its_folder(short: tuple[Path, str]):
     assert [row["round"] for row in rows(folder)] == list(range(SHORT + 1))
 
 
-def test_killed_then_ctrl_c_and_on(tmp_path: Path, short: tuple[Path, str]):
+def test_killed_and_on(tmp_path: Path, short: tuple[Path, str]):
     """Runs that are begun with the same options reach the same bits, whatever happens to them."""
     undisturbed, log = outcome(short[0]), tmp_path / "metrics.jsonl"
     process = start("digits", *SHORT_OPTIONS, "--out", str(tmp_path))
     wait_for(process, log, 17)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    killed = len(rows(tmp_path))
-    assert 17 < killed < SHORT
-    process = start("digits", "--resume", str(tmp_path))
-    wait_for(process, log, killed + 10)
-    process.send_signal(signal.SIGINT)
-    output = " ".join(finish(process).split())
-    assert "keeping what was done" in output and f"--resume {tmp_path}" in output
-    stopped = json.loads((tmp_path / "summary.json").read_text())
-    assert killed <= stopped["rounds"] < SHORT and stopped["digest"] != undisturbed["digest"]
-    assert (tmp_path / "model.safetensors").exists() and (tmp_path / "curve.png").exists()
+    assert 17 < len(rows(tmp_path)) < SHORT
     shutil.rmtree(tmp_path / "snapshots", ignore_errors=True)  # the ledger alone is enough
     finish(start("digits", "--resume", str(tmp_path)))
     assert outcome(tmp_path) == undisturbed
