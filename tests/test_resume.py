@@ -102,7 +102,7 @@ def test_a_job_leaves_its_folder(short: tuple[Path, str]):
     assert "test accuracy after" in output and "FedAvg would have moved" in output
     assert {p.name for p in folder.iterdir()} == {
         ".lock", "curve.png", "labels.json", "ledger.safetensors", "ledger.sqlite", "metrics.jsonl",
-        "model.safetensors", "options.json", "snapshots", "split.png", "summary.json"}  # fmt: skip
+        "model.safetensors", "options.json", "report.html", "snapshots", "split.png", "summary.json"}  # fmt: skip
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary.keys() >= SUMMARY
