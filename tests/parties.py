@@ -1,5 +1,6 @@
 """Sites of a small run without a network, or behind one; `tests.parties:party` is their factory."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 import hiso_jax as hj
 from hiso_jax import federation
+from hiso_jax.nvflare import parties
 from tests.helpers import PROBLEMS, quadratic_loss
 
 NAMES = ["site-1", "site-2", "site-3"]
@@ -57,3 +59,28 @@ def site(name: str, alg: hj.Algorithm, folder: Path | None = None, **options: An
         begin=lambda: begin(alg), batches=batches_of(name, alg.spec.steps), snapshot_every=3
     )
     return federation.Site(alg, folder=folder, **given | options)
+
+
+def party(options: dict[str, Any], local: parties.Local) -> parties.Party:
+    """The same run behind NVFlare. What a site is to do wrong, for a test, is in its data's name."""
+    wrong = "" if local.data is None else local.data.name
+    alg = algorithm(smoothing=2e-3) if wrong == "another algorithm" else algorithm()
+    params = {"w": jnp.ones(33)} if wrong == "another base" else None
+    if local.site is None:
+        return parties.Party(alg, lambda: begin(alg))
+    drawn = batches_of(local.site)
+
+    def batches(round: int, number: int) -> Any:
+        assert NAMES[number] == local.site
+        if wrong == "NaN" or (wrong == "NaN once" and round == 1):
+            return np.full((1, 1, 33), np.nan, np.float32)
+        if wrong == "10 MB":
+            return np.zeros((1, 1, 33), np.float32)
+        if wrong.startswith("slow"):
+            time.sleep(float(wrong.split()[1]))
+        return drawn(round)
+
+    if wrong == "10 MB":
+        probe = lambda state, batches, slot=0: jnp.zeros((1, 2_500_000))  # noqa: E731
+        alg = alg._replace(probe=probe)
+    return parties.Party(alg, lambda: begin(alg, params), batches)

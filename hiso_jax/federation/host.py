@@ -93,6 +93,7 @@ class Host:
         self._faults: dict[str, str] = {}
         self._done: set[str] = set()
         self._last = False
+        self._enough: int | None = None  # so many answers begin to count time
         self._changed = threading.Condition()
         self.counts: dict[str, Count] = {}
 
@@ -105,6 +106,7 @@ class Host:
         minimum: int = 1,
         grace: float | None = None,
         stop: Callable[[], bool] = lambda: False,
+        gone: Callable[[str], bool] = lambda name: False,
     ) -> Closed | None:
         """Ask clients for a round, wait for them, close it.
 
@@ -115,6 +117,7 @@ class Host:
           grace: seconds after which it closes once `minimum` have answered; None: it waits for
             all until the deadline.
           stop: looked at while waiting; the round is left open, and None returned.
+          gone: whether the engine knows that a client is; it is not waited for.
 
         Raises:
           ValueError: an argument is out of range.
@@ -131,7 +134,7 @@ class Host:
             self._begin(self.server.asked, last=False)
         for name in list(self._asked):
             self._ask(name)
-        if not self._wait(begin + deadline, stop, minimum, grace):
+        if not self._wait(begin + deadline, stop, gone, minimum, grace):
             return None
         return self.close(minimum, round, begin)
 
@@ -150,7 +153,11 @@ class Host:
         return Closed(number, record, reported, faults, silent, time.monotonic() - begin)
 
     def end(
-        self, names: Iterable[Any], deadline: float, stop: Callable[[], bool] = lambda: False
+        self,
+        names: Iterable[Any],
+        deadline: float,
+        stop: Callable[[], bool] = lambda: False,
+        gone: Callable[[str], bool] = lambda name: False,
     ) -> list[str]:
         """Bring all clients to the end of the run; return who has proved to be there.
 
@@ -158,13 +165,14 @@ class Host:
           names: of the clients.
           deadline: seconds from now to wait for them.
           stop: looked at while waiting.
+          gone: as of `conduct`.
         """
         checks.number("deadline", deadline, 0, above=True)
         with self._changed:
             self._begin(checks.clients("names", names), last=True)
         for name in list(self._asked):
             self._ask(name)
-        self._wait(time.monotonic() + deadline, stop, len(self._asked), None)
+        self._wait(time.monotonic() + deadline, stop, gone)
         with self._changed:
             there = [n for n in self._asked if n in self._done and n not in self._faults]
             self._asked = {}
@@ -174,6 +182,13 @@ class Host:
     def faults(self) -> dict[str, str]:
         """Who cannot take part in what is going on, and why."""
         return dict(self._faults)
+
+    def fail(self, name: str, why: str) -> None:
+        """Take from the engine that a client cannot answer, in its words; from any thread."""
+        with self._changed:
+            if name in self._asked and name not in self._done:
+                self._fault(name, why)
+                self._tell()
 
     def receive(self, name: str, message: Any) -> None:
         """Take what a client sent, whatever it is; from any thread."""
@@ -191,23 +206,34 @@ class Host:
                 again = self._take(name, parsed)
             except (wire.WireError, headers.Mismatch, ValueError) as error:
                 self._fault(name, str(error))
-            self._changed.notify_all()
+            self._tell()
         if again is not None:
             self._post(name, again)
 
     # What it does with it.
+
+    def _tell(self) -> None:
+        """Wake who waits, but not a thousand times a round if there is nothing to do for it."""
+        if self._enough is not None or len(self._done) >= len(self._asked):
+            self._changed.notify_all()
 
     def _begin(self, names: list[str], last: bool) -> None:
         self._asked = {name: slot for slot, name in enumerate(names)}
         self._faults, self._done, self._last = {}, set(), last
 
     def _wait(
-        self, until: float, stop: Callable[[], bool], minimum: int, grace: float | None
+        self,
+        until: float,
+        stop: Callable[[], bool],
+        gone: Callable[[str], bool],
+        minimum: int = 1,
+        grace: float | None = None,
     ) -> bool:
         """Wait for answers; False if it was stopped."""
         enough = None  # when the first `minimum` had answered
         with self._changed:
-            while len(self._done) < len(self._asked):
+            self._enough = None if grace is None else minimum
+            while not all(name in self._done or gone(name) for name in self._asked):
                 now = time.monotonic()
                 if grace is not None and len(self._done) - len(self._faults) >= minimum:
                     enough = now if enough is None else enough
