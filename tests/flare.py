@@ -16,7 +16,7 @@ from typing import Any
 
 from hiso_jax.nvflare import job as jobs
 from hiso_jax.nvflare import machine
-from tests.helpers import ENVIRONMENT, ROOT
+from tests.helpers import ROOT
 
 PROJECT = """
 api_version: 3
@@ -64,10 +64,13 @@ def provision(folder: Path, sites: list[str], port: int) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of a process of NVFlare: a home of its own, and the tests on its path."""
+    """Of a process of NVFlare: a home of its own, the tests on its path, and the tests' compiler.
+
+    Losses, which nobody promises the bits of, are those of a simulation in this process then.
+    """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     fewer = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "JAX_PLATFORMS": "cpu"}
-    return ENVIRONMENT | fewer | {"HOME": str(folder), "PYTHONPATH": str(ROOT), "PATH": path}
+    return dict(os.environ) | fewer | {"HOME": str(folder), "PYTHONPATH": str(ROOT), "PATH": path}
 
 
 class Flare:

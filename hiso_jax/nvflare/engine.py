@@ -17,8 +17,7 @@ from hiso_jax.federation import wire
 from hiso_jax.federation.host import Closed, Host
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.ledger.store import Ledger, LedgerWriteError
-from hiso_jax.nvflare import job as jobs
-from hiso_jax.nvflare.parties import Local, Party, Plan, read_local
+from hiso_jax.nvflare.parties import PLAN, TASK, Local, Party, Plan, read_local
 from hiso_jax.nvflare.sockets import Wire
 from hiso_jax.train import folders
 
@@ -48,7 +47,7 @@ def _opened(fl_ctx: FLContext, site: str | None) -> tuple[Plan, Local]:
     """The plan of the job, and what this machine's own file says."""
     workspace = fl_ctx.get_workspace()
     root = Path(workspace.get_root_dir())
-    plan = Plan.read(Path(workspace.get_app_config_dir(fl_ctx.get_job_id())) / jobs.PLAN)
+    plan = Plan.read(Path(workspace.get_app_config_dir(fl_ctx.get_job_id())) / PLAN)
     kept = root / "hiso" / plan.name
     return plan, read_local(Path(workspace.get_site_config_dir()), kept, site)
 
@@ -202,7 +201,7 @@ class HisoController(Controller):
     def _send(self, name: str, message: bytes) -> None:
         data = Shareable()
         data[MESSAGE] = message
-        task = Task(name=jobs.TASK, data=data, result_received_cb=self._received)
+        task = Task(name=TASK, data=data, result_received_cb=self._received)
         self._tasks.append(task)
         self.broadcast(task, self._context, targets=[name], min_responses=1)
 
@@ -256,7 +255,7 @@ class HisoExecutor(Executor):
     ) -> Shareable:
         """Answer one message."""
         message = shareable.get(MESSAGE)
-        if task_name != jobs.TASK or not isinstance(message, bytes):
+        if task_name != TASK or not isinstance(message, bytes):
             self.log_error(fl_ctx, f"task {task_name!r} is none of hiso_jax")
             return make_reply(ReturnCode.BAD_TASK_DATA)
         try:

@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hiso_jax.nvflare import machine
-from hiso_jax.nvflare.parties import Plan
+from hiso_jax.nvflare.parties import PLAN, TASK, Plan
 from hiso_jax.train import finetune, job, methods, report, settings
 
-TASK = "hiso"
-"""Name of NVFlare's tasks."""
-PLAN = "hiso_plan.json"
-"""The job's own file, beside NVFlare's."""
 INTERVAL = 0.05
 """Seconds between looks for a task; NVFlare's own, 2, are most of a round."""
 OF_A_SITE = ("data",)

@@ -22,6 +22,10 @@ from hiso_jax.protocol import Algorithm, State
 VARIABLE = "HISO_LOCAL"
 """Environment variable: the file with a machine's own settings, if it is elsewhere."""
 FILE = "hiso.json"
+TASK = "hiso"
+"""Name of NVFlare's tasks."""
+PLAN = "hiso_plan.json"
+"""The job's own file, beside NVFlare's."""
 
 
 class Local(NamedTuple):

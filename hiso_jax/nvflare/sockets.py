@@ -32,7 +32,7 @@ class Wire:
         self._seen: dict[str, tuple[int, int]] = {}
 
     def look(self) -> tuple[int, int]:
-        """Bytes sent (again, too, where they were lost) and received until now; 0, 0 where nobody counts.
+        """Bytes sent (what was lost, more than once) and received; 0, 0 where nobody counts.
 
         A connection that came and went between two looks is not in it.
         """
