@@ -9,13 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hiso_jax.nvflare import job as jobs
-from hiso_jax.nvflare import machine
+from hiso_jax.nvflare import machine, session
 from tests.helpers import ROOT
 
 PROJECT = """
@@ -51,10 +52,21 @@ def until(what: Callable[[], Any], say: str, patience: float = PATIENCE) -> Any:
     return found
 
 
-def provision(folder: Path, sites: list[str], port: int) -> Path:
-    """Startup kits by NVFlare's own tool; return the folder that they are in."""
+def provision(
+    folder: Path, sites: list[str], port: int, through: dict[str, int] | None = None
+) -> Path:
+    """Startup kits by NVFlare's own tool; return the folder that they are in.
+
+    Sites reach the server at its port, or at the one that `through` has for them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    clients = "\n".join(f"- {{name: {name}, type: client, org: ward}}" for name in sites)
+    way = {
+        name: f", connect_to: {{host: localhost, port: {at}}}"
+        for name, at in (through or {}).items()
+    }
+    clients = "\n".join(
+        f"- {{name: {name}, type: client, org: ward{way.get(name, '')}}}" for name in sites
+    )
     (folder / "project.yml").write_text(PROJECT.format(port=port, clients=clients))
     command = [
         sys.executable, "-m", "nvflare.cli", "provision", "-p", "project.yml", "-w", "made", "--force"
@@ -76,11 +88,11 @@ def environment(folder: Path) -> dict[str, str]:
 class Flare:
     """Processes of a federation, by name; ``server`` is one of them."""
 
-    def __init__(self, folder: Path, sites: list[str]):
+    def __init__(self, folder: Path, sites: list[str], through: dict[str, int] | None = None):
         self.folder, self.sites, self.port = folder, sites, free_port()
-        self.kits = provision(folder, sites, self.port)
+        self.kits = provision(folder, sites, self.port, through)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._session: Any = None
+        self.lead = session.Lead(self.kits / "lead@lab.org")
         for name in ("server", *sites):
             self.prepare(name)
 
@@ -128,35 +140,13 @@ class Flare:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)
 
-    def session(self) -> Any:
-        """As the lead who submits jobs; a server that was started again wants a new one."""
-        from nvflare.fuel.flare_api.flare_api import new_secure_session
-
-        if self._session is None:
-            self._session = new_secure_session("lead@lab.org", str(self.kits / "lead@lab.org"))
-        return self._session
-
-    def forget(self) -> None:
-        if self._session is not None:
-            with contextlib.suppress(Exception):
-                self._session.close()
-            self._session = None
-
-    def connected(self) -> list[str]:
-        try:
-            info = self.session().get_system_info()
-        except Exception:
-            self.forget()
-            return []
-        return sorted(client.name for client in info.client_info)
-
     def wait(self, *names: str) -> None:
         """Until those sites, or all, are connected."""
         wanted = set(names or self.sites)
-        until(lambda: wanted <= set(self.connected()), f"{sorted(wanted)} connected")
+        until(lambda: wanted <= set(self.lead.connected()), f"{sorted(wanted)} connected")
 
-    def submit(self, **options: Any) -> str:
-        """Write a job with the options of the command line, and submit it."""
+    def write(self, **options: Any) -> Path:
+        """Write a job with the options of the command line."""
         given: dict[str, Any] = dict(
             sites=tuple(self.sites), party="tests.parties:party", rounds=6, deadline=60.0,
             clients_per_round=len(self.sites), snapshot_every=3,
@@ -164,35 +154,28 @@ class Flare:
         out = self.folder / "job"
         shutil.rmtree(out, ignore_errors=True)
         jobs.write(dataclasses.replace(jobs.Options(), out=out, **given | options))
-        return until(lambda: self._submit(out), "submitted")
+        return out
 
-    def _submit(self, out: Path) -> str | None:
-        try:
-            return self.session().submit_job(str(out))
-        except Exception:
-            self.forget()
-            return None
-
-    def status(self, job: str) -> str:
-        try:
-            return str(self.session().get_job_meta(job)["status"])
-        except Exception:
-            self.forget()
-            return ""
+    def submit(self, **options: Any) -> str:
+        """The same, and submit it."""
+        out = self.write(**options)
+        return until(lambda: self.lead.submit(out), "submitted")
 
     def finish(self, job: str, patience: float = PATIENCE) -> str:
         """Wait for the end of a job; return how it ended."""
         return until(
-            lambda: (s := self.status(job)).startswith("FINISHED") and s, f"{job} ended", patience
+            lambda: (s := self.lead.status(job)).startswith("FINISHED") and s,
+            f"{job} ended",
+            patience,
         )
 
     def kept(self, name: str, run: str = "hiso") -> Path:
         """What a machine keeps of a run."""
         return self.kit(name) / "hiso" / run
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self, run: str = "hiso") -> list[dict[str, Any]]:
         """The rounds that the server has written down."""
-        path = self.kept("server") / "rounds.jsonl"
+        path = self.kept("server", run) / "rounds.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines]
 
@@ -203,7 +186,7 @@ class Flare:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def close(self) -> None:
-        self.forget()
+        self.lead.close()
         self.kill(*self.processes)
 
     def __enter__(self) -> "Flare":
@@ -211,3 +194,61 @@ class Flare:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class Proxy:
+    """Hands on what comes to its port, until it is cut."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port, self.target, self.bytes = self._listener.getsockname()[1], 0, 0
+        self._open: set[socket.socket] = set()
+        self._whole, self._closed = True, False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Close all connections, and take no new ones."""
+        self._whole = False
+        for each in list(self._open):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        self._whole = True
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self._whole:
+                near.close()
+                continue
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target), 5)
+            except OSError:
+                near.close()
+                continue
+            self._open |= {near, far}
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=self._hand_on, args=pair, daemon=True).start()
+
+    def _hand_on(self, source: socket.socket, to: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while self._whole and (content := source.recv(2**16)):
+                self.bytes += len(content)
+                to.sendall(content)
+        for each in (source, to):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+            self._open.discard(each)
+
+    def __enter__(self) -> "Proxy":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed = True
+        self.cut()
+        self._listener.close()

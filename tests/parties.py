@@ -10,6 +10,7 @@ import numpy as np
 
 import hiso_jax as hj
 from hiso_jax import federation
+from hiso_jax.ledger import header
 from hiso_jax.nvflare import parties
 from tests.helpers import PROBLEMS, quadratic_loss
 
@@ -74,12 +75,16 @@ def party(options: dict[str, Any], local: parties.Local) -> parties.Party:
         assert NAMES[number] == local.site
         if wrong == "NaN" or (wrong == "NaN once" and round == 1):
             return np.full((1, 1, 33), np.nan, np.float32)
+        if wrong == "raises":
+            raise FileNotFoundError("/data/patients.csv")
         if wrong == "10 MB":
             return np.zeros((1, 1, 33), np.float32)
         if wrong.startswith("slow"):
             time.sleep(float(wrong.split()[1]))
         return drawn(round)
 
+    if wrong == "another version":
+        header.version = lambda package: "0.0.9"
     if wrong == "10 MB":
         probe = lambda state, batches, slot=0: jnp.zeros((1, 2_500_000))  # noqa: E731
         alg = alg._replace(probe=probe)

@@ -2,6 +2,6 @@
 
 `hiso_jax.nvflare.job` writes the job that is submitted, from the options of ``hiso finetune``;
 `hiso_jax.nvflare.parties` makes of it what a machine works with: model, algorithm, and at a site
-its own data; `hiso_jax.nvflare.engine` is all that knows NVFlare, and the only module that needs
-it.
+its own data; `hiso_jax.nvflare.engine` is all that a job needs of NVFlare, and
+`hiso_jax.nvflare.session` submits it.
 """

@@ -1,4 +1,4 @@
-"""NVFlare as the engine: it brings bytes from one machine to another. Nothing else knows it.
+"""NVFlare as the engine: it brings bytes from one machine to another.
 
 What is said in those bytes is `hiso_jax.federation`'s (`hiso_jax.federation.Host` and
 `hiso_jax.federation.Site`). Another engine would be another file like this one.

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hiso_jax.nvflare import machine
+from hiso_jax.nvflare import machine, session
 from hiso_jax.nvflare.parties import PLAN, TASK, Plan
 from hiso_jax.train import finetune, job, methods, report, settings
 
@@ -162,6 +162,7 @@ def write(options: Options) -> Path:
 COMMANDS = {
     "site": "prepare a machine's startup kit: where its data are, what it lets jobs do",
     "job": "write a job of NVFlare, from the options of hiso finetune",
+    "run": "submit a job, and again until all its rounds are done",
 }
 
 
@@ -184,7 +185,11 @@ def cli() -> None:
             for path in machine.prepare(machine_options):
                 report.say("Written: ", str(path))
         return
+    if name == "run":
+        run_options = tyro.cli(session.Options, args=rest)
+        with report.door():
+            return session.cli(run_options)
     options = tyro.cli(Options, args=settings.modern(rest))
     with report.door():
         out = write(options)
-    report.say("Written to ", f"{out}/", ". To run it: nvflare job submit -j ", f"{out}")
+    report.say("Written to ", f"{out}/", ". To run it: hiso nvflare run ", f"{out}", " KIT")
