@@ -167,6 +167,8 @@ def test_sites_that_do_not_fit_are_named_and_do_not_count(flare: Flare):
                 assert text in row["faults"][name]
         assert "patients" not in str(rows) + flare.log_of("server")
     assert "patients" in flare.log_of("site-3")
+    of_server = [path.read_bytes() for path in flare.kit("server").rglob("*") if path.is_file()]
+    assert len(of_server) > 20 and not any(b"patients" in content for content in of_server)
 
 
 @pytest.mark.slow
@@ -178,7 +180,7 @@ def test_an_edited_snapshot_and_a_function_that_is_not_allowed(flare: Flare):
     assert flare.finish(flare.submit(rounds=8)) == "FINISHED:COMPLETED"
     rows = flare.rows()
     assert "digest after 4 rounds" in rows[4]["faults"]["site-2"]
-    assert rows[4]["answered"] == ["site-1", "site-3"]
+    assert sorted(rows[4]["answered"]) == ["site-1", "site-3"]
     assert all(len(row["answered"]) == 3 and row["faults"] == {} for row in rows[5:])
     assert flare.result()["held_by"] == NAMES
     job = flare.submit(name="other", party="tests.parties:other", rounds=3)
@@ -202,20 +204,21 @@ def test_rounds_close_at_their_deadline_and_late_replies_change_nothing(flare: F
 
 
 @pytest.mark.slow
-def test_a_certificate_of_another_authority(flare: Flare, tmp_path: Path):
+def test_a_certificate_of_another_authority(tmp_path: Path):
     """Who was provisioned by others, under the name of a site, is not let in."""
-    flare.kill("site-2")
-    false = provision(tmp_path / "others", NAMES, flare.port)
-    shutil.rmtree(flare.kit("site-2") / "startup")
-    shutil.copytree(false / "site-2/startup", flare.kit("site-2") / "startup")
-    flare.start("site-2")
-    time.sleep(15)
-    assert flare.lead.connected() == ["site-1", "site-3"]
-    job = flare.submit(rounds=3, sites=("site-1", "site-3"), clients_per_round=2)
-    # Of a job that needs a site which is not there NVFlare says so, and starts nothing.
-    assert flare.finish(job) == "FINISHED:COMPLETED"
-    assert [sorted(row["answered"]) for row in flare.rows()] == [["site-1", "site-3"]] * 3
-    assert "CERTIFICATE_VERIFY_FAILED" in flare.log_of("site-2")
+    with Flare(tmp_path, NAMES) as flare:
+        false = provision(tmp_path / "others", NAMES, flare.port)
+        shutil.rmtree(flare.kit("site-2") / "startup")
+        shutil.copytree(false / "site-2/startup", flare.kit("site-2") / "startup")
+        flare.start()
+        flare.wait("site-1", "site-3")
+        # It is one of the job's sites, which begins without it.
+        assert flare.finish(flare.submit(rounds=3, deadline=10.0)) == "FINISHED:COMPLETED"
+        assert [sorted(row["answered"]) for row in flare.rows()] == [["site-1", "site-3"]] * 3
+        assert flare.result()["not_there"] == {"site-2": "silent"}
+        assert flare.lead.connected() == ["site-1", "site-3"]
+        assert "CERTIFICATE_VERIFY_FAILED" in flare.log_of("site-2")
+        assert not flare.kept("site-2").exists()
 
 
 @pytest.mark.slow
@@ -226,12 +229,13 @@ def test_the_network_drops(tmp_path: Path):
         flare.start()
         flare.wait()
         flare.prepare("site-1", "slow 0.5")
-        job = flare.submit(rounds=60, deadline=4.0)
+        flare.submit(rounds=60, deadline=4.0)
         until_round(flare, 3)
         proxy.cut()
         time.sleep(20)
         proxy.mend()
-        assert flare.finish(job) == "FINISHED:COMPLETED"
+        # NVFlare may say that the job ended badly, since the site's parent could not report how.
+        until((flare.kept("server") / "result.json").exists, "all rounds done")
         rows = flare.rows()
         assert [row["round"] for row in rows] == list(range(60))
         silent = [row["round"] for row in rows if "site-2" in row["silent"]]

@@ -19,6 +19,7 @@ from hiso_jax.federation import wire
 from hiso_jax.federation.server import Server
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.ledger import header as headers
+from hiso_jax.ledger.store import Records
 
 log = logging.getLogger(__name__)
 RESETS = 2
@@ -94,6 +95,8 @@ class Host:
         self._done: set[str] = set()
         self._last = False
         self._enough: int | None = None  # so many answers begin to count time
+        self._known: tuple[int, np.ndarray] | None = None
+        self._records: tuple[tuple[int, int], Records] | None = None
         self._changed = threading.Condition()
         self.counts: dict[str, Count] = {}
 
@@ -177,6 +180,11 @@ class Host:
             there = [n for n in self._asked if n in self._done and n not in self._faults]
             self._asked = {}
         return there
+
+    @property
+    def digest(self) -> np.ndarray:
+        """Of the state that the open round is measured at, uint32 [2]."""
+        return self._digest(self.server.round)
 
     @property
     def faults(self) -> dict[str, str]:
@@ -267,7 +275,7 @@ class Host:
         )
         if held is None or held == server.round:
             return ask
-        records = server.ledger.records(held)
+        records = self._missed(held)
         if records.nbytes > self._room or len(records.scalars) > wire.MOST_ROUNDS:
             return ask._replace(snapshot=snapshots.pack(server.algorithm, server.state))
         return ask._replace(first=held, records=records.scalars, rates=records.learning_rates)
@@ -382,8 +390,16 @@ class Host:
         return "it says that its state went apart, and shows digests that are the run's"
 
     def _digest(self, number: int) -> np.ndarray:
-        """Digest of the run's state after so many rounds."""
-        return digests.parse(self._text(number))
+        """Digest of the run's state after so many rounds; the last is asked for by every client."""
+        if self._known is None or self._known[0] != number:
+            self._known = number, digests.parse(self._text(number))
+        return self._known[1]
+
+    def _missed(self, held: int) -> Records:
+        """The records since a round; most clients have missed the same."""
+        if self._records is None or self._records[0] != (held, self.server.round):
+            self._records = (held, self.server.round), self.server.ledger.records(held)
+        return self._records[1]
 
     def _text(self, number: int) -> str:
         if not number:

@@ -48,7 +48,7 @@ class Options(finetune.Options):
     """Seconds that a round waits for others once so many have answered; by default the deadline."""
     most_empty: int = 5
     """Rounds in a row that nobody counts in, after which the job ends; submit it again."""
-    party: str = ""
+    party: str | None = None
     """module:function of yours, for a problem of your own: installed, and allowed, everywhere."""
 
 
@@ -80,9 +80,9 @@ def check(options: Options) -> Plan:
         raise ValueError(f"--sampling: expected uniform, got {options.sampling!r}: the server "
                          "does not know how many examples a site has")  # fmt: skip
     settings.check(options)
-    if options.party and not all(options.party.partition(":")):
+    if options.party is not None and not all(options.party.partition(":")):
         raise ValueError(f"--party: expected module:function, got {options.party!r}")
-    if not options.party:
+    if options.party is None:
         # With the data of some site, which are none of the server's.
         whole = dataclasses.replace(options, data=Path("data"))
         task = finetune.task_of(whole)

@@ -34,6 +34,9 @@ class Options:
     """Where to keep ledger, snapshots and models; by default hiso/ in the kit."""
     functions: tuple[str, ...] = ()
     """module:function that jobs may name with --party and --method, apart from hiso's own."""
+    stream_logs: bool = False
+    """Let NVFlare copy this machine's error log to the server, as it does by default; the text
+    of an error may hold data."""
 
 
 def prepare(options: Options) -> list[Path]:
@@ -67,11 +70,12 @@ def prepare(options: Options) -> list[Path]:
     if not isinstance(allowed, list):
         raise ValueError(f"{found}: class_allow_list: expected a list, got {allowed!r:.80}")
     resources["class_allow_list"] = [*allowed, *(c for c in CLASSES if c not in allowed)]
+    resources["allow_log_streaming"] = options.stream_logs
     own = _read(settings) if settings.exists() else {}
     own |= {
         name: str(value.absolute()) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(options).items()
-        if name != "kit" and value not in (None, ())
+        if name not in ("kit", "stream_logs") and value not in (None, ())
     }
     for target, content in ((path, resources), (settings, own)):
         with files.atomic_write(target) as part:

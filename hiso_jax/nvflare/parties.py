@@ -88,7 +88,7 @@ class Plan:
     grace: float | None = None
     most_empty: int = 5
     snapshot_every: int = 50
-    party: str = ""
+    party: str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -147,7 +147,7 @@ class Plan:
         Raises:
           PermissionError: the job names a function that this machine does not let it name.
         """
-        if not self.party:
+        if self.party is None:
             return finetune(self.options, local)
         from hiso_jax.train import methods  # which knows data sets and plots: not for any party
 
