@@ -70,11 +70,14 @@ def prepare(options: Options) -> list[Path]:
     if not isinstance(allowed, list):
         raise ValueError(f"{found}: class_allow_list: expected a list, got {allowed!r:.80}")
     resources["class_allow_list"] = [*allowed, *(c for c in CLASSES if c not in allowed)]
+    model = options.model  # a path, or the name of one on the hub
+    if model is not None and Path(model).exists():
+        model = str(Path(model).absolute())
     resources["allow_log_streaming"] = options.stream_logs
     own = _read(settings) if settings.exists() else {}
     own |= {
         name: str(value.absolute()) if isinstance(value, Path) else value
-        for name, value in dataclasses.asdict(options).items()
+        for name, value in (dataclasses.asdict(options) | {"model": model}).items()
         if name not in ("kit", "stream_logs") and value not in (None, ())
     }
     for target, content in ((path, resources), (settings, own)):

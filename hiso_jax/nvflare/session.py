@@ -18,6 +18,8 @@ import tyro
 from hiso_jax._engine import checks
 from hiso_jax.nvflare.parties import PLAN, Plan
 
+QUICK, MOST_QUICK = 60.0, 3
+"""Of a job that ends within so many seconds, so many in a row are enough: it will not do better."""
 COMPLETED, ABORTED = "FINISHED:COMPLETED", "FINISHED:ABORTED"
 
 
@@ -111,7 +113,7 @@ def run(options: Options, say: Callable[[str], Any] = print, pause: float = 2.0)
     plan = Plan.read(options.job / "app/config" / PLAN)
     checks.count("--attempts", options.attempts)
     checks.number("--wait", options.wait, 0)
-    lead = Lead(options.kit)
+    lead, quick = Lead(options.kit), 0
     try:
         for attempt in range(1, options.attempts + 1):
             _wait_for(lead, plan, options.wait, say, pause)
@@ -120,12 +122,18 @@ def run(options: Options, say: Callable[[str], Any] = print, pause: float = 2.0)
                 say("the server cannot be reached; trying again")
                 time.sleep(pause)
                 job = lead.submit(options.job)
+            begin = time.monotonic()
             say(f"submitted as {job} ({attempt} of at most {options.attempts} times)")
             while not (status := lead.status(job)).startswith("FINISHED"):
                 time.sleep(pause)
             say(f"{job}: {status}")
             if status in (COMPLETED, ABORTED):
                 return status == COMPLETED
+            quick = quick + 1 if time.monotonic() - begin < QUICK else 0
+            if quick == MOST_QUICK:
+                say(f"{quick} jobs in a row ended within {QUICK:.0f} s; the log of the server says "
+                    "why")  # fmt: skip
+                return False
             time.sleep(min(pause * attempt, 60))
         return False
     finally:
