@@ -1,5 +1,6 @@
 """A run of real processes on loopback: one server, three sites, mutual TLS, and what befalls them."""
 
+import os
 import shutil
 import threading
 import time
@@ -244,3 +245,45 @@ def test_the_network_drops(tmp_path: Path):
         assert flare.result()["held_by"] == NAMES
         assert flare.result("site-2")["digest"] == flare.result()["digest"]
         assert proxy.bytes > 10_000
+
+
+KILLS = int(os.environ.get("HISO_KILLS", "100"))
+
+
+@pytest.mark.slow
+def test_random_kills_lose_no_round(flare: Flare, monkeypatch: pytest.MonkeyPatch):
+    """Of jobs and of machines, the server's too; ``hiso nvflare run`` stays with it, started once."""
+    monkeypatch.setattr(session, "MOST_QUICK", 10**6)
+    rng, rounds, done = np.random.default_rng(0), 10 * KILLS, []
+    flare.prepare("site-1", "slow 0.5")
+    path = flare.write(rounds=rounds, deadline=4.0, most_empty=10**6)
+    options = session.Options(path, flare.kits / "lead@lab.org", attempts=10**6, wait=60.0)
+    runs = threading.Thread(
+        target=lambda: done.append(session.run(options, lambda text: None, 0.5))
+    )
+    runs.start()
+    for kill in range(KILLS):
+        until_round(flare, min(len(flare.rows()) + 2, rounds))
+        name = ["server", *NAMES][rng.integers(4)]
+        if rng.random() < 0.5:
+            flare.kill_job(name)
+        else:
+            flare.kill(name)
+            time.sleep(float(rng.random()))
+            flare.start(name)
+        assert not done, f"all rounds were done after {kill} kills"
+    until(lambda: done, "all rounds", 60.0 * KILLS + 600)
+    assert done == [True]
+    alg = parties.algorithm()
+    with hj.Ledger.open(flare.kept("server") / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.rounds == rounds
+        last = federation.catch_up(
+            alg, parties.begin(alg), ledger.records()
+        )  # compares each digest
+    digest = hj.digests.text(hj.digest(last))
+    # A row is written behind its record: the kill between the two may cost the row, never the round.
+    assert rounds - KILLS <= len({row["round"] for row in flare.rows()}) <= rounds
+    # Who was away at the very end comes to it with the next job.
+    assert flare.finish(flare.submit(rounds=rounds, deadline=60.0)) == "FINISHED:COMPLETED"
+    assert flare.result()["held_by"] == NAMES
+    assert {flare.result(name)["digest"] for name in ("server", *NAMES)} == {digest}
