@@ -174,6 +174,7 @@ def test_rounds_close_with_who_answered():
     late = parties.site("site-2", ALGORITHM)
     net.host.receive("site-2", wire.pack(wire.Reply(0, late.digest, np.ones((1, 2))), late.run))
     net.host.receive("nobody", b"hj")
+    net.host.receive("site-1", wire.pack(wire.Failed("ValueError"), late.run), late=True)
     assert net.host.counts["site-2"].late == 1 and net.server.round == 4
     net.lost = lambda way, name: False
     assert net.round().reported == dict.fromkeys(NAMES, 1.0)

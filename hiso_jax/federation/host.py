@@ -198,13 +198,19 @@ class Host:
                 self._fault(name, why)
                 self._tell()
 
-    def receive(self, name: str, message: Any) -> None:
-        """Take what a client sent, whatever it is; from any thread."""
+    def receive(self, name: str, message: Any, late: bool = False) -> None:
+        """Take what a client sent, whatever it is; from any thread.
+
+        Args:
+          name: of the client, as the engine knows it; not what the message says.
+          message: bytes, or what came in their place.
+          late: the engine knows that it answers what is over: it is counted, and nothing else.
+        """
         again = None
         with self._changed:
             size = len(message) if isinstance(message, (bytes, bytearray)) else 0
             self._count(name, up=size)
-            if name not in self._asked or name in self._done:
+            if late or name not in self._asked or name in self._done:
                 self._count(name, late=1)
                 log.info("round %d: %s: late, it changes nothing", self.server.round, name)
                 return
@@ -306,7 +312,7 @@ class Host:
         elif isinstance(message, wire.Apart):
             self._held.pop(name, None)
             self._send_back(name)
-            self._fault(name, self._where_apart(message))
+            self._fault(name, wire.where_apart(message, self.server.round, self._text))
         elif isinstance(message, wire.Other):
             headers.match(self.header, message.header)
             ours, theirs = (h["software"].get("hiso-jax") for h in (self.header, message.header))
@@ -372,22 +378,6 @@ class Host:
         if self._reset.get(name, 0) < RESETS:
             self._reset[name] = self._reset.get(name, 0) + 1
             self._apart.add(name)
-
-    def _where_apart(self, message: wire.Apart) -> str:
-        """The first state that was not the run's, in words."""
-        for i, digest in enumerate(message.digests):
-            number = message.first + i
-            if number > self.server.round:
-                break
-            if (digest != self._digest(number)).any():
-                where = f"in round {number - 1}" if number else "at the base model"
-                if not i and number:
-                    where = f"in round {number - 1} or before"
-                return (
-                    f"its state went apart {where}: the digest after {number} rounds is "
-                    f"{digests.text(digest)} there and {self._text(number)} here"
-                )
-        return "it says that its state went apart, and shows digests that are the run's"
 
     def _digest(self, number: int) -> np.ndarray:
         """Digest of the run's state after so many rounds; the last is asked for by every client."""

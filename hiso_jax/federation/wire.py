@@ -14,7 +14,7 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -224,6 +224,31 @@ def _inflate(body: bytes) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise WireError("message: no header")
     return header
+
+
+def where_apart(message: Apart, rounds: int, text_of: Callable[[int], str]) -> str:
+    """The first state of a client that was not the run's, in words.
+
+    Args:
+      message: with the digests that its states had.
+      rounds: of the run.
+      text_of: number of rounds -> digest of the run's state after so many.
+
+    Example:
+      >>> where_apart(Apart(3, np.array([[1, 0], [3, 0]])), 9, lambda n: f"{n - 2:016x}")[:34]
+      'its state went apart in round 3: t'
+    """
+    for i, digest in enumerate(message.digests[: max(rounds - message.first + 1, 0)]):
+        number = message.first + i
+        theirs, ours = digests.text(digest), text_of(number)
+        if theirs != ours:
+            where = f"in round {number - 1}" if number else "at the base model"
+            where += " or before" if number and not i else ""
+            return (
+                f"its state went apart {where}: the digest after {number} rounds is {theirs} there "
+                f"and {ours} here"
+            )
+    return "it says that its state went apart, and shows digests that are the run's"
 
 
 def _floats(numbers: Any) -> bytes:

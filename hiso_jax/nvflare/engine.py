@@ -96,7 +96,7 @@ class HisoController(Controller):
     ) -> None:
         """A reply whose round is closed: it is counted and changes nothing."""
         if self._host is not None:
-            self._host.receive(client.name, result.get(MESSAGE))
+            self._host.receive(client.name, result.get(MESSAGE), late=True)
 
     # The rounds.
 
@@ -121,9 +121,12 @@ class HisoController(Controller):
                 if closed is None:
                     self._say("aborted; what was recorded is safe: submit the job again")
                     return
-                self._note(folder, host, plan, closed)
-                if server.round % plan.snapshot_every == 0 or server.round == plan.rounds:
-                    snapshots.save(folder / "snapshots", algorithm, server.state)
+                try:
+                    self._note(folder, host, plan, closed)
+                    if server.round % plan.snapshot_every == 0 or server.round == plan.rounds:
+                        snapshots.save(folder / "snapshots", algorithm, server.state)
+                except OSError as error:  # the round itself is recorded
+                    self._say(f"round {closed.round}: {error}")
                 empty = 0 if closed.reported else empty + 1
             if server.round < plan.rounds:
                 raise RuntimeError(
