@@ -247,6 +247,7 @@ def test_the_network_drops(tmp_path: Path):
         assert proxy.bytes > 10_000
 
 
+# A hundred take most of an hour; HISO_KILLS=5 looks whether it still goes.
 KILLS = int(os.environ.get("HISO_KILLS", "100"))
 
 

@@ -74,6 +74,7 @@ def prepare(options: Options) -> list[Path]:
     if model is not None and Path(model).exists():
         model = str(Path(model).absolute())
     resources["allow_log_streaming"] = options.stream_logs
+    resources = _moved(resources, str(options.kit.absolute() / "store"))
     own = _read(settings) if settings.exists() else {}
     own |= {
         name: str(value.absolute()) if isinstance(value, Path) else value
@@ -84,6 +85,21 @@ def prepare(options: Options) -> list[Path]:
         with files.atomic_write(target) as part:
             part.write_text(json.dumps(content, indent=2) + "\n")
     return [path, settings]
+
+
+SHARED = "/tmp/nvflare"
+"""Where NVFlare keeps a server's jobs: gone when the machine starts again, and one for all."""
+
+
+def _moved(content: Any, folder: str) -> Any:
+    """Settings with NVFlare's paths in the shared folder in a folder of the kit's own."""
+    if isinstance(content, dict):
+        return {name: _moved(value, folder) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_moved(value, folder) for value in content]
+    if isinstance(content, str) and (content == SHARED or content.startswith(f"{SHARED}/")):
+        return folder + content.removeprefix(SHARED)
+    return content
 
 
 def _read(path: Path) -> dict[str, Any]:

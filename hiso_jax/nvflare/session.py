@@ -90,6 +90,11 @@ class Lead:
         meta = self._ask(lambda session: session.get_job_meta(job))
         return "" if meta is None else str(meta["status"])
 
+    def runs(self, job: str) -> bool:
+        """Whether the server has a process of the job; true where it cannot be asked."""
+        info = self._ask(lambda session: session.get_system_info())
+        return info is None or job in [own.job_id for own in info.job_info or ()]
+
     def close(self) -> None:
         """End the session."""
         if self._session is not None:
@@ -124,8 +129,7 @@ def run(options: Options, say: Callable[[str], Any] = print, pause: float = 2.0)
                 job = lead.submit(options.job)
             begin = time.monotonic()
             say(f"submitted as {job} ({attempt} of at most {options.attempts} times)")
-            while not (status := lead.status(job)).startswith("FINISHED"):
-                time.sleep(pause)
+            status = _end_of(lead, job, pause)
             say(f"{job}: {status}")
             if status in (COMPLETED, ABORTED):
                 return status == COMPLETED
@@ -138,6 +142,18 @@ def run(options: Options, say: Callable[[str], Any] = print, pause: float = 2.0)
         return False
     finally:
         lead.close()
+
+
+def _end_of(lead: Lead, job: str, pause: float) -> str:
+    """Wait for the end of a job; return how it ended."""
+    away = False  # whether the server has been, since
+    while not (status := lead.status(job)).startswith("FINISHED"):
+        away = away or not status
+        # A server that was killed goes on to say that its jobs run, when it is back.
+        if away and status == "RUNNING" and not lead.runs(job):
+            return "lost, since the server has been away"
+        time.sleep(pause)
+    return status
 
 
 def _wait_for(
