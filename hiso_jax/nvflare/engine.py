@@ -48,8 +48,8 @@ def _opened(fl_ctx: FLContext, site: str | None) -> tuple[Plan, Local]:
     workspace = fl_ctx.get_workspace()
     root = Path(workspace.get_root_dir())
     plan = Plan.read(Path(workspace.get_app_config_dir(fl_ctx.get_job_id())) / PLAN)
-    kept = root / "hiso" / plan.name
-    return plan, read_local(Path(workspace.get_site_config_dir()), kept, site)
+    local = read_local(Path(workspace.get_site_config_dir()), root / "hiso", site)
+    return plan, local._replace(folder=local.folder / plan.name)
 
 
 class HisoController(Controller):
