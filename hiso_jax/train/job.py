@@ -23,7 +23,9 @@ from hiso_jax.train.progress import duration
 from hiso_jax.train.report import console
 from hiso_jax.train.settings import COMPARED, Options, settle
 
-__all__ = ["COMPARED", "Options", "algorithm", "main", "rounds", "run", "settle", "train"]
+__all__ = [
+    "COMPARED", "Options", "algorithm", "main", "rates_of", "rounds", "run", "settle", "train",
+]  # fmt: skip
 
 
 def algorithm(
@@ -230,7 +232,7 @@ def _picture_split(options: Options, problem: Problem) -> None:
         report.draw_split(labels, clients.sizes, path)
 
 
-def _rates(options: Options, learning_rates: dict[str, float]) -> dict[str, float]:
+def rates_of(options: Options, learning_rates: dict[str, float]) -> dict[str, float]:
     """Methods to run, each with its peak learning rate."""
     given = {}
     if options.learning_rate is not None:
@@ -249,7 +251,7 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
     saved: dict[str, Any] | None = None
     with report.door():  # nothing is written or moved before all of it holds
         if options.resume is None:
-            rates = _rates(options, learning_rates)
+            rates = rates_of(options, learning_rates)
         else:
             saved = settings.read(options.out)
             rates = saved["learning_rates"]
