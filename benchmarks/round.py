@@ -147,6 +147,10 @@ def moved_bytes(options: Options) -> float:
     return float(passes * layers + 2 * sum(moved.values()))
 
 
+COPIED = 2**28
+"""Bytes whose copying is timed: more than any cache holds."""
+
+
 def ceilings(options: Options) -> tuple[float, float]:
     """The machine's matmul rate (operations a second) and copy bandwidth (bytes a second)."""
     width, dtype = config(options.shape).hidden_size, jnp.dtype(options.dtype)
@@ -165,7 +169,7 @@ def ceilings(options: Options) -> tuple[float, float]:
     def product(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, many, lambda _, x: (x @ up) @ down, x)
 
-    copied = [jnp.ones(2**28 // dtype.itemsize, dtype)]
+    copied = [jnp.ones(COPIED // dtype.itemsize, dtype)]
     step = jax.jit(lambda x: jax.lax.fori_loop(0, many, lambda i, x: x + 1, x), donate_argnums=0)
 
     def copy() -> jax.Array:
@@ -174,7 +178,7 @@ def ceilings(options: Options) -> tuple[float, float]:
 
     seconds = timing.interleaved({"product": lambda: product(x, up, down), "copy": copy}, 5)
     rate = many * 2 * 2 * rows * 4 * width**2 / seconds["product"]
-    return rate, many * 2 * 2**28 / seconds["copy"]
+    return rate, many * 2 * COPIED / seconds["copy"]
 
 
 def algorithm(model: models.Model, options: Options) -> hj.Algorithm:

@@ -33,15 +33,12 @@ from hiso_jax.models import subsets
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.train import compare, finetune, job, methods, report, results
 
-PIECE = 128
-"""Examples whose gradient is computed at a time."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """Measure signal, noise and curvature while HiSo fine-tunes."""
 
-    task: Literal["finetune", "sst2"] = "finetune"
+    task: Literal["finetune", "sst2", "llm"] = "finetune"
     """The job whose options are used."""
     rounds: tuple[int, ...] = (0, 100, 300)
     """When to look."""
@@ -55,6 +52,8 @@ class Blocks:
     """Of HiSo, constant."""
     examples: int = 2048
     """Training examples that the gradient is measured on."""
+    piece: int = 128
+    """Examples whose gradient is computed at a time."""
     probes: int = 32
     """Random vectors that traces are estimated with; their standard error is in the table."""
     out: Path = Path("runs/blocks.json")
@@ -134,14 +133,16 @@ def by_layer(
 class Look:
     """Compiled once for a problem."""
 
-    def __init__(self, problem: Problem, options: job.Options, examples: int, probes: int):
+    def __init__(
+        self, problem: Problem, options: job.Options, examples: int, probes: int, piece: int = 128
+    ):
         self.joined = problem.clients.columns
         count = len(next(iter(self.joined.values())))
-        pieces = min(examples, count) // PIECE
+        pieces = min(examples, count) // piece
         if pieces < 4:
-            raise ValueError(f"examples: expected at least {4 * PIECE}, got {min(examples, count)}")
+            raise ValueError(f"examples: expected at least {4 * piece}, got {min(examples, count)}")
         order = np.random.default_rng(0).permutation(count)
-        self.pieces = np.split(order[: pieces // 4 * 4 * PIECE], pieces // 4 * 4)
+        self.pieces = np.split(order[: pieces // 4 * 4 * piece], pieces // 4 * 4)
         self.problem, self.options, self.probes = problem, options, probes
         pick = lambda params: trees.select(params, problem.trainable)  # noqa: E731
         loss = lambda params, x, data: problem.loss_fn(trees.merge(params, x), data)  # noqa: E731
@@ -244,7 +245,7 @@ def main(options: Blocks) -> None:
         distribution=settings.distribution, lazy=problem.lazy, trainable=problem.trainable,
     )  # fmt: skip
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(0))
-    look = Look(problem, settings, options.examples, options.probes)
+    look = Look(problem, settings, options.examples, options.probes, options.piece)
     leaves = look.pick(state.params)
     names, tables = block_names(leaves), []
     parts = parts_of(leaves, problem.upper(1).leaves if problem.upper else ())

@@ -1,16 +1,20 @@
 """Settings for all tests: eight host devices, no silent broadcasting, and programs kept.
 
 Programs are compiled without optimization and without the emitters that a CPU's loops are usually
-written by, which takes half of the time. Jobs, notebooks and `test_portable`'s other programs have
-all of that, one program of every row of `test_programs` has the emitters, and all of them must reach
-the same bits.
+written by, which takes half of the time. The jobs of `test_resume`, notebooks and `test_portable`'s
+other programs have all of that, one program of every row of `test_programs` has the emitters, and
+all of them must reach the same bits.
 """
 
+import gc
 import hashlib
 import importlib.util
 import os
 import platform
 import re
+import shutil
+import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -18,8 +22,13 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
-if metadata.version("jaxlib").startswith("0.10."):  # later ones do not know it, and would not start
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+if metadata.version("jaxlib").startswith("0.10."):  # others may not know them, and would not start
+    # One module of machine code a program: split in many, programs this small cost more.
+    os.environ["XLA_FLAGS"] += (
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
+# torch's threads wait for each other by spinning, for models that one thread has done with sooner.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Most of the time goes into compiling. What a test, a job or a notebook has compiled, the next
 # run of the suite need not compile again; machine code is kept apart by what it was made for.
 cpu = Path("/proc/cpuinfo")
@@ -45,9 +54,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs the extra secure"))
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and tracing makes a million objects a minute: look less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small decoder with a tokenizer of its own, as a Hugging Face folder."""
     from tests.helpers import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("opt"))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 200 kB, which `helpers.remount` makes another one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs the right to")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -328,6 +328,11 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return output
 
 
+def remount(disk: Path, *options: str) -> None:
+    """Change the fixture `disk`: its size, or whether it may be written to."""
+    subprocess.run(["mount", "-o", ",".join(("remount", *options)), str(disk)], check=True)
+
+
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The log of a run, without times."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()

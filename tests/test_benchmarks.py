@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = dict(shape="opt-1m", batch=2, length=8, num_perturbations=2, repeats=1)
 
 
-def test_round(capsys: pytest.CaptureFixture[str]):
+def test_round(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(one, "COPIED", 2**20)
     one.main(one.Options(**SMALL, local_steps=2, json=True))
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     parameters = 2048 * 128 + 2050 * 128 + 4 * (12 * 128**2 + 13 * 128) + 2 * 128

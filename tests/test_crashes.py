@@ -3,6 +3,9 @@
 One compiled program for all of them. Real processes, which are really killed: `test_resume`.
 """
 
+import json
+import re
+import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 import hiso_jax as hj
 from hiso_jax.ledger import snapshots
 from hiso_jax.train import digits, folders, job, report
-from tests.helpers import outcome, refuse, rows
+from tests.helpers import outcome, refuse, remount, rows
 
 ROUNDS, EVERY = 7, 2
 PROBLEM = digits.digits(5)
@@ -124,6 +127,50 @@ def test_a_crash_at_any_point_of_any_round(
         assert go_on(tmp_path, problem) == 0
         assert all_of(tmp_path) == undisturbed
     assert not list(tmp_path.glob("*.sqlite-*"))
+
+
+def test_ctrl_c_and_on(
+    tmp_path: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    """The round is taken to its end, all is left as at the end of a run, and it goes on."""
+    real = hj.Ledger.append
+
+    def append(ledger: hj.Ledger, *given: Any) -> int:
+        if ledger.rounds == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(ledger, *given)
+
+    monkeypatch.setattr(hj.Ledger, "append", append)
+    assert run(tmp_path) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert "keepingwhatwasdone" in said and f"--resume{tmp_path}" in said
+    stopped = json.loads((tmp_path / "summary.json").read_text())
+    assert stopped["rounds"] == 4 and stopped["digest"] != undisturbed["digest"]
+    assert (tmp_path / "model.safetensors").exists()
+    monkeypatch.undo()
+    assert go_on(tmp_path, PROBLEM) == 0
+    assert all_of(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("kilobytes", [(40,), (60, 100)])
+def test_disk_full(
+    kilobytes: tuple[int, ...],
+    disk: Path,
+    undisturbed: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+):
+    """Once, or twice: on a disk that is larger, where there is more of a run, and still full."""
+    folder = disk / "run"
+    for size in kilobytes:
+        remount(disk, f"size={size}k")
+        assert go_on(folder, PROBLEM) == 1
+        said = " ".join(capsys.readouterr().out.split())
+        assert re.search("disk is full|No space left", said) and "Traceback" not in said, said
+        assert "What was recorded is safe" in said
+    remount(disk, "size=100m")
+    assert go_on(folder, PROBLEM) == 0
+    assert all_of(folder) == undisturbed
 
 
 def test_a_run_under_way_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -20,7 +20,8 @@ TASK = Task("{text}", label="y", verbalizer=("a", "b"))
 ROWS = [{"text": f"film {i}", "y": i % 2} for i in range(30)]
 
 # What a file may hold in a field: anything but half of a pair of UTF-16.
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+# A file with NUL at its second byte is taken for UTF-16 without a mark, and refused.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
 FIELD = st.one_of(TEXT, st.sampled_from(
     ["", "NA", "null", "None", "nan", "N/A", "01", "1.0", "-1", "1e3", " 7", '"', "a,b", "a\nb", "=1",
      "12345678901234567890", "٣", "TRUE", "\ufeff", "1" * 5000]), st.integers().map(str))  # fmt: skip

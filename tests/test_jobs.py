@@ -1,4 +1,4 @@
-"""The jobs as real processes: what they leave behind, and how they end."""
+"""What people see of the jobs: how they end, and their help. As real processes: `test_resume`."""
 
 import json
 from pathlib import Path
@@ -10,32 +10,6 @@ from flax import nnx
 
 from hiso_jax.train import digits
 from tests.helpers import assert_same_bits, finish, here, refuse, start
-
-SUMMARY = {"method", "rounds", "accuracy_before", "accuracy", "uplink_bytes_per_client",
-           "downlink_bytes_per_client", "seconds_per_round", "compile_seconds"}  # fmt: skip
-
-
-def test_digits_leaves_its_folder(tmp_path: Path):
-    """That the same options give the same bits again is tested with runs that are killed."""
-    options = ("--rounds", "60", "--eval-every", "20", "--seed", "3")
-    output = finish(start("digits", *options, "--out", str(tmp_path)))
-    assert "test accuracy after" in output and "FedAvg would have moved" in output
-    assert {p.name for p in tmp_path.iterdir()} == {
-        ".lock", "curve.png", "labels.json", "ledger.safetensors", "ledger.sqlite", "metrics.jsonl",
-        "model.safetensors", "options.json", "snapshots", "split.png", "summary.json"}  # fmt: skip
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary.keys() >= SUMMARY
-    # 60 rounds x 8 of 40 clients x 10 float32
-    assert summary["uplink_bytes_per_client"] == 60 * 8 * 40 / 40
-    # the key, the number of a round when asked, and 60 records with their learning rates
-    assert summary["downlink_bytes_per_client"] == 8 + 60 * 8 * 4 / 40 + 60 * (40 + 4)
-    assert summary["payload_bytes"] == 60 * (40 + 4)
-    shipped = (tmp_path / "ledger.safetensors").stat().st_size
-    assert 0 < shipped - 60 * (40 + 4) < 4096 and summary["shipped_bytes"] == shipped
-    assert summary["accuracy"] > summary["accuracy_before"]
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [r["round"] for r in rows] == list(range(61))
 
 
 def test_the_digits_and_first_weights_are_those_of_the_libraries():

@@ -1,10 +1,12 @@
 """Nothing that was computed is lost: weights before measurements, any mount, any way of training."""
 
+import dataclasses
 import errno
 import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +35,20 @@ def run(out: Path, problem: Any = CLIENTS, **options: Any) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_program() -> Iterator[None]:
+    """The same algorithm for runs of the same options and loss: it is compiled once."""
+    real, made = job.algorithm, {}
+
+    def algorithm(options: Any, problem: Any, rate: float) -> Any:
+        same = dataclasses.replace(options, out=Path(), resume=None), problem.loss_fn, rate
+        return made.setdefault(repr(same), real(options, problem, rate))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "algorithm", algorithm)
+        yield
 
 
 def test_a_measurement_that_fails_costs_a_number(tmp_path: Path):

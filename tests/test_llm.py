@@ -10,12 +10,6 @@ from rich.console import Console
 
 from hiso_jax.ledger import rebuild
 from hiso_jax.train import digits, job, llm, measure, methods, progress, report
-from tests.helpers import tiny_model
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def small(model: Path, out: Path, **options: object) -> llm.Options:

@@ -194,22 +194,12 @@ def expected() -> list[str]:
     return what_comes_out()
 
 
-# Several at once in the quick tests; each by itself, and every operation by itself, in the slow ones.
-GROUPS = [
-    (
-        "enable_x64",
-        "numpy_dtype_promotion",
-        "numpy_rank_promotion",
-        "threefry_partitionable",
-        "default_prng_impl",
-        "default_matmul_precision",
-    ),
-    ("debug_nans", "debug_infs", "enable_checks"),
-]
+# All that leave programs programs at once in the quick tests; each by itself in the slow ones.
+TOGETHER = tuple(flag for flag in FLAGS if flag != "disable_jit")
 ALONE = [pytest.param((flag,), marks=pytest.mark.slow) for flag in FLAGS]
 
 
-@pytest.mark.parametrize("flags", [*GROUPS, *ALONE], ids="-".join)
+@pytest.mark.parametrize("flags", [TOGETHER, *ALONE], ids="-".join)
 def test_no_flag_of_jax_changes_a_bit(flags: tuple[str, ...], expected: list[str]):
     with contextlib.ExitStack() as stack:
         for flag in flags:

@@ -219,6 +219,10 @@ def test_a_secret_draw_leaves_no_names_and_an_empty_round_looks_like_any_other(t
     assert b'"39"' not in content
     amplified = privacy.epsilon_of({(4.0, 0.05): 40}, 1e-5)
     assert host.accountant.epsilon() == amplified < privacy.epsilon_of({(4.0, 1.0): 2}, 1e-5)
+    host.open_drawn(people)
+    with pytest.raises(ValueError, match="minimum: .*expected 1, got 2"):
+        host.close(minimum=2)
+    host.close()
     with pytest.raises(ValueError, match="secret draw; open rounds by open_drawn"):
         host.open(["ann"])
 

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "page, least", [("README.md", 3), ("CONTRIBUTING.md", 1), ("docs/data.md", 1)]
+    "page, least",
+    [("README.md", 2), ("CONTRIBUTING.md", 1), ("docs/data.md", 1), ("docs/guide.md", 6)],
 )
 def test_snippets_run(page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # they write files

@@ -75,9 +75,10 @@ def shipped(tmp_path_factory: Any) -> dict[str, Any]:
     return dict(folder=folder, params=params, end=end)
 
 
-@pytest.mark.parametrize(
-    "ledger, processes", [("ledger.sqlite", True), ("ledger.safetensors", False)]
-)
+@pytest.mark.parametrize("ledger, processes", [
+    ("ledger.sqlite", False), ("ledger.safetensors", False),
+    pytest.param("ledger.sqlite", True, marks=(pytest.mark.slow, pytest.mark.ci)),
+])  # fmt: skip
 def test_a_job_proves_the_same_bits(
     shipped: dict[str, Any], ledger: str, processes: bool, tmp_path: Path
 ):

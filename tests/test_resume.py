@@ -1,6 +1,7 @@
-"""Jobs that are killed, run out of disk or find it read-only, and go on to the same bits.
+"""Jobs as real processes: what they leave, and that killed ones go on to the same bits.
 
-Real processes; that each boundary of a round may be the last is tested without, in `test_crashes`.
+That each boundary of a round may be the last, that rounds may be empty, disks full and people press
+Ctrl-C is tested without processes, in `test_crashes`.
 """
 
 import json
@@ -10,18 +11,29 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import finish, outcome, rows, start
+from tests.helpers import finish, outcome, remount, rows, start
 
 ROUNDS = 200
 OPTIONS = ("--rounds", str(ROUNDS), "--eval-every", "40", "--snapshot-every", "30",
            "--dropout", "0.3", "--clients-per-round", "2", "--distribution", "normal")  # fmt: skip
+SHORT = 120
+SHORT_OPTIONS = ("--rounds", str(SHORT), "--eval-every", "20", "--snapshot-every", "30",
+                 "--distribution", "normal", "--seed", "3")  # fmt: skip
+SUMMARY = {"method", "rounds", "accuracy_before", "accuracy", "uplink_bytes_per_client",
+           "downlink_bytes_per_client", "seconds_per_round", "compile_seconds"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder and what was printed, of a run that nothing happened to; all answered."""
+    folder = tmp_path_factory.mktemp("short")
+    return folder, finish(start("digits", *SHORT_OPTIONS, "--out", str(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -85,51 +97,38 @@ def wait_for(process: subprocess.Popen[str], log: Path, count: int) -> None:
         time.sleep(0.005)
 
 
-def test_killed_then_ctrl_c_and_on(tmp_path: Path, undisturbed: dict[str, Any]):
-    log = tmp_path / "metrics.jsonl"
-    process = start("digits", *OPTIONS, "--out", str(tmp_path))
-    wait_for(process, log, 47)
+def test_a_job_leaves_its_folder(short: tuple[Path, str]):
+    folder, output = short
+    assert "test accuracy after" in output and "FedAvg would have moved" in output
+    assert {p.name for p in folder.iterdir()} == {
+        ".lock", "curve.png", "labels.json", "ledger.safetensors", "ledger.sqlite", "metrics.jsonl",
+        "model.safetensors", "options.json", "report.html", "snapshots", "split.png", "summary.json"}  # fmt: skip
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY
+    # a round: 8 of 40 clients x 10 float32
+    assert summary["uplink_bytes_per_client"] == SHORT * 8 * 40 / 40
+    # the key, the number of a round when asked, and the records with their learning rates
+    assert summary["downlink_bytes_per_client"] == 8 + SHORT * 8 * 4 / 40 + SHORT * (40 + 4)
+    assert summary["payload_bytes"] == SHORT * (40 + 4)
+    shipped = (folder / "ledger.safetensors").stat().st_size
+    assert 0 < shipped - SHORT * (40 + 4) < 4096 and summary["shipped_bytes"] == shipped
+    assert summary["accuracy"] > summary["accuracy_before"]
+    assert [row["round"] for row in rows(folder)] == list(range(SHORT + 1))
+
+
+def test_killed_and_on(tmp_path: Path, short: tuple[Path, str]):
+    """Runs that are begun with the same options reach the same bits, whatever happens to them."""
+    undisturbed, log = outcome(short[0]), tmp_path / "metrics.jsonl"
+    process = start("digits", *SHORT_OPTIONS, "--out", str(tmp_path))
+    wait_for(process, log, 17)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    killed = len(rows(tmp_path))
-    assert 47 < killed < ROUNDS
-    process = start("digits", "--resume", str(tmp_path))
-    wait_for(process, log, killed + 20)
-    process.send_signal(signal.SIGINT)
-    output = " ".join(finish(process).split())
-    assert "keeping what was done" in output and f"--resume {tmp_path}" in output
-    stopped = json.loads((tmp_path / "summary.json").read_text())
-    assert killed <= stopped["rounds"] < ROUNDS and stopped["digest"] != undisturbed["digest"]
-    assert (tmp_path / "model.safetensors").exists() and (tmp_path / "curve.png").exists()
+    assert 17 < len(rows(tmp_path)) < SHORT
     shutil.rmtree(tmp_path / "snapshots", ignore_errors=True)  # the ledger alone is enough
     finish(start("digits", "--resume", str(tmp_path)))
     assert outcome(tmp_path) == undisturbed
     assert not list(tmp_path.glob("*.sqlite-*"))
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 200 kB of its own, which a run does not fit on."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a file system needs the right to")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def remount(disk: Path, *options: str) -> None:
-    subprocess.run(["mount", "-o", ",".join(("remount", *options)), str(disk)], check=True)
-
-
-def test_disk_full(disk: Path, undisturbed: dict[str, Any]):
-    folder = disk / "run"
-    output = finish(start("digits", *OPTIONS, "--out", str(folder)), code=1)
-    assert "What was recorded is safe" in output and "Traceback" not in output
-    remount(disk, "size=100m")
-    finish(start("digits", "--resume", str(folder)))
-    assert outcome(folder) == undisturbed
 
 
 @pytest.mark.slow

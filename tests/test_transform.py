@@ -37,9 +37,10 @@ def descend(tx: optax.GradientTransformationExtraArgs, steps: int = 150) -> tupl
 
 TRANSFORMS = {
     "hiso": lambda: hj.hiso(0.03),
-    "hiso rademacher": lambda: hj.hiso(0.03, distribution="rademacher"),
     "zo_sgd": lambda: hj.zo_sgd(0.03),
-    "schedule": lambda: hj.hiso(optax.cosine_decay_schedule(0.05, 200)),
+    "schedule, rademacher": lambda: hj.hiso(
+        optax.cosine_decay_schedule(0.05, 200), distribution="rademacher"
+    ),
     "chain": lambda: optax.chain(hj.hiso(0.03), optax.clip_by_global_norm(1.0)),
     "weight decay": lambda: optax.chain(
         hj.scale_by_zeroth_order(hj.rules.hiso()),

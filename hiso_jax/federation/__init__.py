@@ -1,4 +1,4 @@
-"""Who takes part in a run: simulated clients and their rounds, the server of real ones.
+"""Who takes part in a run: simulated clients and their rounds; a server and sites that are real.
 
 Example:
   >>> import numpy as np
@@ -8,18 +8,24 @@ Example:
   {'a': 3, 'b': 5}
 """
 
-from hiso_jax.federation.clients import Arrays, Clients
+from hiso_jax.federation.clients import Arrays, Clients, draw
+from hiso_jax.federation.host import Closed, Host
 from hiso_jax.federation.rounds import Report, evaluate, participation, run
 from hiso_jax.federation.server import Server, catch_up
+from hiso_jax.federation.site import Site
 from hiso_jax.federation.traffic import Traffic
 
 __all__ = [
     "Arrays",
     "Clients",
+    "Closed",
+    "Host",
     "Report",
     "Server",
+    "Site",
     "Traffic",
     "catch_up",
+    "draw",
     "evaluate",
     "participation",
     "run",

@@ -15,6 +15,32 @@ Arrays = dict[str, np.ndarray]
 """Named columns of one client: each [N, ...], the same N."""
 
 
+def draw(
+    names: Sequence[str], count: int, round: int, seed: int = 0, shares: Any = None
+) -> list[str]:
+    """Draw the names of `count` different clients for a round; needs no data of theirs.
+
+    Args:
+      names: of all clients; their order counts.
+      count: C.
+      round: number of the round.
+      seed: of the run.
+      shares: [clients] the chance of each, by default all alike.
+
+    Raises:
+      ValueError: there are fewer clients.
+
+    Example:
+      >>> sorted(draw(["a", "b", "c"], 3, round=0))
+      ['a', 'b', 'c']
+    """
+    if not 1 <= count <= len(names):
+        raise ValueError(f"count: expected 1 to {len(names)} clients a round, got {count}")
+    rng = np.random.default_rng([seed, round, 0])
+    picks = rng.choice(len(names), count, replace=False, p=shares)
+    return [names[int(i)] for i in picks]
+
+
 class Clients:
     """Clients by name, each with columns of its own examples.
 
@@ -125,26 +151,38 @@ class Clients:
             examples (as in FedProx, arXiv 1812.06127).
         """
         checks.choice("sampling", sampling, ("uniform", "size"))
-        if not 1 <= count <= len(self):
-            raise ValueError(f"count: expected 1 to {len(self)} clients a round, got {count}")
-        rng = np.random.default_rng([seed, round, 0])
         shares = self._shares if sampling == "size" else None
-        return [self.names[i] for i in rng.choice(len(self), count, replace=False, p=shares)]
+        return draw(self.names, count, round, seed, shares)
 
     def batches(
-        self, names: Sequence[Any], round: int, batch_size: int, local_steps: int = 1, seed: int = 0
+        self,
+        names: Sequence[Any],
+        round: int,
+        batch_size: int,
+        local_steps: int = 1,
+        seed: int = 0,
+        first: int = 0,
     ) -> Arrays:
         """Draw the batches of a round, leaves [C, K, B, ...].
 
         A client draws without repetition within a local step; one with fewer examples than
         `batch_size` gives all it has, and the rest of its batch has ``weight`` 0.
+
+        Args:
+          names: whose batches; C of them.
+          round: number of the round.
+          batch_size: B.
+          local_steps: K.
+          seed: of the run.
+          first: where these are some of a run's clients, the number there of the first of them:
+            a client that is alone on its machine draws what it would draw in a simulation.
         """
         shape = (len(names), local_steps, batch_size)
         picks, weight = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         for c, name in enumerate(names):
             i = self._index[str(name)]
             size, kept = int(self._sizes[i]), min(int(self._sizes[i]), batch_size)
-            rng = np.random.default_rng([seed, round, 1, i])
+            rng = np.random.default_rng([seed, round, 1, first + i])
             for k in range(local_steps):
                 picks[c, k, :kept] = rng.permutation(size)[:kept]
             picks[c] += self._starts[i]

@@ -128,7 +128,7 @@ class PrivateServer(Server):
         drawn = privacy.draw(names, mechanism.rate, round=self.round, secret=self._secret)
         self._check_budget(())
         super().open(drawn or ["nobody"])
-        self._asked = drawn or [_NOBODY]
+        self._asked = dict.fromkeys(drawn or [_NOBODY])
         return drawn
 
     def mask(self, threshold: int = 0, degree: int | None = None) -> secure.Server:
@@ -193,18 +193,25 @@ class PrivateServer(Server):
         self._replies[name] = (vector, float(vector[-1]))
         return True
 
-    def close(self) -> np.ndarray:
+    def close(self, minimum: int = 1) -> np.ndarray:
         """Release the sum, advance, and commit record and event; return the record [K, P].
 
         Nothing is released before it is committed, and what is computed again after a crash is
         the same. A masked round of which too few are left, or whose session has not come to its
         end, is void: a record of NaN.
 
+        Args:
+          minimum: as of `Server.close`; more than 1 would show how many a secret draw has drawn.
+
         Raises:
           RuntimeError: no round is open.
+          ValueError: `minimum` is none.
           hiso_jax.secure.SecureError: somebody has forged; the round stays open.
         """
-        record = super().close()
+        if minimum != 1 and self.terms.mechanism is not None and self.terms.mechanism.rate:
+            raise ValueError(f"minimum: a round that is void for few clients shows how many the "
+                             f"secret draw has drawn; expected 1, got {minimum!r}")  # fmt: skip
+        record = super().close(minimum)
         if self._released is not None:
             self.accountant.spend(*self._released)
         self.masked = self._released = None
@@ -215,16 +222,17 @@ class PrivateServer(Server):
         if mechanism is not None and self.terms.epsilon is not None:
             self.accountant.check(mechanism.event, names, self.terms.epsilon)
 
-    def _combine(self) -> tuple[np.ndarray, dict[str, float], dict[str, Any] | None]:
+    def _combine(self, minimum: int) -> tuple[np.ndarray, dict[str, float], dict[str, Any] | None]:
         mechanism, shape = self.terms.mechanism, self.ledger.shape
         secret_draw = mechanism is not None and mechanism.rate is not None
         names = [name for name in self._asked if name in self._replies]
         if self.terms.masked:
-            total, names = self._unmasked()
-        elif names:
+            total, names = self._unmasked(minimum)
+        elif len(names) >= minimum:
             total = self.terms.grid.add([self._replies[name][0] for name in names])
         else:  # an empty round shows who was drawn, unless it is like the others
             total = np.zeros(shape[0] * shape[1] + 1, np.int64) if secret_draw else None
+            names = []
         if total is None:
             self._released = None
             return np.full(shape, np.nan, np.float32), {}, None
@@ -238,13 +246,15 @@ class PrivateServer(Server):
         self._released = None if event is None else (event, reported)
         return record, reported, event
 
-    def _unmasked(self) -> tuple[np.ndarray | None, list[str]]:
+    def _unmasked(self, minimum: int) -> tuple[np.ndarray | None, list[str]]:
         # Closed before the session has come to its end, the round is void: nothing was revealed.
         if self.masked is None or self.masked.step not in (b"R", b""):
             return None, []
         try:
             total, names = self.masked.total()
         except secure.TooFew:
+            return None, []
+        if len(names) < minimum:
             return None, []
         bound = len(names) * self.terms.noise_bound
         self.terms.grid.check_sum(total, len(names), bound)

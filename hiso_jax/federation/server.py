@@ -57,6 +57,10 @@ def catch_up(
 class Server:
     """Holds the state, the ledger and at most one open round.
 
+    Attributes:
+      state: after the last round.
+      base: digest of the state before the first; None if the state given was a later one.
+
     Args:
       algorithm: the run's.
       state: fresh from init, or a later one of the run; brought up to the ledger's end.
@@ -82,9 +86,10 @@ class Server:
     def __init__(self, algorithm: Algorithm, state: State, ledger: Ledger):
         ledger.match(algorithm, state)
         self.algorithm, self.ledger = algorithm, ledger
+        self.base = None if int(state.round) else np.asarray(digests.digest(state))
         self.state = catch_up(algorithm, state, ledger.records(int(state.round)))
         self._advance = jax.jit(algorithm.advance, compiler_options=exact.compiler_options())
-        self._asked: list[str] = []
+        self._asked: dict[str, None] = {}  # in order
         self._places: dict[str, list[int]] = {}
         self._replies: dict[str, tuple[np.ndarray, float]] = {}
 
@@ -92,6 +97,11 @@ class Server:
     def round(self) -> int:
         """Number of the round that is open, or will be next."""
         return self.ledger.rounds
+
+    @property
+    def asked(self) -> list[str]:
+        """The clients that are asked in the open round, in order."""
+        return list(self._asked)
 
     def open(self, names: Iterable[Any]) -> int:
         """Ask clients for a round; return its number.
@@ -120,7 +130,7 @@ class Server:
                     f"names: expected at most per_client_directions={most}, got {len(asked)}"
                 )
             self._places = self.ledger.open_round(asked)
-        self._asked = asked
+        self._asked = dict.fromkeys(asked)
         return self.round
 
     def reply(self, name: Any, round: int, scalars: Any, weight: float = 1.0) -> bool:
@@ -140,8 +150,9 @@ class Server:
         if scalars.shape != shape:
             raise ValueError(f"scalars: client {name!r}: expected shape {shape}, "
                              f"got {scalars.shape}")  # fmt: skip
-        # What float32 adds up without losing the others.
-        checks.number("weight", weight, 1e-12, 1e12)
+        # What float32 adds up without losing the others; quickly, for there may be thousands.
+        if type(weight) is not float or not 1e-12 <= weight <= 1e12:
+            checks.number("weight", weight, 1e-12, 1e12)
         if not np.isfinite(scalars).all():
             if self.algorithm.spec.combine.nonfinite == "exclude":
                 return False
@@ -150,23 +161,28 @@ class Server:
         self._replies[name] = (scalars, float(weight))
         return True
 
-    def close(self) -> np.ndarray:
+    def close(self, minimum: int = 1) -> np.ndarray:
         """Aggregate the replies by weight, advance, and commit; return the record [K, P].
 
         The record is NaN, and moves nothing, if nobody replied. If it cannot be written the
         round stays open with all its replies.
 
+        Args:
+          minimum: so many must have replied; the round of fewer is one that nobody answered.
+
         Raises:
           RuntimeError: no round is open.
+          ValueError: `minimum` is none.
           LedgerWriteError: the record could not be written; call again when it can.
         """
         if not self._asked:
             raise RuntimeError("close: no round is open")
-        record, reported, event = self._combine()
+        checks.count("minimum", minimum)
+        record, reported, event = self._combine(minimum)
         rate = np.asarray(self.algorithm.learning_rate(self.state.round))
         state = self._advance(self.state, record, rate)
         self.ledger.append(record, digests.digest(state), rate, reported, event)
-        self.state, self._asked, self._places, self._replies = state, [], {}, {}
+        self.state, self._asked, self._places, self._replies = state, {}, {}, {}
         return record
 
     def _waits_for(self, name: str, round: int) -> bool:
@@ -177,11 +193,12 @@ class Server:
             raise ValueError(f"reply: client {name!r} was not asked in round {round}")
         return name not in self._replies and len(self._places.get(name, ())) <= 1
 
-    def _combine(self) -> tuple[np.ndarray, dict[str, float], dict[str, Any] | None]:
+    def _combine(self, minimum: int) -> tuple[np.ndarray, dict[str, float], dict[str, Any] | None]:
         """The record [K, P] of the replies, their weights by name, and what it releases."""
         record = np.full(self.ledger.shape, np.nan, np.float32)
         # In the order of asking, not of arrival: sums depend on it.
         names = [name for name in self._asked if name in self._replies]
+        names = names if len(names) >= minimum else []
         if names:
             # All that were asked, so that each keeps its place; who is away has no weight.
             nothing = (np.zeros_like(self._replies[names[0]][0]), 0.0)

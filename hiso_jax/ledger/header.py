@@ -60,7 +60,7 @@ def describe(
         key=_key(state),
         base=digests.text(digests.total(own.values())),
         leaves=leaves,
-        software={name: _version(name) for name in ("hiso-jax", "jax", "jaxlib")}
+        software={name: version(name) for name in ("hiso-jax", "jax", "jaxlib")}
         | {"backend": jax.default_backend()},
         about=dict(about or {}),
         **({"privacy": plain(privacy)} if privacy else {}),
@@ -71,7 +71,8 @@ def describe(
         raise ValueError(f"about: expected plain data (JSON): {error}") from None
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The version of a package that is installed here."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:  # run from a folder, not installed
@@ -119,7 +120,47 @@ def check(header: Any) -> None:
 
 def match_algorithm(header: Mapping[str, Any], algorithm: Algorithm) -> None:
     """Raise Mismatch, naming the fields, unless the header is of this algorithm."""
-    ours, given = header["algorithm"], json.loads(canonical(plain(algorithm.config)))
+    _match_config(header, json.loads(canonical(plain(algorithm.config))))
+
+
+def match(header: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise Mismatch, naming fields or leaves, unless two headers are of one run.
+
+    Args:
+      header: of the run, "there".
+      other: what the other party made of its algorithm and fresh state, "here". Who it is from
+        may have written anything: what is no header is a mismatch.
+    """
+    try:
+        check(other)
+        _match_config(header, other["algorithm"])
+        if header["key"] != other["key"]:
+            raise Mismatch(f"another root key: {header['key']} there, {other['key']} here")
+        ours, given = ({e[0]: [str(e[1]), list(e[2]), bool(e[3]), *e[4:5]] for e in h["leaves"]}
+                       for h in (header, other))  # fmt: skip
+    except Mismatch:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise Mismatch(f"what it says of itself is no header: {error}") from None
+    if ours.keys() != given.keys():
+        there, here = sorted(ours.keys() - given.keys()), sorted(given.keys() - ours.keys())
+        raise Mismatch(f"other leaves: only there {_few(there)}, only here {_few(here)}")
+    for name, entry in ours.items():
+        if entry[:2] != given[name][:2]:
+            raise Mismatch(f"leaf {name!r} is {entry[:2]} there and {given[name][:2]} here")
+    if wrong := [name for name in ours if ours[name][2] != given[name][2]]:
+        raise Mismatch(f"other leaves are trainable there: {_few(wrong)}")
+    if header["base"] != other["base"]:
+        wrong = [name for name in ours if ours[name][3:] != given[name][3:]]
+        where = f"; leaves with other values: {_few(wrong)}" if wrong else ""
+        raise Mismatch(
+            f"another base model: its digest is {header['base']} there and {other['base']} "
+            f"here{where}"
+        )
+
+
+def _match_config(header: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    ours = header["algorithm"]
     differ = [
         f"{field} is {ours.get(field)!r} there and {given.get(field)!r} here"
         for field in sorted(ours.keys() | given.keys())

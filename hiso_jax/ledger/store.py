@@ -273,6 +273,20 @@ class Ledger:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
 
+    def digest(self, round: int) -> str | None:
+        """Digest of the state after a round; None where it was not kept.
+
+        Raises:
+          ValueError: there is no such round.
+        """
+        if not 0 <= round < self.rounds:
+            raise ValueError(f"round: expected 0 to {self.rounds - 1}, got {round}")
+        sql = "SELECT digest FROM records WHERE round = ?"
+        try:
+            return self._connection.execute(sql, (round,)).fetchone()[0]
+        except sqlite3.Error as error:
+            raise LedgerError(f"{self.path}: it cannot be read now: {error}") from error
+
     def records(self, since: int = 0) -> Records:
         """What happened from round `since` on, which is what an absent client catches up with."""
         if not 0 <= since <= self.rounds:

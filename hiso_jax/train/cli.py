@@ -11,7 +11,10 @@ COMMANDS = {
     "replay": "rebuild a fine-tuned model from its base and a ledger, and prove it",
     "compare": "run a grid of methods, learning rates and seeds",
     "results": "tables and figures of what compare wrote",
+    "nvflare": "the job for a run of real clients over a network, with NVFlare",
 }
+ELSEWHERE = {"nvflare": "hiso_jax.nvflare.job"}
+"""Modules of commands that are not of this folder."""
 
 
 def main() -> None:
@@ -28,7 +31,7 @@ def main() -> None:
     # working folder; last on the path, so that a file there never hides a package.
     sys.path.append(os.getcwd())
     try:
-        job = importlib.import_module(f"hiso_jax.train.{name}")
+        job = importlib.import_module(ELSEWHERE.get(name, f"hiso_jax.train.{name}"))
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "hiso_jax":
             raise

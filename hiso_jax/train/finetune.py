@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -266,9 +267,11 @@ class _Examples(NamedTuple):
     notes: list[str]
 
 
-def _examples(options: Options) -> _Examples:
+def _examples(options: Options, values: Sequence[Any] | None, rows: Any) -> _Examples:
     """Read the data and give the training rows to clients."""
     task = task_of(options)
+    if values is not None and task.is_class and not task.hub:
+        task = task._replace(values=tuple(values))
     if task is DOCSTRINGS:
         examples = [e._asdict() for e in docstrings.load()]
         parts = splits.train_dev_test(len(examples), seed=0)
@@ -277,7 +280,7 @@ def _examples(options: Options) -> _Examples:
         # All modules in their own order, those without a training example left out.
         return _Examples(task, rows, splits.natural([r["client"] for r in rows["train"]]), [])
     metrics.check(task.metric)
-    found = data.read(task, options.data, options.columns, seed=0)
+    found = data.read(task, options.data if rows is None else rows(task), options.columns, seed=0)
     if task.is_class:
         task = _labels(task, *found.parts.values())
         for name, rows in found.parts.items():
@@ -312,13 +315,22 @@ def _length(options: Options, task: Task, model: models.Model) -> int:
     return length
 
 
-def build(options: Options) -> Problem:
+def build(
+    options: Options,
+    values: Sequence[Any] | None = None,
+    rows: Callable[[Task], Any] | None = None,
+) -> Problem:
     """Read data and model; give the examples to clients.
+
+    Args:
+      options: of the job.
+      values: of the label, for a part of the data that may lack some; by default those there are.
+      rows: ``task -> rows`` in place of what ``options.data`` names.
 
     Raises:
       OSError, ValueError: what is wrong with options, files or checkpoint, in one line.
     """
-    task, rows, own, notes = _examples(options)
+    task, parts, own, notes = _examples(options, values, rows)
     folder = Path(options.model) if options.model else bundled_model()
     tokenizer = models.load_tokenizer(models.folder_of(folder))
     model = models.from_pretrained(folder, jnp.dtype(options.dtype))
@@ -343,7 +355,7 @@ def build(options: Options) -> Problem:
             prompt=options.prompt or "{text}\nTopic:",
             verbalizer=options.verbalizer or task.verbalizer,
         )
-    material = text_problem.Material(title, task, rows, own, model, tokenizer, length)
+    material = text_problem.Material(title, task, parts, own, model, tokenizer, length)
     if encoder and (model.has_head and task.verbalizer is not None):
         built = text_problem.masked_problem(material)
     elif encoder:

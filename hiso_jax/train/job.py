@@ -18,12 +18,14 @@ from hiso_jax._engine import files, meshes
 from hiso_jax.federation import baselines
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import depth, folders, measure, methods, report, resume, settings
+from hiso_jax.train import depth, folders, measure, methods, page, report, resume, settings
 from hiso_jax.train.progress import duration
 from hiso_jax.train.report import console
 from hiso_jax.train.settings import COMPARED, Options, settle
 
-__all__ = ["COMPARED", "Options", "algorithm", "main", "rounds", "run", "settle", "train"]
+__all__ = [
+    "COMPARED", "Options", "algorithm", "main", "rates_of", "rounds", "run", "settle", "train",
+]  # fmt: skip
 
 
 def algorithm(
@@ -216,6 +218,7 @@ def train(
         uplink_bytes_per_client=sum(traffic.up.values()) / len(clients),
         downlink_bytes_per_client=sum(traffic.down.values()) / len(clients),
         fedavg_bytes_per_client=8 * size * found.done * options.clients_per_round / len(clients),
+        passes_per_round=methods.forward_passes(alg, methods.shares(options, problem)),
         shipped_bytes=found.sizes[1],
         payload_bytes=found.sizes[0],
         seconds_per_round=steady,
@@ -227,6 +230,7 @@ def train(
     report.draw(
         {methods.title(options.method): found.rows}, metric, problem.name, folder / "curve.png"
     )
+    page.write(folder)
     return summary | {"rows": found.rows}
 
 
@@ -249,7 +253,7 @@ def _picture_split(options: Options, problem: Problem) -> None:
         report.draw_split(labels, clients.sizes, path)
 
 
-def _rates(options: Options, learning_rates: dict[str, float]) -> dict[str, float]:
+def rates_of(options: Options, learning_rates: dict[str, float]) -> dict[str, float]:
     """Methods to run, each with its peak learning rate."""
     given = {}
     if options.learning_rate is not None:
@@ -268,7 +272,7 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
     saved: dict[str, Any] | None = None
     with report.door():  # nothing is written or moved before all of it holds
         if options.resume is None:
-            rates = _rates(options, learning_rates)
+            rates = rates_of(options, learning_rates)
         else:
             saved = settings.read(options.out)
             rates = saved["learning_rates"]
@@ -325,8 +329,8 @@ def _say_how_it_ended(options: Options, summaries: list[dict[str, Any]]) -> None
     """Print the table and where the files are; exit with 1 unless all is as it was asked for."""
     console.print(report.table(summaries))
     report.say(
-        "Written to ", f"{options.out}/", ": curve.png, split.png, metrics.jsonl, summary.json, "
-        "ledger.sqlite, ledger.safetensors, weights"
+        "Written to ", f"{options.out}/", ": report.html, curve.png, split.png, metrics.jsonl, "
+        "summary.json, ledger.sqlite, ledger.safetensors, weights"
     )  # fmt: skip
     broken = [s for s in summaries if s.get("stopped")]
     for summary in (s for s in summaries if s.get("failed")):

@@ -153,7 +153,7 @@ def settle(options: SomeOptions) -> SomeOptions:
     if saved["job"] != job_of(options):
         sys.exit(f"{options.resume} is a run of `hiso {saved['job']}`")
     kept: dict[str, Any] = {
-        name: _typed(hint, saved["options"][name])
+        name: typed(hint, saved["options"][name])
         for name, hint in get_type_hints(kind).items()
         if name in saved["options"]
     } | changed
@@ -217,7 +217,7 @@ def _join(options: SomeOptions) -> SomeOptions:
     return options
 
 
-def _typed(hint: Any, value: Any) -> Any:
+def typed(hint: Any, value: Any) -> Any:
     """An option as JSON has it, back in the type that it had."""
     if isinstance(value, list):
         return tuple(value)

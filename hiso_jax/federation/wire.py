@@ -1,0 +1,266 @@
+"""What server and clients say to each other, as bytes; no engine, no network, no state.
+
+Down goes the round, the digest that its state must have, and the records that the client
+missed (or a snapshot, where that is shorter). Up go the scalars, K x P float32, and the digest
+of the state that they were measured at: eight bytes, by which a client that holds another
+model is noticed in the round in which that happens. All numbers are little-endian.
+
+A message begins with ``b"hj"``, the number of this protocol, its kind, and the eight bytes of
+the run's identity (`identity`). What is longer, shorter or otherwise is refused by `parse`,
+whoever sent it, before anything is made of it.
+"""
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hiso_jax.ledger import digests
+from hiso_jax.ledger import header as headers
+
+VERSION = 1
+"""Of the messages."""
+_HEAD = struct.Struct("<2sBB8s")
+_ASK = struct.Struct("<IIIHB8s")
+_REPLY = struct.Struct("<I8s")
+_APART = struct.Struct("<I")
+MOST_ROUNDS = 2**20
+"""Records, or digests, in one message."""
+MOST_TEXT = 2**20
+"""Bytes of a header, compressed; sixteen times that when it is not."""
+
+RATES, LAST, SNAPSHOT, RESET = 1, 2, 4, 8
+
+
+class WireError(ValueError):
+    """Bytes that are no message of this protocol."""
+
+
+class Ask(NamedTuple):
+    """Down: measure at the state after `round` rounds, or only come there."""
+
+    round: int
+    digest: np.ndarray  # uint32 [2] of the state after `round` rounds
+    first: int  # round of the first record
+    records: np.ndarray  # float32 [R, K, S]; none where nothing is missed
+    rates: np.ndarray | None = None  # float32 [R], if they follow a schedule
+    slot: int = 0  # place among the asked
+    last: bool = False  # the run is over: nothing is to be measured
+    reset: bool = False  # go back to the base model before anything else
+    snapshot: bytes | None = None  # of the state after `round` rounds, in place of records
+
+
+class Reply(NamedTuple):
+    """Up: what was measured; of the last ask nothing."""
+
+    round: int
+    digest: np.ndarray  # uint32 [2] of the state it was measured at
+    scalars: np.ndarray | None  # float32 [K, P]
+
+
+class Behind(NamedTuple):
+    """Up: where the client stands, when it cannot come to the round with what it was sent."""
+
+    round: int
+    digest: np.ndarray  # uint32 [2]
+
+
+class Apart(NamedTuple):
+    """Up: the client came to another digest; those that its states had."""
+
+    first: int  # rounds of the first of those states
+    digests: np.ndarray  # uint32 [R, 2]
+
+
+class Other(NamedTuple):
+    """Up: the client is of another run; what it is made of."""
+
+    header: dict[str, Any]
+
+
+class Failed(NamedTuple):
+    """Up: the client could not do it; the kind of error only, since a text may hold data."""
+
+    kind: str
+
+
+Message = Ask | Reply | Behind | Apart | Other | Failed
+_KINDS: tuple[type, ...] = (Ask, Reply, Behind, Apart, Other, Failed)
+
+
+def identity(header: Mapping[str, Any]) -> bytes:
+    """Eight bytes that tell whether two parties are of one run.
+
+    They stand for the algorithm, the root key, the base model leaf by leaf, what of it is
+    trained, and hiso_jax's version. JAX's version is none of it: other versions reach the same
+    bits, and where one does not, the digest says so.
+
+    Args:
+      header: as a `hiso_jax.Ledger` has it.
+
+    Example:
+      >>> import hiso_jax as hj, jax, jax.numpy as jnp
+      >>> alg = hj.decomfl(lambda params, batch: ((params["w"] - batch) ** 2).mean(), 0.1)
+      >>> state = alg.init({"w": jnp.zeros(3)}, jax.random.key(0))
+      >>> len(identity(hj.ledger.header.describe(alg, state)))
+      8
+    """
+    parts = [header["algorithm"], header["key"], header["base"], header["leaves"]]
+    text = headers.canonical({"run": parts, "version": header["software"]["hiso-jax"]})
+    return hashlib.sha256(text.encode()).digest()[:8]
+
+
+def pack(message: Message, run: bytes) -> bytes:
+    """Bytes of a message.
+
+    Args:
+      message: one of those above.
+      run: from `identity`.
+    """
+    head = _HEAD.pack(b"hj", VERSION, _KINDS.index(type(message)), run)
+    if isinstance(message, Ask):
+        flags = (RATES * (message.rates is not None) | LAST * message.last
+                 | SNAPSHOT * (message.snapshot is not None) | RESET * message.reset)  # fmt: skip
+        body = message.snapshot
+        if body is None:
+            rates = () if message.rates is None else message.rates
+            body = _floats(message.records) + _floats(rates)
+        count = len(message.records)
+        fixed = (message.round, message.first, count, message.slot, flags)
+        return head + _ASK.pack(*fixed, _digest(message.digest)) + body
+    if isinstance(message, Reply):
+        scalars = b"" if message.scalars is None else _floats(message.scalars)
+        return head + _REPLY.pack(message.round, _digest(message.digest)) + scalars
+    if isinstance(message, Behind):
+        return head + _REPLY.pack(message.round, _digest(message.digest))
+    if isinstance(message, Apart):
+        return head + _APART.pack(message.first) + np.asarray(message.digests, "<u4").tobytes()
+    if isinstance(message, Other):
+        return head + zlib.compress(headers.canonical(message.header).encode())
+    return head + message.kind.encode()[:200]
+
+
+def parse(content: Any, run: bytes, sent: tuple[int, int], record: tuple[int, int]) -> Message:
+    """The message that bytes are.
+
+    Args:
+      content: what came; anything.
+      run: from `identity`.
+      sent: (K, P) of what a client sends.
+      record: (K, S) of a record.
+
+    Raises:
+      WireError: it is none, or of another run; says what was wanted.
+    """
+    if not isinstance(content, (bytes, bytearray)) or len(content) < _HEAD.size:
+        size = f"{len(content)} bytes" if isinstance(content, (bytes, bytearray)) else type(content)
+        raise WireError(f"message: expected at least {_HEAD.size} bytes, got {size}")
+    content = bytes(content)
+    mark, version, number, other = _HEAD.unpack_from(content)
+    if mark != b"hj" or number >= len(_KINDS):
+        raise WireError("message: not one of hiso_jax")
+    if version != VERSION:
+        raise WireError(f"message: expected version {VERSION} of the messages, got {version}")
+    kind, body = _KINDS[number], content[_HEAD.size :]
+    if other != run and kind is not Other and kind is not Ask:
+        raise WireError(f"message: it is of run {other.hex()}, expected {run.hex()}")
+    if kind is Ask:
+        return _parse_ask(body, record)
+    if kind is Other:
+        return Other(_inflate(body))
+    if kind is Failed:
+        if len(body) > 200:
+            raise WireError(f"message: expected at most 200 bytes of text, got {len(body)}")
+        return Failed(body.decode("utf-8", "replace"))
+    if kind is Apart:
+        count, rest = divmod(len(body) - _APART.size, 8)
+        if rest or not 0 < count <= MOST_ROUNDS:
+            raise WireError(f"message: expected digests of 8 bytes, got {len(body)} bytes")
+        found = np.frombuffer(body, "<u4", offset=_APART.size).astype(np.uint32)
+        return Apart(_APART.unpack_from(body)[0], found.reshape(-1, 2))
+    size = 4 * sent[0] * sent[1]
+    wanted = {_REPLY.size} if kind is Behind else {_REPLY.size, _REPLY.size + size}
+    if len(body) not in wanted:
+        raise WireError(f"message: expected {max(wanted)} bytes after its head, got {len(body)}")
+    round, digest = _REPLY.unpack_from(body)
+    found = np.frombuffer(digest, "<u4").astype(np.uint32)
+    if kind is Behind:
+        return Behind(round, found)
+    scalars = np.frombuffer(body, "<f4", offset=_REPLY.size).reshape(-1, *sent[1:])
+    return Reply(round, found, scalars if scalars.size else None)
+
+
+def _parse_ask(body: bytes, record: tuple[int, int]) -> Ask:
+    if len(body) < _ASK.size:
+        raise WireError(f"message: expected at least {_ASK.size} bytes to ask, got {len(body)}")
+    round, first, count, slot, flags, digest = _ASK.unpack_from(body)
+    rest = body[_ASK.size :]
+    found = np.frombuffer(digest, "<u4").astype(np.uint32)
+    each = record[0] * record[1]
+    size = 4 * count * (each + bool(flags & RATES))
+    if count > MOST_ROUNDS or (not flags & SNAPSHOT and len(rest) != size):
+        raise WireError(f"message: expected {size} bytes of {count} records, got {len(rest)}")
+    ask = Ask(round, found, first, np.zeros((0, *record), np.float32), None, slot,
+              bool(flags & LAST), bool(flags & RESET))  # fmt: skip
+    if flags & SNAPSHOT:
+        return ask._replace(snapshot=rest)
+    numbers = np.frombuffer(rest, "<f4").astype(np.float32)
+    records = numbers[: count * each].reshape(count, *record)
+    return ask._replace(records=records, rates=numbers[count * each :] if flags & RATES else None)
+
+
+def _inflate(body: bytes) -> dict[str, Any]:
+    if len(body) > MOST_TEXT:
+        raise WireError(f"message: expected at most {MOST_TEXT} bytes of a header, got {len(body)}")
+    try:
+        text = zlib.decompressobj().decompress(body, 16 * MOST_TEXT)
+        header = json.loads(text)
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise WireError(f"message: no header: {error}") from None
+    if not isinstance(header, dict):
+        raise WireError("message: no header")
+    return header
+
+
+def where_apart(message: Apart, rounds: int, text_of: Callable[[int], str]) -> str:
+    """The first state of a client that was not the run's, in words.
+
+    Args:
+      message: with the digests that its states had.
+      rounds: of the run.
+      text_of: number of rounds -> digest of the run's state after so many.
+
+    Example:
+      >>> where_apart(Apart(3, np.array([[1, 0], [3, 0]])), 9, lambda n: f"{n - 2:016x}")[:34]
+      'its state went apart in round 3: t'
+    """
+    for i, digest in enumerate(message.digests[: max(rounds - message.first + 1, 0)]):
+        number = message.first + i
+        theirs, ours = digests.text(digest), text_of(number)
+        if theirs != ours:
+            where = f"in round {number - 1}" if number else "at the base model"
+            where += " or before" if number and not i else ""
+            return (
+                f"its state went apart {where}: the digest after {number} rounds is {theirs} there "
+                f"and {ours} here"
+            )
+    return "it says that its state went apart, and shows digests that are the run's"
+
+
+def _floats(numbers: Any) -> bytes:
+    return np.asarray(numbers, "<f4").tobytes()
+
+
+def _digest(digest: Any) -> bytes:
+    """Eight bytes of a digest uint32 [2], or of its text."""
+    words = digests.parse(digest) if isinstance(digest, str) else np.asarray(digest)
+    return words.astype("<u4").tobytes()
+
+
+def run_of(content: bytes) -> bytes | None:
+    """The identity that a message names; None if it is too short to name one."""
+    return content[4:12] if isinstance(content, bytes) and len(content) >= _HEAD.size else None

@@ -1,0 +1,300 @@
+"""NVFlare as the engine: it brings bytes from one machine to another.
+
+What is said in those bytes is `hiso_jax.federation`'s (`hiso_jax.federation.Host` and
+`hiso_jax.federation.Site`). Another engine would be another file like this one.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hiso_jax import federation
+from hiso_jax._engine import files
+from hiso_jax.federation import wire
+from hiso_jax.federation.host import Closed, Host
+from hiso_jax.ledger import digests, snapshots
+from hiso_jax.ledger.store import Ledger, LedgerWriteError
+from hiso_jax.nvflare.parties import PLAN, TASK, Local, Party, Plan, read_local
+from hiso_jax.nvflare.sockets import Wire
+from hiso_jax.train import folders
+
+try:
+    from nvflare.apis.client import Client
+    from nvflare.apis.controller_spec import ClientTask, Task
+    from nvflare.apis.event_type import EventType
+    from nvflare.apis.executor import Executor
+    from nvflare.apis.fl_constant import ReturnCode
+    from nvflare.apis.fl_context import FLContext
+    from nvflare.apis.impl.controller import Controller
+    from nvflare.apis.shareable import Shareable, make_reply
+    from nvflare.apis.signal import Signal
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "nvflare":
+        raise
+    raise ModuleNotFoundError(
+        "hiso_jax.nvflare.engine needs nvflare: pip install 'hiso-jax[nvflare]'", name="nvflare"
+    ) from None
+
+MESSAGE = "message"
+LOOK_AGAIN = 10.0
+"""Seconds until a round that could not be recorded (a full disk) is tried again."""
+
+
+def _opened(fl_ctx: FLContext, site: str | None) -> tuple[Plan, Local]:
+    """The plan of the job, and what this machine's own file says."""
+    workspace = fl_ctx.get_workspace()
+    root = Path(workspace.get_root_dir())
+    plan = Plan.read(Path(workspace.get_app_config_dir(fl_ctx.get_job_id())) / PLAN)
+    local = read_local(Path(workspace.get_site_config_dir()), root / "hiso", site)
+    return plan, local._replace(folder=local.folder / plan.name)
+
+
+class HisoController(Controller):
+    """The server of a job: rounds of `hiso_jax.federation.Host` over NVFlare's tasks.
+
+    Ledger, snapshots and the log of the rounds are in a folder that outlives the job; a job that
+    is submitted again goes on where its ledger ends.
+    """
+
+    def __init__(self, task_check_period: float = 0.05):
+        super().__init__(task_check_period=task_check_period)
+        self._tasks: list[Task] = []
+        self._host: Host | None = None
+        self._context: Any = None
+        self._wire = Wire()
+
+    # What NVFlare calls.
+
+    def start_controller(self, fl_ctx: FLContext) -> None:
+        """Nothing: all is done in the flow, whose errors are the job's."""
+
+    def stop_controller(self, fl_ctx: FLContext) -> None:
+        """Nothing: the flow has closed what it opened."""
+
+    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        """Go through the rounds that the ledger lacks, then bring everybody to the end."""
+        self._context = fl_ctx
+        try:
+            plan, local = _opened(fl_ctx, None)
+            with folders.alone(local.folder):
+                self._run(plan, local.folder, plan.make(local), abort_signal)
+        except Exception as error:
+            # The text is for the one who submitted it; it names arguments, and no data is here.
+            self.log_exception(fl_ctx, f"the job ends: {error}")
+            self.system_panic(f"{type(error).__name__}: {error}", fl_ctx)
+
+    def process_result_of_unknown_task(
+        self,
+        client: Client,
+        task_name: str,
+        client_task_id: str,
+        result: Shareable,
+        fl_ctx: FLContext,
+    ) -> None:
+        """A reply whose round is closed: it is counted and changes nothing."""
+        if self._host is not None:
+            self._host.receive(client.name, result.get(MESSAGE), late=True)
+
+    # The rounds.
+
+    def _run(self, plan: Plan, folder: Path, party: Party, abort: Signal) -> None:
+        path, algorithm, state = folder / "ledger.sqlite", party.algorithm, party.begin()
+        if path.exists():
+            ledger = Ledger.open(path, algorithm, state)
+        else:
+            ledger = Ledger.create(path, algorithm, state, party.about)
+        with ledger:
+            base = digests.digest(state)
+            state = snapshots.restore(folder / "snapshots", algorithm, state, ledger)
+            server = federation.Server(algorithm, state, ledger)
+            del state
+            host = self._host = Host(server, self._send, base=base)
+            self._say(f"{ledger.rounds} of {plan.rounds} rounds are in {path}")
+            empty = 0
+            while server.round < plan.rounds and empty < plan.most_empty:
+                names = federation.draw(plan.sites, plan.clients_per_round, server.round, plan.seed)
+                closed = self._round(host, plan, names, abort)
+                self._cancel()
+                if closed is None:
+                    self._say("aborted; what was recorded is safe: submit the job again")
+                    return
+                try:
+                    self._note(folder, host, plan, closed)
+                    if server.round % plan.snapshot_every == 0 or server.round == plan.rounds:
+                        snapshots.save(folder / "snapshots", algorithm, server.state)
+                except OSError as error:  # the round itself is recorded
+                    self._say(f"round {closed.round}: {error}")
+                empty = 0 if closed.reported else empty + 1
+            if server.round < plan.rounds:
+                raise RuntimeError(
+                    f"nobody counted in the last {empty} rounds ({host.faults or 'all silent'}); "
+                    "submit the job again when sites can answer"
+                )
+            self._finish(host, plan, folder, party, abort)
+
+    def _round(self, host: Host, plan: Plan, names: list[str], abort: Signal) -> Closed | None:
+        stop = lambda: bool(abort.triggered)  # noqa: E731
+        number, begin = host.server.round, time.monotonic()
+        try:
+            return host.conduct(
+                names, plan.deadline, plan.min_responses, plan.grace, stop, self._is_gone
+            )
+        except LedgerWriteError as error:
+            while not stop():
+                self._say(f"round {number} is kept until it can be recorded: {error}")
+                time.sleep(LOOK_AGAIN)
+                try:
+                    return host.close(plan.min_responses, number, begin)
+                except LedgerWriteError as again:
+                    error = again
+            return None
+
+    def _finish(self, host: Host, plan: Plan, folder: Path, party: Party, abort: Signal) -> None:
+        server = host.server
+        stop = lambda: bool(abort.triggered)  # noqa: E731
+        there = host.end(plan.sites, plan.deadline, stop, self._is_gone)
+        self._cancel()
+        server.ledger.export(folder / "ledger.safetensors")
+        party.finish(folder, server.state)
+        up, down = self._wire.look()
+        result = {
+            "rounds": server.round,
+            "digest": digests.text(digests.digest(server.state)),
+            "held_by": there,
+            "not_there": {n: host.faults.get(n, "silent") for n in plan.sites if n not in there},
+            "bytes": {name: count._asdict() for name, count in sorted(host.counts.items())},
+            "wire_bytes_sent": up,
+            "wire_bytes_received": down,
+        }
+        with files.atomic_write(folder / "result.json") as part:
+            part.write_text(json.dumps(result, indent=2) + "\n")
+        self._say(f"{server.round} rounds, digest {result['digest']}, held by {', '.join(there)}")
+
+    def _note(self, folder: Path, host: Host, plan: Plan, closed: Closed) -> None:
+        """One line for the log, one for ``rounds.jsonl``: who answered, and what it cost."""
+        up, down = self._wire.look()
+        row = {
+            "round": closed.round,
+            "seconds": round(closed.seconds, 4),
+            "answered": list(closed.reported),
+            "faults": closed.faults,
+            "silent": closed.silent,
+            "payload_up": sum(c.payload_up for c in host.counts.values()),
+            "payload_down": sum(c.payload_down for c in host.counts.values()),
+            "messages_up": sum(c.up for c in host.counts.values()),
+            "messages_down": sum(c.down for c in host.counts.values()),
+            "wire_sent": up,
+            "wire_received": down,
+        }
+        with open(folder / "rounds.jsonl", "a") as rows:
+            rows.write(json.dumps(row) + "\n")
+        missing = f"; silent: {', '.join(closed.silent)}" if closed.silent else ""
+        missing += "".join(f"; {name}: {why}" for name, why in closed.faults.items())
+        self._say(
+            f"round {closed.round + 1}/{plan.rounds}: {len(closed.reported)} count, "
+            f"{closed.seconds:.2f} s, payload up {row['payload_up']} B down "
+            f"{row['payload_down']} B, wire {up + down} B{missing}"
+        )
+
+    # NVFlare.
+
+    def _send(self, name: str, message: bytes) -> None:
+        data = Shareable()
+        data[MESSAGE] = message
+        task = Task(name=TASK, data=data, result_received_cb=self._received)
+        self._tasks.append(task)
+        self.broadcast(task, self._context, targets=[name], min_responses=1)
+
+    def _received(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
+        result: Any = client_task.result
+        name = client_task.client.name
+        client_task.result = None  # whatever its size, it is not kept
+        if self._host is None:
+            return
+        code = result.get_return_code() if isinstance(result, Shareable) else "no reply"
+        if code == ReturnCode.OK:
+            self._host.receive(name, result.get(MESSAGE))
+        else:
+            self._host.fail(name, f"NVFlare says {code}; the log of its job says more")
+
+    def _is_gone(self, name: str) -> bool:
+        """Whether NVFlare knows that the client's job process has died."""
+        return bool(self.get_client_disconnect_time(name))
+
+    def _cancel(self) -> None:
+        for task in self._tasks:
+            if task.completion_status is None:
+                self.cancel_task(task)
+        self._tasks.clear()
+
+    def _say(self, text: str) -> None:
+        self.log_info(self._context, text)
+
+
+class HisoExecutor(Executor):
+    """A site of a job: `hiso_jax.federation.Site` with what NVFlare brings it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._site: federation.Site | None = None
+        self._wire = Wire()
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Read model and data before the first task comes; say at the end what was sent."""
+        if event_type == EventType.START_RUN:
+            try:
+                self._begin(fl_ctx)
+            except Exception:  # said again, to the server too, when a task comes
+                self.log_exception(fl_ctx, "this site cannot take part")
+        elif event_type == EventType.ABOUT_TO_END_RUN:
+            up, down = self._wire.look()
+            self.log_info(fl_ctx, f"wire: {up} B sent, {down} B received by this job's process")
+
+    def execute(
+        self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
+    ) -> Shareable:
+        """Answer one message."""
+        message = shareable.get(MESSAGE)
+        if task_name != TASK or not isinstance(message, bytes):
+            self.log_error(fl_ctx, f"task {task_name!r} is none of hiso_jax")
+            return make_reply(ReturnCode.BAD_TASK_DATA)
+        try:
+            answer = self._begin(fl_ctx).answer(message)
+        except wire.WireError as error:
+            self.log_error(fl_ctx, f"what the server sends is no message: {error}")
+            return make_reply(ReturnCode.BAD_TASK_DATA)
+        except Exception as error:
+            self.log_exception(fl_ctx, "this site cannot take part")
+            # Its kind only: the text may hold data, and stays in this site's log.
+            answer = wire.pack(wire.Failed(type(error).__name__), wire.run_of(message) or bytes(8))
+        reply = make_reply(ReturnCode.OK)
+        reply[MESSAGE] = answer
+        return reply
+
+    def _begin(self, fl_ctx: FLContext) -> federation.Site:
+        if self._site is None:
+            name = str(fl_ctx.get_identity_name())
+            plan, local = _opened(fl_ctx, name)
+            party, number = plan.make(local), plan.number_of(name)
+            if party.batches is None:
+                raise ValueError(f"--party: {plan.party} gives no batches at a site")
+            batches = party.batches
+            self._site = federation.Site(
+                party.algorithm,
+                party.begin,
+                lambda round: batches(round, number),
+                local.folder / "snapshots",
+                plan.snapshot_every,
+                lambda state: self._keep(party, local.folder, state),
+            )
+            self.log_info(fl_ctx, f"at round {self._site.round} of run {self._site.run.hex()}")
+        return self._site
+
+    def _keep(self, party: Party, folder: Path, state: Any) -> None:
+        party.finish(folder, state)
+        digest = digests.text(np.asarray(digests.digest(state)))
+        with files.atomic_write(folder / "result.json") as part:
+            part.write_text(json.dumps({"rounds": int(state.round), "digest": digest}) + "\n")

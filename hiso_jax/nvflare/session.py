@@ -1,0 +1,172 @@
+"""``hiso nvflare run``: submit a job, and again whenever it ends before its time.
+
+NVFlare ends a job when the server's process dies, or that of one site. Nothing is lost by that:
+the ledger has every finished round, and a job submitted again goes on where it ends.
+"""
+
+import contextlib
+import dataclasses
+import io
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from hiso_jax._engine import checks
+from hiso_jax.nvflare.parties import PLAN, Plan
+
+QUICK, MOST_QUICK = 60.0, 3
+"""Of a job that ends within so many seconds, so many in a row are enough: it will not do better."""
+COMPLETED, ABORTED = "FINISHED:COMPLETED", "FINISHED:ABORTED"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Submit a job and stay with it: it is submitted again until all its rounds are done."""
+
+    job: tyro.conf.Positional[Path]
+    """Folder that hiso nvflare job wrote."""
+    kit: tyro.conf.Positional[Path]
+    """Startup kit of the one who may submit, with startup/fed_admin.json in it."""
+    attempts: int = 20
+    """Times that the job is submitted at most."""
+    wait: float = 60.0
+    """Seconds to wait for sites that are not connected before each."""
+
+
+class Lead:
+    """A session of the one who submits; it is opened anew when the server has been away.
+
+    Args:
+      kit: the startup kit, whose folder has the name of the user.
+
+    Raises:
+      FileNotFoundError: it is none.
+      ModuleNotFoundError: NVFlare is not installed.
+    """
+
+    def __init__(self, kit: Path):
+        if not (kit / "startup/fed_admin.json").is_file():
+            raise FileNotFoundError(
+                f"kit: {kit}: no startup kit of one who may submit: expected "
+                "startup/fed_admin.json in it"
+            )
+        try:
+            from nvflare.fuel.flare_api import flare_api
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "nvflare":
+                raise
+            raise ModuleNotFoundError(
+                "hiso nvflare run needs nvflare: pip install 'hiso-jax[nvflare]'", name="nvflare"
+            ) from None
+        self._open: Callable[..., Any] = flare_api.new_secure_session
+        self.kit, self._session = kit.absolute(), None
+
+    def _ask(self, what: Callable[[Any], Any]) -> Any:
+        """What the server says; None if it cannot be asked now."""
+        try:
+            if self._session is None:
+                with contextlib.redirect_stdout(io.StringIO()):  # it says that it connects
+                    self._session = self._open(self.kit.name, str(self.kit))
+            return what(self._session)
+        except Exception:  # of many kinds; the server may be starting
+            self.close()
+            return None
+
+    def connected(self) -> list[str]:
+        """Sites that are connected, sorted; none where the server is away."""
+        info = self._ask(lambda session: session.get_system_info())
+        return [] if info is None else sorted(client.name for client in info.client_info)
+
+    def submit(self, job: Path) -> str | None:
+        """Submit a job's folder; return what NVFlare calls it, or None if it could not be."""
+        return self._ask(lambda session: session.submit_job(str(job.absolute())))
+
+    def status(self, job: str) -> str:
+        """How a job is, as NVFlare says it; empty if the server cannot be asked."""
+        meta = self._ask(lambda session: session.get_job_meta(job))
+        return "" if meta is None else str(meta["status"])
+
+    def runs(self, job: str) -> bool:
+        """Whether the server has a process of the job; true where it cannot be asked."""
+        info = self._ask(lambda session: session.get_system_info())
+        return info is None or job in [own.job_id for own in info.job_info or ()]
+
+    def close(self) -> None:
+        """End the session."""
+        if self._session is not None:
+            with contextlib.suppress(Exception):
+                self._session.close()
+            self._session = None
+
+
+def run(options: Options, say: Callable[[str], Any] = print, pause: float = 2.0) -> bool:
+    """Stay with a job until all its rounds are done; return whether they are.
+
+    Args:
+      options: what and how often.
+      say: called with what happens.
+      pause: seconds between looks.
+
+    Raises:
+      ValueError: the folder is no job, or an option is out of range.
+      FileNotFoundError: there is no startup kit.
+    """
+    plan = Plan.read(options.job / "app/config" / PLAN)
+    checks.count("--attempts", options.attempts)
+    checks.number("--wait", options.wait, 0)
+    lead, quick = Lead(options.kit), 0
+    try:
+        for attempt in range(1, options.attempts + 1):
+            _wait_for(lead, plan, options.wait, say, pause)
+            job = lead.submit(options.job)
+            while job is None:
+                say("the server cannot be reached; trying again")
+                time.sleep(pause)
+                job = lead.submit(options.job)
+            begin = time.monotonic()
+            say(f"submitted as {job} ({attempt} of at most {options.attempts} times)")
+            status = _end_of(lead, job, pause)
+            say(f"{job}: {status}")
+            if status in (COMPLETED, ABORTED):
+                return status == COMPLETED
+            quick = quick + 1 if time.monotonic() - begin < QUICK else 0
+            if quick == MOST_QUICK:
+                say(f"{quick} jobs in a row ended within {QUICK:.0f} s; the log of the server says "
+                    "why")  # fmt: skip
+                return False
+            time.sleep(min(pause * attempt, 60))
+        return False
+    finally:
+        lead.close()
+
+
+def _end_of(lead: Lead, job: str, pause: float) -> str:
+    """Wait for the end of a job; return how it ended."""
+    away = False  # whether the server has been, since
+    while not (status := lead.status(job)).startswith("FINISHED"):
+        away = away or not status
+        # A server that was killed goes on to say that its jobs run, when it is back.
+        if away and status == "RUNNING" and not lead.runs(job):
+            return "lost, since the server has been away"
+        time.sleep(pause)
+    return status
+
+
+def _wait_for(
+    lead: Lead, plan: Plan, patience: float, say: Callable[[str], Any], pause: float
+) -> None:
+    end = time.monotonic() + patience
+    while missing := sorted(set(plan.sites) - set(lead.connected())):
+        if time.monotonic() >= end:
+            return say(f"not connected, and not waited for: {', '.join(missing)}")
+        time.sleep(pause)
+
+
+def cli(options: Options) -> None:
+    """Run; exit with 1 unless all rounds are done."""
+    if not run(options):
+        sys.exit(1)

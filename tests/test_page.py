@@ -1,0 +1,117 @@
+"""`report.html`: whole, well-formed, without anything from elsewhere, whatever names are in a run."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hiso_jax.train import page, report
+
+NASTY = '<script>alert("x")</script> & $\\frac$ {braces} ü'
+VOID = {"meta", "img", "br", "path", "use", "rect"}
+
+
+class Tags(html.parser.HTMLParser):
+    """Every tag is closed in its turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: Any):
+        self.seen.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "xlink:href"):
+                assert value.startswith(("data:", "#")), value
+
+    def handle_startendtag(self, tag: str, attrs: Any):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str):
+        self.text += data
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """What a job leaves, with names as bad as they come, and a round of NaN."""
+    rows: list[dict[str, Any]] = [{"round": 0, "dev_loss": 2.0, "dev_accuracy": 0.1}]
+    for number in range(1, 9):
+        row: dict[str, Any] = dict(round=number, loss=None if number == 3 else 2 - number / 10,
+                                   clients=[NASTY, f"c{number}"], uplink_bytes=80 * number,
+                                   seconds=0.1)  # fmt: skip
+        if number % 4 == 0:
+            row |= {"dev_loss": None if number == 4 else 1.5, "dev_accuracy": 0.5}
+        rows.append(row)
+    (tmp_path / "metrics.jsonl").write_text("".join(report.dumps(row) + "\n" for row in rows))
+    summary = dict(
+        method="hiso(update_steps=all)", task=NASTY, rounds=8, digest="00ff", learning_rate=0.1,
+        clients=9, parameters=100, trained_parameters=10, metric="accuracy", accuracy=0.5,
+        accuracy_before=0.1, uplink_bytes_per_client=71.0, downlink_bytes_per_client=1e4,
+        fedavg_bytes_per_client=1e9, passes_per_round=6, shipped_bytes=900, seconds_per_round=0.1,
+    )  # fmt: skip
+    report.write_json(tmp_path / "summary.json", summary)
+    report.write_json(tmp_path / "options.json", {"options": {"prompt": NASTY, "rounds": 8}})
+    report.write_json(tmp_path / "labels.json", [{"label": NASTY, "word": "w", "train": 3}])
+    keys = ("prompt", "wanted", "before", "written")
+    report.write_json(tmp_path / "answers.json", [dict.fromkeys(keys, NASTY)])
+    report.draw_split({}, {NASTY: 3, "c1": 2}, tmp_path / "split.png")
+    return tmp_path
+
+
+def test_a_page_is_whole(run: Path):
+    path = page.write(run)
+    tags = Tags()
+    tags.feed(path.read_text())
+    tags.close()
+    assert not tags.open and "script" not in tags.seen and "link" not in tags.seen
+    assert tags.seen.count("svg") == 6 and tags.seen.count("img") == 1
+    for expected in ("00ff", "HiSo (update_steps=all)", "50.0%", "71 B", NASTY, "hiso replay"):
+        assert expected in tags.text, expected
+    assert tags.text.count(NASTY) >= 7  # title, heading, label, answers, prompt
+    assert page.page(run) == path.read_text()  # the same run, the same page
+    assert not list(run.glob("*.part*"))
+
+
+def test_without_what_not_every_run_has(run: Path):
+    for name in ("labels.json", "answers.json", "split.png"):
+        (run / name).unlink()
+    summary = json.loads((run / "summary.json").read_text())
+    report.write_json(run / "summary.json", summary | {"accuracy": None, "stopped": NASTY})
+    tags = Tags()
+    tags.feed(page.page(run))
+    assert "not a number" in tags.text and "Predictions" not in tags.text
+    assert tags.text.count(NASTY) >= 4 and "img" not in tags.seen
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 400])
+def test_a_browser_shows_it(run: Path, width: int):
+    """It opens, the curves are there, and nothing is said in the console."""
+    path, picture = page.write(run), run / "shot.png"
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+               "--disable-background-networking", f"--user-data-dir={run / 'browser'}",
+               f"--window-size={width},2400", f"--screenshot={picture}", path.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not re.search("CONSOLE", done.stderr), done.stderr
+    from matplotlib import image
+
+    pixels = image.imread(picture)[..., :3]
+    blue, orange = np.array([0x1F, 0x77, 0xB4]) / 255, np.array([0xFF, 0x7F, 0x0E]) / 255
+    for color in (blue, orange):  # of the curves; thin lines are blended with the white beside
+        assert (np.abs(pixels - color).max(-1) < 0.35).sum() > 50
