@@ -43,9 +43,7 @@ def scalars_of(name: str, round: int = 0) -> np.ndarray:
     return rng.normal(size=(1, 3)).astype(np.float32)
 
 
-def masked_round(
-    host: private.PrivateServer, names: list[str], threshold: int = 0
-) -> np.ndarray:
+def masked_round(host: private.PrivateServer, names: list[str], threshold: int = 0) -> np.ndarray:
     """A round through the masks, of those whose vectors come."""
     number = host.open(NAMES)
     session = host.mask(threshold)
@@ -115,7 +113,10 @@ def test_weights_travel_as_one_more_integer():
     assert host.reply("ann", number, scalars_of("ann"), 3)
     with pytest.raises(ValueError, match="weight: client 'bob': .*1 to 9 .*got 10"):
         host.reply("bob", number, scalars_of("bob"), 10)
-    assert host.reply("bob", number, grid.encode(scalars_of("bob"), 9))
+    wide = grid.encode(scalars_of("bob"), 9)
+    with pytest.raises(ValueError, match="scalars: client 'bob': .*cannot add up to more than"):
+        host.reply("bob", number, wide + np.array([2**50, 0, 0, 0]))
+    assert host.reply("bob", number, wide)
     wanted = (3 * scalars_of("ann") + 9 * scalars_of("bob")) / 12
     np.testing.assert_allclose(host.close(), wanted, atol=2.0**-20)
     assert host.ledger.records().reported == [{"ann": 3.0, "bob": 9.0}]
@@ -263,6 +264,25 @@ CLIENTS = federation.Clients({name: {"x": np.random.default_rng(i).normal(size=(
 
 def loss(params: Any, batch: Any) -> jax.Array:
     return ((params["w"] - batch["x"].mean(0)) ** 2).mean()
+
+
+def test_the_experiment_charges_the_client_that_is_drawn_most():
+    from experiments.private import Private, own_rounds, table, terms
+
+    options = Private(clients=5, clients_per_round=2, rounds=20)
+    most = own_rounds(CLIENTS, options.rounds, options.clients_per_round, seed=0)
+    assert most > 20 * 2 / 5  # a random draw is not balanced
+    for kind in ("central", "local"):
+        promised = terms(options, kind, 8.0, most)
+        accountant = privacy.Accountant(options.delta)
+        assert promised.mechanism is not None
+        for round in range(options.rounds):
+            accountant.check(promised.mechanism.event, CLIENTS.sample(2, round, 0), 8.0)
+            accountant.spend(promised.mechanism.event, CLIENTS.sample(2, round, 0))
+        assert 7.9 < accountant.epsilon() <= 8.0
+    row = dict(kind="central", epsilon=8.0, seed=0)
+    rows = [row | dict(learning_rate=rate, accuracy=rate) for rate in (0.1, 0.2)]
+    assert table(rows)[1][:3] == ["central", "8", "0.2"]
 
 
 @pytest.mark.parametrize("terms", [privacy.Terms(masked=True), DISTRIBUTED, dataclasses.replace(CENTRAL, epsilon=None)],

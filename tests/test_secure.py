@@ -128,7 +128,9 @@ TestRound.settings = settings(
 
 @pytest.mark.parametrize("gone", [(), ("3",), ("0", "7", "11")])
 def test_neighbors_on_a_circle_add_up_too(gone: tuple[str, ...]):
-    session = secure.Session("run", 1, tuple(map(str, range(12))), 4, threshold=4, degree=6, least=9)
+    session = secure.Session(
+        "run", 1, tuple(map(str, range(12))), 4, threshold=4, degree=6, least=9
+    )
     for name in session.names:  # who is whose neighbor is mutual, and known to all alike
         assert len(session.neighbors(name)) == 6
         assert all(name in session.neighbors(other) for other in session.neighbors(name))
@@ -228,7 +230,9 @@ def test_keys_of_another_round_or_twice_are_named():
     with pytest.raises(secure.SecureError, match="client 'ann': a second message .* differs"):
         server.receive("ann", fresh)
     zeros = lambda count: bytes(count)  # noqa: E731  # two clients with one key
-    twins = [secure.Client(server.session, n, SITES[n], DIRECTORY, random=zeros) for n in NAMES[1:3]]
+    twins = [
+        secure.Client(server.session, n, SITES[n], DIRECTORY, random=zeros) for n in NAMES[1:3]
+    ]
     server.receive("bob", twins[0].advertise())
     with pytest.raises(secure.SecureError, match="client 'cem': its key is repeated: client 'bob'"):
         server.receive("cem", twins[1].advertise())
@@ -248,11 +252,17 @@ def test_forged_swapped_and_repeated_shares_are_named_on_the_way():
     fields = sessions.unpack(b"S", server.session, "", shares)
     give = lambda field, change: edit(shares, field, change, server=True)  # noqa: E731
     ask = lambda message: parties["ann"].mask(message, vector("ann"))  # noqa: E731
-    with pytest.raises(secure.SecureError, match=f"'{a}': its shares for 'ann' are forged or swapp"):
+    with pytest.raises(
+        secure.SecureError, match=f"'{a}': its shares for 'ann' are forged or swapp"
+    ):
         ask(give(1, flip))
-    with pytest.raises(secure.SecureError, match=f"'{a}': its shares for 'ann' are forged or swapp"):
+    with pytest.raises(
+        secure.SecureError, match=f"'{a}': its shares for 'ann' are forged or swapp"
+    ):
         ask(give(1, lambda _: fields[5]))
-    with pytest.raises(secure.SecureError, match=f"client '{a}': its share for 'ann' is not the one"):
+    with pytest.raises(
+        secure.SecureError, match=f"client '{a}': its share for 'ann' is not the one"
+    ):
         ask(give(2, flip))
     with pytest.raises(secure.SecureError, match=f"client '{a}' is there twice"):
         ask(give(4, lambda _: a.encode()))

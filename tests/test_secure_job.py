@@ -15,7 +15,7 @@ from hiso_jax.federation import private
 from tests.helpers import here, outcome, refuse
 
 
-def test_a_masked_run_is_that_of_exact_sums_and_goes_on_where_it_stopped(tmp_path: Path):
+def test_a_masked_run_is_that_of_exact_sums_whatever_the_secrets(tmp_path: Path):
     """Its records differ from those of float sums by less than the grid's step."""
     options = ("--rounds", "4", "--eval-every", "4", "--dropout", "0.2", "--snapshot-every", "1")
     here("digits", *options, "--secure", "--out", str(tmp_path / "a"))

@@ -30,7 +30,9 @@ LENGTH, THRESHOLD = 2, 4
 class World:
     """One round, with all its randomness from a seed, and all its messages."""
 
-    def __init__(self, seed: int, vectors: Any, gone: set[str], shift: Any = None, late: bool = False):
+    def __init__(
+        self, seed: int, vectors: Any, gone: set[str], shift: Any = None, late: bool = False
+    ):
         rng = random.Random(seed)
         split, draws = primitives.split, rng.randbytes
         self.opened: list[tuple[str, str]] = []  # what the server has made of shares

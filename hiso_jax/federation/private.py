@@ -179,7 +179,10 @@ class PrivateServer(Server):
             if kind == "central":
                 raise ValueError(f"scalars: client {name!r}: expected [K, P], which the server "
                                  "clips; got what is encoded")  # fmt: skip
-            self.terms.grid.check_sum(given, 1, self.terms.noise_bound)
+            try:
+                self.terms.grid.check_sum(given, 1, self.terms.noise_bound)
+            except ValueError as error:
+                raise ValueError(f"scalars: client {name!r}: {error}") from None
             vector = given
         elif kind == "local":
             raise ValueError(f"scalars: client {name!r}: the ledger promises noise of its own; "
