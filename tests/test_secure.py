@@ -121,7 +121,7 @@ class Round(RuleBasedStateMachine):
 
 TestRound = Round.TestCase
 TestRound.settings = settings(
-    deadline=None, max_examples=60, stateful_step_count=20,
+    deadline=None, max_examples=40, stateful_step_count=20,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )  # fmt: skip
 
