@@ -42,6 +42,7 @@ def test_a_job_has_the_options_of_finetune_and_no_path_of_a_site(tmp_path: Path)
     [
         (dict(data=Path("a.csv")), "--data: each site's own"),
         (dict(dropout=0.5), "--dropout: for simulations only"),
+        (dict(secure=True), "--secure: only simulations are masked yet"),
         (dict(num_clients=3), "--num-clients: for simulations only"),
         (dict(sampling="size"), "--sampling: expected uniform, got 'size'"),
         (dict(labels=()), "--labels: needed, the values of column 'label' at all sites"),

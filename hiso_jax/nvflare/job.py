@@ -76,6 +76,9 @@ def check(options: Options) -> Plan:
         if getattr(options, name) != getattr(default, name):
             raise ValueError(f"{spell(name)}: for simulations only; here each site is one client "
                              "with its own data")  # fmt: skip
+    if options.secure:
+        raise ValueError("--secure: only simulations are masked yet; this job's server would see "
+                         "every site's scalars")  # fmt: skip
     if options.sampling != "uniform":
         raise ValueError(f"--sampling: expected uniform, got {options.sampling!r}: the server "
                          "does not know how many examples a site has")  # fmt: skip
