@@ -125,7 +125,7 @@ class Server:
         Asked again, it says the same.
 
         Raises:
-          TooFew: too few have revealed shares; the round is void.
+          TooFew: too few have revealed shares so far; more may come, and it be asked again.
           SecureError: somebody's shares do not make what it has committed to, by name; or the
             steps before are not closed.
         """

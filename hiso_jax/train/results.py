@@ -26,7 +26,12 @@ TARGET = 0.95
 """Of the baseline's best: where curves are steeper, and so comparisons less noisy."""
 
 
-DEFAULTS_OF_OLD_ROWS = {"upper_directions": 0, "upper_layers": 1, "eval_examples": 0}
+DEFAULTS_OF_OLD_ROWS = {
+    "upper_directions": 0,
+    "upper_layers": 1,
+    "eval_examples": 0,
+    "secure": False,
+}
 """Options that rows written before there were any lack."""
 RENAMED_METHODS = {"experiments.methods:hiso_all": "hiso(update_steps=all)"}
 """Methods that had a name of their own before they took arguments."""
