@@ -18,8 +18,8 @@ from hiso_jax._engine.shapes import Array, Float, Index, Key, Shape, Start, UInt
 Distribution = Literal["normal", "near_normal", "rademacher"]
 DEFAULT: Distribution = "near_normal"
 """The papers' law is the normal. This one differs from it by 1.4e-4 in its distribution function,
-and costs a quarter: on a CPU without AVX-512 a round takes 1.82 times its forward passes with normal
-noise and 1.34 times with this (docs/performance.md)."""
+and costs a quarter: on a CPU without AVX-512 a round takes 1.82 times its forward passes with
+normal noise and 1.34 times with this (docs/performance.md)."""
 
 
 def check_distribution(distribution: str) -> Distribution:
