@@ -7,8 +7,6 @@ python -m benchmarks.network --sites --clients 1000  # the server alone, in this
 import dataclasses
 import json
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +83,11 @@ def alone(clients: int, rounds: int = 30) -> dict[str, float]:
             for what in ("server", "host")
         )
         host = federation.Host(second, answer)
-        return {
-            "server": 1000 * median(lambda: of_server(first), rounds),
-            "host": 1000 * median(lambda: host.conduct(names, deadline=600), rounds),
+        asked = {
+            "server": lambda: of_server(first),
+            "host": lambda: host.conduct(names, deadline=600),
         }
-
-
-def median(what: Callable[[], Any], times: int) -> float:
-    """Median seconds; the first two times are not counted."""
-    seconds = []
-    for _ in range(times + 2):
-        begin = time.perf_counter()
-        what()
-        seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds[2:]))
+        return {k: 1000 * x for k, x in timing.interleaved(asked, rounds).items()}
 
 
 def measure(count: int, rounds: int) -> dict[str, Any]:

@@ -239,7 +239,8 @@ def measure(options: Options) -> dict[str, Any]:
     seconds = timing.interleaved({"bare": bare, "round": round}, options.repeats)
     temp = step.memory_analysis().temp_size_in_bytes - forward.memory_analysis().temp_size_in_bytes
     rate, bandwidth = ceilings(options)
-    floor = flops(options) / rate + moved_bytes(options) / bandwidth
+    work = flops(options)
+    floor = work / rate + moved_bytes(options) / bandwidth
     scalars = steps * options.num_perturbations
     rule = sum(x.nbytes for x in jax.tree.leaves(states[0].rule))
     return dict(
@@ -255,8 +256,8 @@ def measure(options: Options) -> dict[str, Any]:
         floor_seconds=floor,
         matmul_gflops=rate / 1e9,
         bandwidth_gbytes=bandwidth / 1e9,
-        round_gflops=flops(options) / seconds["round"] / 1e9,
-        matmul_share=flops(options) / seconds["round"] / rate,
+        round_gflops=work / seconds["round"] / 1e9,
+        matmul_share=work / seconds["round"] / rate,
         peak_rss_bytes=peak_rss(),
         bare_peak_rss_bytes=bare_rss,
         scalars_per_client=scalars,

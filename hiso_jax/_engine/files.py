@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,3 +70,26 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path` and rename it on success.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> target = pathlib.Path(tempfile.mkdtemp()) / "out"
+      >>> with whole_folder(target) as part:
+      ...     _ = (part / "a.txt").write_text("all of it")
+      >>> (target / "a.txt").read_text()
+      'all of it'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield part
+        with contextlib.suppress(OSError):  # some mounts have no modes
+            part.chmod(0o755)
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

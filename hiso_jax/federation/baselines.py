@@ -231,9 +231,9 @@ class Unrecorded:
         """Itself, who answered in every round."""
         return self
 
-    def append(self, record: Any, digest: Any, rate: Any, reported: Any) -> None:
+    def append(self, record: Any, digest: Any, rate: Any, reported: Any, event: Any = None) -> None:
         """Count a round."""
-        del record, digest, rate
+        del record, digest, rate, event
         self.rounds += 1
         self.reported.append(reported)
 

@@ -86,8 +86,7 @@ class PrivateServer(Server):
     ):
         self.terms = terms_of(ledger)
         self.terms.check(algorithm.spec)
-        kind = self.terms.mechanism and self.terms.mechanism.kind
-        if kind == "central" and secret is None:
+        if self.terms.kind == "central" and secret is None:
             raise ValueError("secret: a central mechanism needs the server's, got None")
         if self.terms.masked and directory is None:
             raise ValueError("directory: masked rounds need the sites' public keys, got None")
@@ -146,10 +145,10 @@ class PrivateServer(Server):
             raise RuntimeError("mask: expected a round that is open and has no session")
         if not self.terms.masked or self._directory is None:
             raise ValueError("mask: the ledger says that replies of this run are not masked")
-        least = 0 if self.terms.mechanism is None else self.terms.mechanism.least
         steps, width = self.algorithm.spec.sent
         session = secure.Session(run_name(self.ledger), self.round, tuple(self._asked),
-                                 steps * width + 1, threshold, degree, least)  # fmt: skip
+                                 steps * width + 1, threshold, degree,
+                                 self.terms.least)  # fmt: skip
         self.masked = secure.Server(session, self._directory)
         return self.masked
 
@@ -174,17 +173,16 @@ class PrivateServer(Server):
             raise ValueError(f"scalars: client {name!r}: replies of this run are masked; its "
                              "messages go to the session that `mask` gives")  # fmt: skip
         (steps, width), given = self.algorithm.spec.sent, np.asarray(scalars)
-        kind = self.terms.mechanism and self.terms.mechanism.kind
         if given.dtype == np.int64 and given.shape == (steps * width + 1,):
-            if kind == "central":
+            if self.terms.kind == "central":
                 raise ValueError(f"scalars: client {name!r}: expected [K, P], which the server "
                                  "clips; got what is encoded")  # fmt: skip
             try:
-                self.terms.grid.check_sum(given, 1, self.terms.noise_bound)
+                self.terms.check_sum(given, 1)
             except ValueError as error:
                 raise ValueError(f"scalars: client {name!r}: {error}") from None
             vector = given
-        elif kind == "local":
+        elif self.terms.kind == "local":
             raise ValueError(f"scalars: client {name!r}: the ledger promises noise of its own; "
                              "expected what Terms.contribute gave, got "
                              f"{given.dtype} {list(given.shape)}")  # fmt: skip
@@ -259,8 +257,7 @@ class PrivateServer(Server):
             return None, []
         if len(names) < minimum:
             return None, []
-        bound = len(names) * self.terms.noise_bound
-        self.terms.grid.check_sum(total, len(names), bound)
+        self.terms.check_sum(total, len(names))
         return total, names
 
 
@@ -349,16 +346,16 @@ class Simulated:
     def _masked(
         self, round: int, names: list[str], vectors: Mapping[str, np.ndarray]
     ) -> np.ndarray | None:
-        least = 0 if self.terms.mechanism is None else self.terms.mechanism.least
         for name in names:
             if name not in self._sites:
                 self._sites[name] = self._own(b"site", name)
                 self._directory[name] = secure.site_public(self._sites[name])
         length = len(next(iter(vectors.values()))) if vectors else 1
-        session = secure.Session(self._run, round, tuple(names), length, 0, self._degree, least)
+        session = secure.Session(self._run, round, tuple(names), length, 0,
+                                 self._degree, self.terms.least)  # fmt: skip
         try:
             total, there = secure.run(session, vectors, self._sites, self._directory)
         except secure.TooFew:
             return None
-        self.terms.grid.check_sum(total, len(there), len(there) * self.terms.noise_bound)
+        self.terms.check_sum(total, len(there))
         return total

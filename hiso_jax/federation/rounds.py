@@ -86,10 +86,7 @@ def run(
     checks.count("rounds", rounds)
     checks.count("batch_size", batch_size)
     checks.number("dropout", dropout, 0, 1)
-    if summed is None:
-        step = jax.jit(algorithm.round, donate_argnums=0, compiler_options=compiler_options())
-    else:
-        step = _round_of_sums(algorithm, summed)
+    step = _plain_round(algorithm) if summed is None else _round_of_sums(algorithm, summed)
 
     def draw(round: int) -> tuple[list[str], Any]:
         names = clients.sample(clients_per_round, round, seed, sampling)
@@ -104,12 +101,8 @@ def run(
     for round in range(first, rounds):
         names, batches = ahead
         weights = participation(len(names), round, seed, dropout)
-        event = None
         with used():
-            if summed is None:
-                state, metrics = step(state, batches, weights)
-            else:
-                state, metrics, weights, event = step(state, batches, weights, round, names)
+            state, metrics, weights, event = step(state, batches, weights, round, names)
         if round + 1 < rounds:
             ahead = draw(round + 1)  # the device is still busy with this round
         finite = np.asarray(metrics.finite) | (weights == 0)  # waits for the device
@@ -123,7 +116,20 @@ def run(
             )
 
 
-def _round_of_sums(algorithm: Algorithm, summed: Any) -> Callable[..., Any]:
+Step = Callable[
+    [State, Any, np.ndarray, int, list[str]],
+    tuple[State, Metrics, np.ndarray, dict[str, Any] | None],
+]
+"""(state, batches, weights, round, names) -> state, metrics, weights that count, event."""
+
+
+def _plain_round(algorithm: Algorithm) -> Step:
+    """A round in one program, in the buffers of the state before."""
+    compiled = jax.jit(algorithm.round, donate_argnums=0, compiler_options=compiler_options())
+    return lambda state, batches, weights, *_: (*compiled(state, batches, weights), weights, None)
+
+
+def _round_of_sums(algorithm: Algorithm, summed: Any) -> Step:
     """A round whose record is a sum on a grid: scalars leave the device for it."""
     spec, terms = algorithm.spec, summed.terms
     terms.check(spec)

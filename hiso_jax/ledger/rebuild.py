@@ -11,7 +11,6 @@ Example:
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -161,20 +160,6 @@ def open_ledger(path: Path) -> Ledger:
     return Ledger.import_(path)
 
 
-@contextlib.contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path` and rename it on success."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    try:
-        yield part
-        with contextlib.suppress(OSError):  # some mounts have no modes
-            part.chmod(0o755)
-        part.rename(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 class Rebuilt(NamedTuple):
     """What was rebuilt and what that proves."""
 
@@ -232,7 +217,7 @@ def rebuild(
         else:
             pieces = flat_pieces(replay.leaves, opened)
         size = sum(leaf.size for leaf in replay.leaves.values())
-        made = stack.enter_context((_whole_folder if folder else files.atomic_write)(out))
+        made = stack.enter_context((files.whole_folder if folder else files.atomic_write)(out))
         _write(replay, pieces, opened, made, lambda what, count: on_step(what, count, size))
         if file := huggingface.gguf_of(base):
             dtype = next(piece.leaf.dtype for piece in pieces if piece.file)

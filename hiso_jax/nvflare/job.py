@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from hiso_jax._engine import files
 from hiso_jax.nvflare import machine, session
 from hiso_jax.nvflare.parties import PLAN, TASK, Plan
+from hiso_jax.train import cli as commands
 from hiso_jax.train import finetune, job, methods, report, settings
 
 INTERVAL = 0.05
@@ -96,7 +96,7 @@ def check(options: Options) -> Plan:
             raise ValueError(f"--labels: --task {options.task} has its own; leave them out")
         if len(set(options.labels)) != len(options.labels) or len(options.labels) == 1:
             raise ValueError(f"--labels: expected two or more, all different, got {options.labels}")
-        if methods.parse(methods.check(options.method))[0] in (*methods.FIRST_ORDER, "fedzo"):
+        if methods.sends_models(methods.check(options.method)):
             raise ValueError(f"--method: expected one whose clients send scalars, got "
                              f"{options.method!r}, which sends models")  # fmt: skip
         job.rates_of(options, finetune.LEARNING_RATES)
@@ -149,16 +149,10 @@ def write(options: Options) -> Path:
     plan = check(options)
     if options.out.exists():
         raise FileExistsError(f"--out: {options.out} exists; nothing is written over")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=options.out.parent, prefix=f".{options.out.name}-"))
-    try:
+    with files.whole_folder(options.out) as part:
         for name, text in files_of(plan).items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_text(text)
-        part.chmod(0o755)
-        part.rename(options.out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return options.out
 
 
@@ -173,14 +167,10 @@ def cli() -> None:
     """Parse the command line; write a job, or prepare a machine."""
     import tyro
 
-    name, *rest = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print("Usage: hiso nvflare COMMAND [OPTIONS]; docs/deploy.md begins at the beginning.\n")
-        for command, what in COMMANDS.items():
-            print(f"  {command:10} {what}")
+    more = "docs/deploy.md begins at the beginning."
+    if (chosen := commands.choose("hiso nvflare", COMMANDS, more)) is None:
         return
-    if name not in COMMANDS:
-        sys.exit(f"hiso nvflare: expected one of {', '.join(COMMANDS)}, got {name!r}")
+    name, *rest = chosen
     sys.argv[0] = f"hiso nvflare {name}"
     if name == "site":
         machine_options = tyro.cli(machine.Options, args=rest)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from hiso_jax._engine import checks
 from hiso_jax._engine.shapes import Array, ArrayLike, Float, Real, SomeKey
+from hiso_jax.privacy.accounting import epsilon_of
 
 
 def privatize(
@@ -64,13 +65,4 @@ def epsilon(noise_multiplier: float, rounds: int, delta: float = 1e-5) -> float:
     """
     checks.number("noise_multiplier", noise_multiplier, 0, above=True)
     checks.count("rounds", rounds)
-    checks.number("delta", delta, 0, 1, above=True)
-    try:
-        import dp_accounting
-        from dp_accounting import rdp
-    except ImportError:
-        raise ImportError("epsilon needs dp-accounting: pip install 'hiso-jax[dp]'") from None
-    event = dp_accounting.GaussianDpEvent(noise_multiplier / 2)
-    accountant = rdp.RdpAccountant()
-    accountant.compose(dp_accounting.SelfComposedDpEvent(event, rounds))
-    return float(accountant.get_epsilon(delta))
+    return epsilon_of({(noise_multiplier / 2, 1.0): rounds}, delta)

@@ -280,6 +280,20 @@ class Terms:
         return self.grid.decode(total, shape, divisor)
 
     @property
+    def kind(self) -> str | None:
+        """Who adds noise; None: nobody."""
+        return None if self.mechanism is None else self.mechanism.kind
+
+    @property
+    def least(self) -> int:
+        """Fewest clients of whose sum anything may be revealed; 0: as the masks have it."""
+        return 0 if self.mechanism is None else self.mechanism.least
+
+    def check_sum(self, total: np.ndarray, clients: int) -> None:
+        """Raise ValueError unless so many clients, with their noise, could have made a sum."""
+        self.grid.check_sum(total, clients, clients * self.noise_bound)
+
+    @property
     def noise_bound(self) -> int:
         """What the noise of one client may add to a number, but for a chance below 1e-800."""
         if self.mechanism is None or self.mechanism.kind == "central":

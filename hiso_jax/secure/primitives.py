@@ -6,6 +6,7 @@ of bytes give the libraries' functions one form.
 """
 
 import hashlib
+import importlib
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,6 @@ class TooFew(SecureError):
 
 
 def _library(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -17,16 +17,33 @@ ELSEWHERE = {"nvflare": "hiso_jax.nvflare.job"}
 """Modules of commands that are not of this folder."""
 
 
-def main() -> None:
-    """Run the command that is named; each has its own --help."""
+def choose(program: str, commands: dict[str, str], more: str) -> list[str] | None:
+    """The command that is named, and its arguments; None if help was asked for, and printed.
+
+    Args:
+      program: what the commands are of.
+      commands: name -> what it does.
+      more: where help goes on.
+
+    Raises:
+      SystemExit: there is no such command.
+    """
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print("Usage: hiso COMMAND [OPTIONS]; hiso COMMAND --help has the options.\n")
-        for command, what in COMMANDS.items():
+        print(f"Usage: {program} COMMAND [OPTIONS]; {more}\n")
+        for command, what in commands.items():
             print(f"  {command:10} {what}")
+        return None
+    if name not in commands:
+        sys.exit(f"{program}: expected one of {', '.join(commands)}, got {name!r}")
+    return [name, *rest]
+
+
+def main() -> None:
+    """Run the command that is named; each has its own --help."""
+    if (chosen := choose("hiso", COMMANDS, "hiso COMMAND --help has the options.")) is None:
         return
-    if name not in COMMANDS:
-        sys.exit(f"hiso: expected one of {', '.join(COMMANDS)}, got {name!r}")
+    name, *rest = chosen
     # For `--method module:function`. A console script, unlike `python -m`, does not look in the
     # working folder; last on the path, so that a file there never hides a package.
     sys.path.append(os.getcwd())

@@ -117,7 +117,7 @@ def settle(options: Any, problem: Problem) -> Any:
     if options.upper_directions != "auto":
         return options
     plain = dict(upper_directions=(), upper_layers=(1,))
-    if set(options.methods) <= {*methods.FIRST_ORDER, "fedzo"}:  # which take none
+    if all(map(methods.sends_models, options.methods)):  # which take none
         return dataclasses.replace(options, **plain)
     if problem.upper is None:
         raise ValueError(f"--upper-directions: {problem.name} has no upper part of its own")

@@ -138,7 +138,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
                     hj.digest(state),
                     step.metrics.learning_rate,
                     step.reported,
-                    **({"event": step.event} if step.event else {}),
+                    step.event,
                 )
                 if done % options.snapshot_every == 0 or done == options.rounds:
                     snapshots.save(folder / "snapshots", alg, state)
@@ -178,7 +178,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     alg = algorithm(options, problem, learning_rate)
     size = sum(x.size for x in alg.trainable(problem.params).values())
-    measure.say_how_long(options, problem, alg, base)
+    passes = methods.forward_passes(alg, methods.shares(options, problem))
+    measure.say_how_long(options, problem, passes, base)
     found = _rounds(options, problem, alg, size, base)
     params, traffic, seconds = found.state.params, found.traffic, found.seconds
     problem.save(folder, params)
@@ -218,7 +219,7 @@ def train(
         uplink_bytes_per_client=sum(traffic.up.values()) / len(clients),
         downlink_bytes_per_client=sum(traffic.down.values()) / len(clients),
         fedavg_bytes_per_client=8 * size * found.done * options.clients_per_round / len(clients),
-        passes_per_round=methods.forward_passes(alg, methods.shares(options, problem)),
+        passes_per_round=passes,
         shipped_bytes=found.sizes[1],
         payload_bytes=found.sizes[0],
         seconds_per_round=steady,
@@ -277,10 +278,8 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
             saved = settings.read(options.out)
             rates = saved["learning_rates"]
         settings.check(options)
-        if options.secure and (unmasked := {*options.methods} & {*methods.FIRST_ORDER, "fedzo"}):
-            raise ValueError(
-                f"--secure: {unmasked.pop()} sends models, and only scalars are masked"
-            )
+        if options.secure and (unmasked := [*filter(methods.sends_models, options.methods)]):
+            raise ValueError(f"--secure: {unmasked[0]} sends models, and only scalars are masked")
         if options.clients_per_round > (there := len(problem.clients)):
             raise ValueError(
                 f"--clients-per-round: expected at most {there}, for there are {there} clients; "

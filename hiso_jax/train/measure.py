@@ -70,8 +70,15 @@ def base_of(problem: Problem) -> Base:
     return Base(score, dev, test, min(known, default=np.nan))
 
 
-def say_how_long(options: Options, problem: Problem, alg: Any, base: Base) -> None:
-    """Estimate what the run will take, from what an evaluation took."""
+def say_how_long(options: Options, problem: Problem, passes: float, base: Base) -> None:
+    """Estimate what the run will take, from what an evaluation took.
+
+    Args:
+      options: of the job.
+      problem: what is trained.
+      passes: forward passes of a client a round.
+      base: what was measured before.
+    """
     if not np.isfinite(base.seconds):
         return
     few = {k: v[:EVALUATED] for k, v in problem.dev.items()}
@@ -79,7 +86,6 @@ def say_how_long(options: Options, problem: Problem, alg: Any, base: Base) -> No
     work = multiplications(problem.score, problem.params, few) / len(few["weight"])
     batch = problem.clients.batches(problem.clients.names[:1], 0, options.batch_size)
     one = jax.tree.map(lambda x: x[0, 0], problem.prepare(batch))
-    passes = methods.forward_passes(alg, methods.shares(options, problem))
     passes *= options.clients_per_round
     a_round = passes * multiplications(problem.loss_fn, problem.params, one) / work * base.seconds
     looks = options.rounds // options.eval_every

@@ -42,7 +42,9 @@ SCALAR: dict[str, Callable[..., hj.Algorithm]] = {
 """Clients send scalars only."""
 
 FIRST_ORDER = ("fedavg", *baselines.SERVERS)
-NAMES = (*SCALAR, *FIRST_ORDER, "fedzo")
+OF_MODELS = (*FIRST_ORDER, "fedzo")
+"""Clients send models."""
+NAMES = (*SCALAR, *OF_MODELS)
 
 TITLES = {
     "hiso": "HiSo", "decomfl": "DeComFL", "rms": "DeComFL / rms", "mezo": "MeZO",
@@ -97,6 +99,16 @@ def parse(method: str) -> tuple[str, dict[str, Any]]:
     if len(own) < len(call.keywords):
         raise ValueError(f"--method: an argument is there twice in {method!r}")
     return name.strip(), own
+
+
+def sends_models(method: str) -> bool:
+    """Whether a method's clients send models, not scalars; its arguments do not matter.
+
+    Example:
+      >>> sends_models("fedadam(epsilon=1e-3)"), sends_models("hiso")
+      (True, False)
+    """
+    return parse(method)[0] in OF_MODELS
 
 
 def spelled(name: str, own: dict[str, Any]) -> str:

@@ -84,16 +84,8 @@ def curves(rows: Sequence[Mapping[str, Any]], metric: str, passes: float) -> str
         lower.plot(x, [row["dev_loss"] for row in looks], marker=".", color="C1")
         upper.set(ylabel=f"dev {metric}" + ", %" * (scale > 1))
         lower.set(ylabel="dev loss", xlabel=label)
-        pictures.append(plainly(picture))
+        pictures.append(svg(report.framed(picture)))
     return "".join(pictures)
-
-
-def plainly(picture: Any) -> str:
-    """A picture with a light grid and no frame, as part of a page."""
-    for axis in picture.axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return svg(picture)
 
 
 def rounds_of(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -108,7 +100,7 @@ def rounds_of(rows: Sequence[Mapping[str, Any]]) -> str:
         axis.set(xlabel="round", ylabel="loss of those who took part" if name == "loss" else name)
         if name == "seconds" and len(taken) > 1:  # the first one is mostly compilation
             axis.set_ylim(0, 1.2 * max(values[1:]) + 1e-3)
-        pictures.append(plainly(picture))
+        pictures.append(svg(report.framed(picture)))
     return "".join(pictures)
 
 
@@ -123,11 +115,17 @@ def participation(rows: Sequence[Mapping[str, Any]]) -> str:
         shown = [name if len(name) < 15 else f"{name[:12]}..." for name in names]
         axis.set_xticks(range(len(names)), shown, rotation=90, fontsize=6, parse_math=False)
     axis.set(xlabel=f"{len(names)} clients", ylabel="rounds asked")
-    return plainly(picture)
+    return svg(report.framed(picture))
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+def _of(folder: Path, name: str) -> Path | None:
+    """A file of a run; where several methods are in one folder, what they share is above."""
+    places = (folder / name, folder.parent / name)
+    return next((path for path in places if path.is_file()), None)
+
+
+def _json(path: Path | None) -> Any:
+    return json.loads(path.read_text()) if path is not None and path.is_file() else None
 
 
 def _results(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -155,9 +153,8 @@ def page(folder: Path) -> str:
     Raises:
       OSError, ValueError: there is no such run.
     """
-    summary, options = _json(folder / "summary.json"), _json(folder / "options.json")
-    if options is None:  # several methods in one folder
-        options = _json(folder.parent / "options.json") or {"options": {}}
+    summary = _json(folder / "summary.json")
+    options = _json(_of(folder, "options.json")) or {"options": {}}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metric, name = summary["metric"], title(summary["method"])
     parts = [f"<h1>{html.escape(name)}: {html.escape(summary['task'])}</h1>",
@@ -172,15 +169,11 @@ def page(folder: Path) -> str:
         "Who took part": participation(rows),
     }
     parts += [f'<h2>{name}</h2><div class="pictures">{x}</div>' for name, x in drawn.items()]
-    for split in (folder / "split.png", folder.parent / "split.png"):
-        if split.is_file():
-            data = base64.b64encode(split.read_bytes()).decode()
-            source = f"data:image/png;base64,{data}"
-            parts.append(
-                f'<h2>How the data is split</h2><img alt="Examples by client" src="{source}">'
-            )
-            break
-    if labels := _json(folder / "labels.json") or _json(folder.parent / "labels.json"):
+    if split := _of(folder, "split.png"):
+        data = base64.b64encode(split.read_bytes()).decode()
+        source = f"data:image/png;base64,{data}"
+        parts.append(f'<h2>How the data is split</h2><img alt="Examples by client" src="{source}">')
+    if labels := _json(_of(folder, "labels.json")):
         parts += [table([list(row.values()) for row in labels], list(labels[0]))]
     if answers := _json(folder / "answers.json"):
         columns = ("prompt", "wanted", "before", "written")

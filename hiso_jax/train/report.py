@@ -110,6 +110,14 @@ def blank(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def framed(picture: Any) -> Any:
+    """The picture, with a light grid and half of a frame."""
+    for axis in picture.axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    return picture
+
+
 def draw(curves: dict[str, list[dict[str, Any]]], metric: str, title: str, path: Path) -> None:
     """Draw metric and loss on the dev split against rounds, one curve a method."""
     picture = blank(9, 3.4)
@@ -123,8 +131,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], metric: str, title: str, path:
         axes[1].plot(rounds, [r["dev_loss"] for r in points], marker=".", label=name)
     for axis, label in zip(axes, (f"dev {metric}" + ", %" * (scale > 1), "dev loss"), strict=True):
         axis.set(xlabel="round", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+    framed(picture)
     axes[0].legend(frameon=False)
     picture.suptitle(title, fontsize=10, parse_math=False)  # a name may have a $ in it
     with files.atomic_write(path) as part:
