@@ -121,6 +121,29 @@ def test_a_job_of_a_site_is_killed_and_the_job_is_submitted_again(flare: Flare):
 
 
 @pytest.mark.slow
+def test_a_site_that_is_back_is_let_in_again(flare: Flare, monkeypatch: pytest.MonkeyPatch):
+    """NVFlare leaves it out of a job that runs; ``hiso nvflare run`` ends the job for it, once."""
+    monkeypatch.setattr(session, "LOOK", 3.0)
+    flare.prepare("site-1", "slow 0.5")
+    said: list[str] = []
+    path = flare.write(rounds=40, deadline=4.0)
+    options = session.Options(path, flare.kits / "lead@lab.org")
+    runs = threading.Thread(target=lambda: said.append(str(session.run(options, said.append, 0.5))))
+    runs.start()
+    until_round(flare, 2)
+    flare.kill("site-2")
+    until_round(flare, 4)
+    flare.start("site-2")
+    runs.join(240)
+    assert said[-1] == "True" and len([text for text in said if "submitted as" in text]) == 2, said
+    assert [text for text in said if "so that site-2 can take part again" in text], said
+    rows = flare.rows()
+    assert [row["round"] for row in rows] == list(range(40))
+    assert any("site-2" in row["silent"] for row in rows) and "site-2" in rows[-1]["answered"]
+    assert flare.result()["held_by"] == NAMES
+
+
+@pytest.mark.slow
 def test_the_server_is_killed_and_goes_on(flare: Flare):
     """First the process of its job, then all of it; the digest is that of an undisturbed run."""
     rounds, options = 12, dict(rounds=12, deadline=60.0)
@@ -255,6 +278,7 @@ KILLS = int(os.environ.get("HISO_KILLS", "100"))
 def test_random_kills_lose_no_round(flare: Flare, monkeypatch: pytest.MonkeyPatch):
     """Of jobs and of machines, the server's too; ``hiso nvflare run`` stays with it, started once."""
     monkeypatch.setattr(session, "MOST_QUICK", 10**6)
+    monkeypatch.setattr(session, "LOOK", 3.0)
     rng, rounds, done = np.random.default_rng(0), 10 * KILLS, []
     flare.prepare("site-1", "slow 0.5")
     path = flare.write(rounds=rounds, deadline=4.0, most_empty=10**6)

@@ -1,7 +1,8 @@
 """``hiso nvflare run``: submit a job, and again whenever it ends before its time.
 
-NVFlare ends a job when the server's process dies, or that of one site. Nothing is lost by that:
-the ledger has every finished round, and a job submitted again goes on where it ends.
+NVFlare ends a job when the server's process dies, or that of one site. A site whose machine was
+away is not let into a job that runs, so the job is ended for it. Nothing is lost by either: the
+ledger has every finished round, and a job submitted again goes on where it ends.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import dataclasses
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from hiso_jax.nvflare.parties import PLAN, Plan
 
 QUICK, MOST_QUICK = 60.0, 3
 """Of a job that ends within so many seconds, so many in a row are enough: it will not do better."""
+LOOK = 20.0
+"""Seconds between looks for sites that are back; at the second one in a row they are let in."""
+NO_ANSWER = ("no_reply", "error")
+"""What NVFlare says of a site that did not tell which jobs it has."""
 COMPLETED, ABORTED = "FINISHED:COMPLETED", "FINISHED:ABORTED"
 
 
@@ -31,7 +36,7 @@ class Options:
     """Folder that hiso nvflare job wrote."""
     kit: tyro.conf.Positional[Path]
     """Startup kit of the one who may submit, with startup/fed_admin.json in it."""
-    attempts: int = 20
+    attempts: int = 100
     """Times that the job is submitted at most."""
     wait: float = 60.0
     """Seconds to wait for sites that are not connected before each."""
@@ -95,6 +100,18 @@ class Lead:
         info = self._ask(lambda session: session.get_system_info())
         return info is None or job in [own.job_id for own in info.job_info or ()]
 
+    def members(self, job: str, sites: Iterable[str]) -> tuple[set[str], set[str]]:
+        """Sites with a process of the job, and those that are connected and have none."""
+        there = sorted(set(sites) & set(self.connected()))
+        rows = self._ask(lambda session: session.get_client_job_status(there)) if there else None
+        inside = {row["client_name"] for row in rows or () if row.get("job_id") == job}
+        told = {row["client_name"] for row in rows or () if row["status"] not in NO_ANSWER}
+        return inside, told - inside
+
+    def abort(self, job: str) -> None:
+        """End a job that runs."""
+        self._ask(lambda session: session.abort_job(job))
+
     def close(self) -> None:
         """End the session."""
         if self._session is not None:
@@ -119,6 +136,7 @@ def run(options: Options, say: Callable[[str], Any] = print, pause: float = 2.0)
     checks.count("--attempts", options.attempts)
     checks.number("--wait", options.wait, 0)
     lead, quick = Lead(options.kit), 0
+    in_vain: set[str] = set()
     try:
         for attempt in range(1, options.attempts + 1):
             _wait_for(lead, plan, options.wait, say, pause)
@@ -129,7 +147,7 @@ def run(options: Options, say: Callable[[str], Any] = print, pause: float = 2.0)
                 job = lead.submit(options.job)
             begin = time.monotonic()
             say(f"submitted as {job} ({attempt} of at most {options.attempts} times)")
-            status = _end_of(lead, job, pause)
+            status = _end_of(lead, job, plan, in_vain, say, pause)
             say(f"{job}: {status}")
             if status in (COMPLETED, ABORTED):
                 return status == COMPLETED
@@ -144,16 +162,32 @@ def run(options: Options, say: Callable[[str], Any] = print, pause: float = 2.0)
         lead.close()
 
 
-def _end_of(lead: Lead, job: str, pause: float) -> str:
-    """Wait for the end of a job; return how it ended."""
+def _end_of(
+    lead: Lead, job: str, plan: Plan, in_vain: set[str], say: Callable[[str], Any], pause: float
+) -> str:
+    """Wait for the end of a job, or end it for sites that are back; return how it ended.
+
+    `in_vain` are the sites for which the job was ended before and that have not been in one since.
+    """
     away = False  # whether the server has been, since
+    back: set[str] = set()
+    looked, ended = time.monotonic(), False
     while not (status := lead.status(job)).startswith("FINISHED"):
         away = away or not status
         # A server that was killed goes on to say that its jobs run, when it is back.
         if away and status == "RUNNING" and not lead.runs(job):
             return "lost, since the server has been away"
+        if status == "RUNNING" and not ended and time.monotonic() - looked >= LOOK:
+            inside, outside = lead.members(job, plan.sites)
+            in_vain -= inside
+            if again := sorted((back & outside) - in_vain):
+                say(f"{job}: ends, so that {', '.join(again)} can take part again")
+                in_vain |= set(again)
+                lead.abort(job)
+                ended = True
+            back, looked = outside, time.monotonic()
         time.sleep(pause)
-    return status
+    return "ended for who is back" if ended and status == ABORTED else status
 
 
 def _wait_for(
