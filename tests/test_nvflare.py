@@ -280,19 +280,22 @@ def test_random_kills_lose_no_round(flare: Flare, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(session, "MOST_QUICK", 10**6)
     monkeypatch.setattr(session, "LOOK", 3.0)
     rng, rounds, done = np.random.default_rng(0), 10 * KILLS, []
+    clock = lambda: f"{time.strftime('%H:%M:%S')} {len(flare.rows())} rounds:"  # noqa: E731
     flare.prepare("site-1", "slow 0.5")
     path = flare.write(rounds=rounds, deadline=4.0, most_empty=10**6)
     options = session.Options(path, flare.kits / "lead@lab.org", attempts=10**6, wait=60.0)
     runs = threading.Thread(
-        target=lambda: done.append(session.run(options, lambda text: None, 0.5))
+        target=lambda: done.append(session.run(options, lambda text: print(clock(), text), 0.5))
     )
     runs.start()
     for kill in range(KILLS):
         until_round(flare, min(len(flare.rows()) + 2, rounds))
         name = ["server", *NAMES][rng.integers(4)]
         if rng.random() < 0.5:
+            print(clock(), "kill the job of", name)
             flare.kill_job(name)
         else:
+            print(clock(), "kill", name)
             flare.kill(name)
             time.sleep(float(rng.random()))
             flare.start(name)
