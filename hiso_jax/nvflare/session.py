@@ -23,6 +23,8 @@ QUICK, MOST_QUICK = 60.0, 3
 """Of a job that ends within so many seconds, so many in a row are enough: it will not do better."""
 LOOK = 20.0
 """Seconds between looks for sites that are back; at the second one in a row they are let in."""
+LOST = 10.0
+"""Seconds for which the server says that a job runs, and has no process of it."""
 NO_ANSWER = ("no_reply", "error")
 """What NVFlare says of a site that did not tell which jobs it has."""
 COMPLETED, ABORTED = "FINISHED:COMPLETED", "FINISHED:ABORTED"
@@ -169,13 +171,14 @@ def _end_of(
 
     `in_vain` are the sites for which the job was ended before and that have not been in one since.
     """
-    away = False  # whether the server has been, since
     back: set[str] = set()
-    looked, ended = time.monotonic(), False
+    looked = runs = time.monotonic()
+    ended = False
     while not (status := lead.status(job)).startswith("FINISHED"):
-        away = away or not status
-        # A server that was killed goes on to say that its jobs run, when it is back.
-        if away and status == "RUNNING" and not lead.runs(job):
+        if status != "RUNNING" or lead.runs(job):
+            runs = time.monotonic()
+        elif time.monotonic() - runs >= LOST:
+            # A server that was killed goes on to say that its jobs run, when it is back.
             return "lost, since the server has been away"
         if status == "RUNNING" and not ended and time.monotonic() - looked >= LOOK:
             inside, outside = lead.members(job, plan.sites)
