@@ -19,7 +19,7 @@ else
   INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
-.PHONY: help finetune llm digits test slow notebooks lint parity clean
+.PHONY: help finetune llm digits test slow notebooks lint docs parity clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -48,12 +48,16 @@ lint: $(VENV)/.lint  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(VENV)/.docs  ## the site, in docs/_build; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . docs/_build
+	@echo "The site is in docs/_build/index.html"
+
 parity: $(VENV)/.test  ## install torch, against which the models are checked
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) --no-deps accelerate==1.15.0 psutil==7.2.2
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .hypothesis .jax_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .hypothesis .jax_cache .pytest_cache .ruff_cache docs/_build
 
 $(VENV)/.train: pyproject.toml
 	@echo "Setting up $(VENV) (about a minute) ..."
@@ -72,4 +76,8 @@ $(VENV)/.test: $(VENV)/.train
 
 $(VENV)/.lint: $(VENV)/.test
 	@$(INSTALL) --editable '.[train,test,lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	@$(INSTALL) --editable '.[train,test,docs]'
 	@touch $@

@@ -54,7 +54,7 @@ def dirichlet_draws(labels: Any, clients: int, alpha: float, seed: int = 0) -> l
 
     Where `dirichlet` cuts a label's examples in proportion to the shares, these counts are
     multinomial around them, and a client may get nothing. With many examples the two agree. The
-    figures of digits and MNIST in docs/results.md are of this one.
+    figures of digits and MNIST in docs/lab/results.md are of this one.
 
     Args:
       labels: integers [N].
