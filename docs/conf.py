@@ -4,18 +4,26 @@ Sphinx's source folder is the root of the clone, so that pages, notebooks, READM
 read where they lie, and a link that works on a code host works on the site.
 """
 
-import importlib.metadata
+import importlib
+import inspect
+import re
+import tomllib
+import typing
 from pathlib import Path
 from typing import Any
 
-import jaxtyping  # noqa: F401  # before hiso_jax: shapes are then shown as Float[Array, "C K P"]
+typing.GENERATING_DOCUMENTATION = "hiso_jax"  # pyright: ignore  # short names for jaxtyping
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402, F401  # before hiso_jax: shapes are then Float[Array, "C K P"]
+
+jax.Array.__module__ = "builtins"
 
 ROOT = Path(__file__).parents[1]
 
 project = "hiso_jax"
 author = "the hiso_jax authors"
 copyright = f"2026, {author}"
-release = version = importlib.metadata.version("hiso-jax")
+release = version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 include_patterns = ["docs/**.md", "notebooks/*.ipynb", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
@@ -46,3 +54,32 @@ napoleon_use_ivar = True
 napoleon_preprocess_types = False
 default_role = "py:obj"
 add_module_names = False
+
+
+def _fields(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Say of a field what the comment beside it says; keep napoleon from reading text as types."""
+    del app, options, thing
+    if lines and lines[0].startswith("Alias for field number"):
+        lines[:] = [_comment(*name.rsplit(".", 1)), ""]
+    elif what == "attribute" and lines and ":" in lines[0]:
+        lines[0] = ": " + lines[0]  # it takes what comes before the first colon for a type
+
+
+def _comment(owner: str, field: str) -> str:
+    """The comment behind a field of a named tuple in its source."""
+    module, kind = owner.rsplit(".", 1)
+    source = inspect.getsource(getattr(importlib.import_module(module), kind))
+    found = re.search(rf"^    {field}: .*?  # (?!pyright)(.+)$", source, re.M)
+    return found[1].rpartition("  # ")[2] if found else ""
+
+
+def _short(app: Any, what: str, name: str, thing: Any, options: Any, signature: str, to: str) -> Any:
+    """Defaults that are paths are shown as text."""
+    del app, what, name, thing, options
+    return re.sub(r"PosixPath\(('[^']*')\)", r"\1", signature or ""), to
+
+
+def setup(app: Any) -> None:
+    """Connect the above."""
+    app.connect("autodoc-process-docstring", _fields, priority=100)  # before napoleon
+    app.connect("autodoc-process-signature", _short)
