@@ -76,7 +76,7 @@ def _comment(owner: str, field: str) -> str:
 def _short(app: Any, what: str, name: str, thing: Any, options: Any, signature: str, to: str) -> Any:
     """Defaults that are paths are shown as text."""
     del app, what, name, thing, options
-    return re.sub(r"PosixPath\(('[^']*')\)", r"\1", signature or ""), to
+    return signature and (re.sub(r"PosixPath\(('[^']*')\)", r"\1", signature), to)
 
 
 def setup(app: Any) -> None:
