@@ -4,7 +4,6 @@ Sphinx's source folder is the root of the clone, so that pages, notebooks, READM
 read where they lie, and a link that works on a code host works on the site.
 """
 
-import importlib
 import inspect
 import re
 import tomllib
@@ -26,7 +25,13 @@ copyright = f"2026, {author}"
 release = version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "notebooks/*.ipynb", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+include_patterns = [
+    "docs/**.md",
+    "notebooks/*.ipynb",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+]
 exclude_patterns = ["docs/_build", "**/.ipynb_checkpoints"]
 
 html_theme = "furo"
@@ -52,7 +57,8 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
 napoleon_preprocess_types = False
-default_role = "py:obj"
+default_role = "py:obj"  # what it finds becomes a link, other text code
+suppress_warnings = ["ref.python"]  # of names such as an argument's, which several things have
 add_module_names = False
 
 
@@ -67,13 +73,19 @@ def _fields(app: Any, what: str, name: str, thing: Any, options: Any, lines: lis
 
 def _comment(owner: str, field: str) -> str:
     """The comment behind a field of a named tuple in its source."""
-    module, kind = owner.rsplit(".", 1)
-    source = inspect.getsource(getattr(importlib.import_module(module), kind))
+    import hiso_jax
+
+    kind: Any = hiso_jax
+    for part in owner.split(".")[1:]:  # an attribute may be a module under another name
+        kind = getattr(kind, part)
+    source = inspect.getsource(kind)
     found = re.search(rf"^    {field}: .*?  # (?!pyright)(.+)$", source, re.M)
     return found[1].rpartition("  # ")[2] if found else ""
 
 
-def _short(app: Any, what: str, name: str, thing: Any, options: Any, signature: str, to: str) -> Any:
+def _short(
+    app: Any, what: str, name: str, thing: Any, options: Any, signature: str, to: str
+) -> Any:
     """Defaults that are paths are shown as text."""
     del app, what, name, thing, options
     return signature and (re.sub(r"PosixPath\(('[^']*')\)", r"\1", signature), to)

@@ -87,7 +87,9 @@ def test_every_page_is_in_the_tree():
 def public() -> dict[str, object]:
     """What people import: names of the package, and of its modules that say what is public."""
     found: dict[str, object] = {}
-    modules = {name: getattr(hiso_jax, name) for name in ("federation", "ledger", "models", "secure")}
+    modules = {
+        name: getattr(hiso_jax, name) for name in ("federation", "ledger", "models", "secure")
+    }
     for name in hiso_jax.__all__:
         thing = getattr(hiso_jax, name)
         if inspect.ismodule(thing):

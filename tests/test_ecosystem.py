@@ -69,7 +69,11 @@ def test_every_split_is_a_partition(partition: Callable[[], Any]):
 
 def test_a_column_of_numbers_names_clients_as_a_job_does():
     found = Clients.from_dataset({"x": X[:4], "ward": [1, 1.0, "1", 2]}, "ward")
-    assert found.sizes == {"1": 3, "2": 1} == {k: len(v) for k, v in splits.natural([1, 1.0, "1", 2]).items()}
+    assert (
+        found.sizes
+        == {"1": 3, "2": 1}
+        == {k: len(v) for k, v in splits.natural([1, 1.0, "1", 2]).items()}
+    )
 
 
 @pytest.mark.parametrize("data, partition, columns, message", [
@@ -170,10 +174,14 @@ def test_parameters_of_every_kind_are_trained(make: Callable[[], tuple[Any, Any]
     assert jax.tree.structure(state.params) == jax.tree.structure(params)
     assert hj.digest(again) == hj.digest(state)
     tx = hj.hiso(optax.constant_schedule(0.01))
-    updates, _ = tx.update(None, tx.init(params), params, value_fn=lambda p: loss_fn(p, {"x": x[0, 0]}))
+    updates, _ = tx.update(
+        None, tx.init(params), params, value_fn=lambda p: loss_fn(p, {"x": x[0, 0]})
+    )
     moved = optax.apply_updates(params, updates)
     assert jax.tree.structure(moved) == jax.tree.structure(params)
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(params), strict=True))
+    assert any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(params), strict=True)
+    )
 
 
 # Schedules ----------------------------------------------------------------------------------------
@@ -210,7 +218,10 @@ def two_rounds(alg: Any) -> list[float]:
 
 def test_clients_of_a_data_set_take_part():
     clients = Clients.from_dataset(of_datasets(), "ward")
-    loss_fn = lambda params, batch: (batch["weight"] * (batch["x"] @ params["w"] - batch["y"]) ** 2).mean()  # noqa: E731
+
+    def loss_fn(params: Any, batch: Any) -> jax.Array:
+        return (batch["weight"] * (batch["x"] @ params["w"] - batch["y"]) ** 2).mean()
+
     alg = hj.decomfl(loss_fn, 1e-3)
     state = alg.init({"w": jnp.zeros(2)}, jax.random.key(0))
     reports = federation.run(alg, state, clients, rounds=2, clients_per_round=2, batch_size=4)

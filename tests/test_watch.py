@@ -8,7 +8,7 @@ import threading
 import time
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
@@ -36,7 +36,11 @@ def rows(count: int, every: int = 2) -> list[dict[str, Any]]:
 def run_folder(folder: Path, methods: tuple[str, ...] = ("hiso",), rounds: int = 8) -> Path:
     """What a job writes down before its first round."""
     folder.mkdir()
-    saved = {"job": "digits", "options": {"rounds": rounds}, "learning_rates": dict.fromkeys(methods, 0.1)}
+    saved = {
+        "job": "digits",
+        "options": {"rounds": rounds},
+        "learning_rates": dict.fromkeys(methods, 0.1),
+    }
     report.write_json(folder / "options.json", saved)
     for method in methods if len(methods) > 1 else ():
         (folder / method).mkdir()
@@ -74,7 +78,9 @@ def expected(out: Path) -> dict[str, dict[int, float]]:
         row = json.loads(line)
         for name, value in logs.numbers(row).items():
             found.setdefault(name, {})[row["round"]] = pytest.approx(value, rel=1e-6)
-    assert {"loss", "dev_loss", "dev_accuracy", "uplink_bytes", "downlink_bytes", "seconds"} == {*found}
+    assert {"loss", "dev_loss", "dev_accuracy", "uplink_bytes", "downlink_bytes", "seconds"} == {
+        *found
+    }
     return found
 
 
@@ -99,7 +105,7 @@ def events(out: Path) -> dict[str, dict[int, float]]:
 class FakeRun:
     """A run of the package wandb, of which only what is used here is there."""
 
-    made: list["FakeRun"] = []
+    made: ClassVar[list["FakeRun"]] = []
 
     def __init__(self, **options: Any):
         self.options, self.logged, self.finished = options, {}, False
@@ -151,7 +157,9 @@ def test_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert b"dev_accuracy" in kept.read_bytes()
 
 
-def test_a_package_that_is_not_there_is_named_at_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_package_that_is_not_there_is_named_at_the_door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(logs.PACKAGES, "wandb", "no_such_package")
     with pytest.raises(ValueError, match="--log wandb needs no_such_package: pip install no_such"):
         settings.check(dataclasses.replace(digits.Options(), log=("wandb",)))

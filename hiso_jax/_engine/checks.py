@@ -73,7 +73,7 @@ def is_missing(value: Any) -> bool:
 
 
 def spell(value: Any) -> str | None:
-    """The text of a label or a client's name in data, without white space around it; None if it is missing.
+    """The text of a label or name in data, without white space around it; None if it is missing.
 
     Missing are None, NaN and empty text. Floats that are whole numbers are written as those.
 

@@ -148,12 +148,16 @@ class Clients:
         if given and partition not in table:
             raise ValueError(f"partition: expected one of the columns {list(table)}, got "
                              f"{partition!r}")  # fmt: skip
-        owners = checks.groups("partition", table[partition]) if given else _numbers(partition, count)
+        owners = (
+            checks.groups("partition", table[partition]) if given else _numbers(partition, count)
+        )
         kept = [name for name in table if not (given and name == partition)]
         if columns is not None:
             if lost := [name for name in columns if name not in table]:
                 raise ValueError(f"columns: {lost} are not there; the dataset has {list(table)}")
             kept = list(columns)
+        if not kept or "weight" in kept:  # which batches are given
+            raise ValueError(f'columns: expected one at least and none called "weight", got {kept}')
         order = np.concatenate(list(owners.values()))
         arrays = {name: _as_array(name, table[name])[order] for name in kept}
         return cls.joined(list(owners), [len(own) for own in owners.values()], arrays)
@@ -257,8 +261,10 @@ def _columns_of_rows(dataset: Any) -> dict[str, Any]:
     try:
         rows = [dataset[i] for i in range(len(dataset))]
     except (TypeError, KeyError) as error:
-        raise ValueError("dataset: expected a datasets.Dataset, a mapping from names to columns, "
-                         f"or a sequence of rows, got {type(dataset).__name__}") from error  # fmt: skip
+        raise ValueError(
+            "dataset: expected a datasets.Dataset, a mapping from names to columns, or a sequence "
+            f"of rows, got {type(dataset).__name__}"
+        ) from error
     if not rows:
         raise ValueError("dataset: expected at least one row, got none")
     if not all(isinstance(row, Mapping) for row in rows):
@@ -279,7 +285,9 @@ def _as_array(name: str, column: Any) -> np.ndarray:
     try:
         array = np.asarray(column)
     except ValueError:
-        raise ValueError(f"dataset: rows of column {name!r} have several shapes; pad them") from None
+        raise ValueError(
+            f"dataset: rows of column {name!r} have several shapes; pad them"
+        ) from None
     if array.dtype == object or array.dtype.kind not in "biuf":
         raise ValueError(f"dataset: column {name!r} is no array of numbers, got {array.dtype} "
                          f"({column[0]!r:.40}); {remedy}")  # fmt: skip

@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from hiso_jax._engine.checks import spell
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)

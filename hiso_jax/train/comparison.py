@@ -40,7 +40,7 @@ def _look(number: int) -> dict[str, str]:
 
 def _panels(names: Sequence[str], best: dict[str, Curve], every: Sequence[Curve], metric: str,
             mark: str) -> str:  # fmt: skip
-    """Metric and loss against rounds, passes and bytes, and the loss at the end against the rate."""
+    """Metric and loss against rounds, passes and bytes; the loss at the end against the rate."""
     scale = report.percent(metric)
     figure = f"dev {metric}" + ", %" * (scale > 1)
     axes = {"round": lambda curve: 1.0,
@@ -84,8 +84,10 @@ def _panels(names: Sequence[str], best: dict[str, Curve], every: Sequence[Curve]
 def _swatch(look: dict[str, str]) -> str:
     """A piece of a method's line."""
     dashes = {"dashed": "5 2", "dotted": "1.5 2", "dashdot": "6 2 1.5 2"}.get(look["linestyle"], "")
-    return (f'<svg viewBox="0 0 24 8"><path d="M0 4H24" stroke="{look["color"]}" stroke-width="2.5" '
-            f'stroke-dasharray="{dashes}"></path></svg>')  # fmt: skip
+    return (
+        f'<svg viewBox="0 0 24 8"><path d="M0 4H24" stroke="{look["color"]}" stroke-width="2.5" '
+        f'stroke-dasharray="{dashes}"></path></svg>'
+    )
 
 
 def _section(task: str, rows: list[Row], mark: str) -> tuple[str, str]:
@@ -118,7 +120,7 @@ def _section(task: str, rows: list[Row], mark: str) -> tuple[str, str]:
         ])  # fmt: skip
         rules.append(f"body:has(#{mark}{number}:not(:checked)) [id^='{mark}{number}-']")
     head = ["method", "best rate", "dev loss", f"dev {metric}", f"test {metric}", "seeds",
-            "diverged, at all rates", "passes a round", "sent a round", "seconds a run"]  # fmt: skip
+            "diverged", "passes a round", "sent a round", "seconds a run"]  # fmt: skip
     parts = [
         f"<h2>{html.escape(task)}</h2>",
         "<form>", page.table(lines, head), '<button type="reset">as at first</button></form>',
@@ -143,7 +145,8 @@ def comparison(rows: list[Row]) -> str:
         f"<h1>{html.escape(name)}</h1>",
         f"<p>{len(rows)} runs. Each method is shown at the learning rate with the lowest dev loss, "
         "mean and standard deviation over seeds; \"edge\" says that this is the lowest or highest "
-        "rate that was tried. Check a method to see its curves.</p>",
+        "rate that was tried. Runs that diverged are counted at all rates. Check a method to see its "
+        "curves.</p>",
         *(section for section, _ in sections),
     ]  # fmt: skip
     return page.document(name, parts, STYLE + "".join(rules for _, rules in sections))

@@ -31,7 +31,10 @@ def check(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def opened(
-    folder: Path, rows: Sequence[Row], names: Sequence[str] = (), about: Mapping[str, Any] | None = None
+    folder: Path,
+    rows: Sequence[Row],
+    names: Sequence[str] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> Iterator[Note]:
     """Give a function that adds a row to every log of a run; it is on disk when that returns.
 
