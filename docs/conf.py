@@ -4,6 +4,7 @@ Sphinx's source folder is the root of the clone, so that pages, notebooks, READM
 read where they lie, and a link that works on a code host works on the site.
 """
 
+import functools
 import inspect
 import re
 import tomllib
@@ -83,12 +84,36 @@ def _comment(owner: str, field: str) -> str:
     return found[1].rpartition("  # ")[2] if found else ""
 
 
+@functools.cache
+def _aliases() -> list[tuple[str, str]]:
+    """Long types as autodoc writes them, and what the source calls them; the longest first."""
+    import optax
+    from sphinx.util.typing import stringify_annotation
+
+    from hiso_jax import aggregators, estimators
+    from hiso_jax._engine import shapes, trees
+
+    kinds = {"ScalarOrSchedule": optax.ScalarOrSchedule, "Difference": estimators.Difference,
+             "Leaves": trees.Leaves, "Index": shapes.Index, "Number": shapes.Number,
+             "SomeKey": shapes.SomeKey, "ArrayLike": shapes.ArrayLike, "LossFn": estimators.LossFn,
+             "Function": aggregators.Function}  # fmt: skip
+    pairs = [(stringify_annotation(kind, "smart"), name) for name, kind in kinds.items()]
+    return sorted(pairs, key=lambda pair: -len(pair[0]))
+
+
 def _short(
     app: Any, what: str, name: str, thing: Any, options: Any, signature: str, to: str
 ) -> Any:
-    """Defaults that are paths are shown as text."""
+    """Types and paths in a signature as a reader knows them."""
     del app, what, name, thing, options
-    return signature and (re.sub(r"PosixPath\(('[^']*')\)", r"\1", signature), to)
+
+    def read(text: str) -> str:
+        for long, short in _aliases():
+            text = text.replace(long, short)
+        text = text.replace("~jaxlib._jax.Array", "Array").replace("jaxlib._jax.Array", "Array")
+        return re.sub(r"(?:Posix)?Path\(('[^']*')\)", r"\1", text)
+
+    return signature and (read(signature), to and read(to))
 
 
 def setup(app: Any) -> None:

@@ -111,7 +111,7 @@ def test_a_dict_of_data_sets_is_told_from_one():
 
 def dense() -> tuple[Any, Any]:
     """A dict of arrays, and a loss of it."""
-    params = {"kernel": jnp.ones((2, 1)) / 4, "bias": jnp.zeros(1)}
+    params = {"kernel": jnp.ones((2, 1)) / 4, "bias": jnp.zeros(())}
     return params, lambda p, x: x @ p["kernel"] + p["bias"]
 
 

@@ -98,13 +98,14 @@ def test_without_what_not_every_run_has(run: Path):
     assert tags.text.count(NASTY) >= 4 and "img" not in tags.seen
 
 
-def screenshot(path: Path, width: int) -> np.ndarray:
+def screenshot(path: Path, width: int, folder: Path | None = None) -> np.ndarray:
     """What a browser shows of a file, [height, width, 3]; nothing may be said in the console."""
     from matplotlib import image
 
-    picture = path.with_suffix(".png")
+    folder = path.parent if folder is None else folder
+    picture = folder / f"{path.stem}.png"
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-               "--disable-background-networking", f"--user-data-dir={path.parent / 'browser'}",
+               "--disable-background-networking", f"--user-data-dir={folder / 'browser'}",
                f"--window-size={width},2400", f"--screenshot={picture}", path.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and not re.search("CONSOLE", done.stderr), done.stderr

@@ -145,8 +145,8 @@ def comparison(rows: list[Row]) -> str:
         f"<h1>{html.escape(name)}</h1>",
         f"<p>{len(rows)} runs. Each method is shown at the learning rate with the lowest dev loss, "
         "mean and standard deviation over seeds; \"edge\" says that this is the lowest or highest "
-        "rate that was tried. Runs that diverged are counted at all rates. Check a method to see its "
-        "curves.</p>",
+        "rate that was tried. Diverged are counted at all rates.</p>",
+        "<p>Check a method to see its curves.</p>",
         *(section for section, _ in sections),
     ]  # fmt: skip
     return page.document(name, parts, STYLE + "".join(rules for _, rules in sections))
