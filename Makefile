@@ -18,8 +18,12 @@ else
   CREATE  := $(PYTHON) -m venv $(VENV)
   INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
+# make LOCKED=1: the versions of requirements.lock, not the newest.
+ifdef LOCKED
+  INSTALL += --constraint requirements.lock
+endif
 
-.PHONY: help finetune llm digits test slow notebooks lint docs parity clean
+.PHONY: help finetune llm digits test slow notebooks lint docs parity lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -56,6 +60,12 @@ docs: $(VENV)/.docs  ## the site, in docs/_build; warnings are errors
 parity: $(VENV)/.test  ## install torch, against which the models are checked
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) --no-deps accelerate==1.15.0 psutil==7.2.2
+
+lock:  ## write requirements.lock anew; needs uv
+	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header \
+	    --no-emit-index-url --extra train --extra test --extra lint --extra docs --extra secure \
+	    pyproject.toml --output-file requirements.lock
+	sed -i '1i # What development was last tried with, for make LOCKED=1. Written by make lock; not by hand.' requirements.lock
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .hypothesis .jax_cache .pytest_cache .ruff_cache docs/_build
