@@ -147,7 +147,7 @@ def test_what_is_imported_is_declared():
                 found.add(node.module.split(".")[0])
         third = found - sys.stdlib_module_names - {"hiso_jax"}
         brought = extra.get(folder_of(name_of(path)), set())
-        watching = {"tensorboardX", "wandb"} if path.stem == "logs" else set()
+        watching = {"tensorboardX"} if path.stem == "logs" else set()
         dp = {"dp_accounting"} if folder_of(name_of(path)) == "privacy" else set()
         # Shapes take the place of what jaxtyping would bring, unless that is there.
         secure = {"cryptography"} if folder_of(name_of(path)) == "secure" else set()

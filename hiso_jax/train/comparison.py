@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import color_sequences
+from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from hiso_jax._engine import files
@@ -34,8 +35,10 @@ button { margin: 0.6rem 0; }
 
 def _look(number: int) -> dict[str, str]:
     """Color and dashes of a method's curves."""
-    color = "#" + "".join(f"{round(255 * x):02x}" for x in COLORS[number % len(COLORS)])
-    return {"color": color, "linestyle": DASHES[number // len(COLORS) % len(DASHES)]}
+    return {
+        "color": to_hex(COLORS[number % len(COLORS)]),
+        "linestyle": DASHES[number // len(COLORS) % len(DASHES)],
+    }
 
 
 def _panels(names: Sequence[str], best: dict[str, Curve], every: Sequence[Curve], metric: str,

@@ -1,6 +1,7 @@
 """The rows of a run as it goes: `metrics.jsonl`, and beside it TensorBoard or Weights & Biases."""
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import shutil
@@ -100,8 +101,7 @@ def _tensorboard(folder: Path, about: Mapping[str, Any]) -> Iterator[Note]:
 @contextlib.contextmanager
 def _wandb(folder: Path, about: Mapping[str, Any]) -> Iterator[Note]:
     """A run of Weights & Biases, gone on with under the name that is kept in `wandb-id`."""
-    import wandb
-
+    wandb: Any = importlib.import_module("wandb")
     path = folder / "wandb-id"
     if not path.exists():
         with files.atomic_write(path) as part:
