@@ -154,7 +154,10 @@ def test_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with logs.opened(tmp_path, rows(2), ["wandb"], {"method": "hiso", "task": "digits"}) as note:
         note(rows(3)[-1])
     (kept,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    assert b"dev_accuracy" in kept.read_bytes()
+    until = time.monotonic() + 20  # a process of its own writes it
+    while b"dev_accuracy" not in kept.read_bytes():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_a_package_that_is_not_there_is_named_at_the_door(
