@@ -75,7 +75,8 @@ def test_every_page_is_in_the_tree():
         page = left.pop()
         seen.add(page)
         for tree in TREE.findall(page.read_text()):
-            names = [line for line in tree.splitlines() if line and line[0] != ":"]
+            lines = [line for line in tree.splitlines() if line and line[0] != ":"]
+            names = [re.sub(r".*<(.+)>", r"\1", line) for line in lines]
             for name in names:
                 found = [p for kind in (".md", ".ipynb")
                          if (p := (page.parent / f"{name}{kind}").resolve()).is_file()]  # fmt: skip
