@@ -53,9 +53,9 @@ lint: $(VENV)/.lint  ## ruff and pyright
 	$(BIN)/pyright
 
 docs: $(VENV)/.docs  ## the site, in docs/_build; warnings are errors
-	$(BIN)/python -m sphinx -W --keep-going -q -c docs . docs/_build
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . docs/_build/html
 	$(BIN)/python -m pytest -q -m slow tests/test_site.py
-	@echo "The site is in docs/_build/index.html"
+	@echo "The site is in docs/_build/html/index.html"
 
 parity: $(VENV)/.test  ## install torch, against which the models are checked
 	$(INSTALL) torch==2.13.0

@@ -1,4 +1,4 @@
-"""The site: `make docs` writes it to docs/_build. The sources are the whole clone's pages.
+"""The site: `make docs` writes it to docs/_build/html. The sources are the whole clone's pages.
 
 Sphinx's source folder is the root of the clone, so that pages, notebooks, README and CHANGELOG are
 read where they lie, and a link that works on a code host works on the site.

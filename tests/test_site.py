@@ -10,7 +10,7 @@ from tests.test_docs import public
 from tests.test_names import ROOT
 from tests.test_page import screenshot
 
-SITE = ROOT / "docs" / "_build"
+SITE = ROOT / "docs" / "_build" / "html"
 LOOKED_AT = ("docs/index", "docs/concepts", "docs/results", "docs/reference/algorithms",
              "notebooks/02_compare", "CHANGELOG")  # fmt: skip
 pytestmark = [
