@@ -169,6 +169,15 @@ def test_the_lock_has_what_is_declared():
     assert "://" not in lock and "index" not in lock
 
 
+def test_the_version_is_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^version: (.+)$", citation, re.M) == [version]
+    (date,) = re.findall(r"^date-released: (.+)$", citation, re.M)
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert next(h for h in headings if h != "Unreleased") == f"{version} - {date}"
+
+
 def test_public_names_are_documented():
     for name in hiso_jax.__all__:
         thing = getattr(hiso_jax, name)

@@ -90,8 +90,8 @@ def parts_of(folder: Path) -> tuple[dict[str, Any], dict[str, Part]]:
         saved = json.loads((folder / "options.json").read_text())
         methods = list(saved["learning_rates"])
         options = saved["options"] | {"job": saved["job"]}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        what = "is not there" if not folder.exists() else f"is no run: {type(error).__name__}"
+    except (OSError, ValueError, LookupError, TypeError):
+        what = "is no run" if folder.exists() else "is not there"
         raise ValueError(f"RUN: {folder} {what}; expected the folder of a job, which has "
                          "options.json") from None  # fmt: skip
     return options, {m: Part(folder / m if len(methods) > 1 else folder) for m in methods}
