@@ -18,8 +18,12 @@ else
   CREATE  := $(PYTHON) -m venv $(VENV)
   INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
+# make LOCKED=1: the versions of requirements.lock, not the newest.
+ifdef LOCKED
+  INSTALL += --constraint requirements.lock
+endif
 
-.PHONY: help finetune llm digits test slow notebooks lint parity clean
+.PHONY: help finetune llm digits test slow notebooks lint docs parity lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -48,12 +52,23 @@ lint: $(VENV)/.lint  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(VENV)/.docs  ## the site, in docs/_build; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . docs/_build/html
+	$(BIN)/python -m pytest -q -m slow tests/test_site.py
+	@echo "The site is in docs/_build/html/index.html"
+
 parity: $(VENV)/.test  ## install torch, against which the models are checked
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) --no-deps accelerate==1.15.0 psutil==7.2.2
 
+lock:  ## write requirements.lock anew; needs uv
+	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header \
+	    --no-emit-index-url --extra train --extra test --extra lint --extra docs --extra secure \
+	    pyproject.toml --output-file requirements.lock
+	sed -i '1i # What development was last tried with, for make LOCKED=1. Written by make lock; not by hand.' requirements.lock
+
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .hypothesis .jax_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .hypothesis .jax_cache .pytest_cache .ruff_cache docs/_build
 
 $(VENV)/.train: pyproject.toml
 	@echo "Setting up $(VENV) (about a minute) ..."
@@ -72,4 +87,8 @@ $(VENV)/.test: $(VENV)/.train
 
 $(VENV)/.lint: $(VENV)/.test
 	@$(INSTALL) --editable '.[train,test,lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	@$(INSTALL) --editable '.[train,test,docs]'
 	@touch $@

@@ -123,17 +123,30 @@ def scale_by_zeroth_order(
     trainable: trees.Trainable = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Turn losses into an ascent step by any rule; chain it with what should follow.
+    """Replace updates by an ascent step made of losses, by any rule.
 
-    Args: as `hiso`.
+    The building block of `hiso` and `zo_sgd`: put it first in a chain, and what should follow
+    behind it.
 
-    Example:
+    Examples:
       >>> import hiso_jax as hj, optax
       >>> tx = optax.chain(
       ...     hj.scale_by_zeroth_order(hj.rules.hiso()),
       ...     optax.add_decayed_weights(1e-4),
       ...     optax.scale_by_learning_rate(1e-3),
       ... )
+
+    Args:
+      rule: How scalars become a step, see `hiso_jax.rules`.
+      num_perturbations: Number of directions P of an update, as of `hiso`.
+      smoothing: Length of the finite difference mu, as of `hiso`.
+      estimator: ``"forward"``, ``"central"`` or a function, as of `hiso`.
+      distribution: Of the directions' elements, as of `hiso`.
+      trainable: Mask of the leaves that move, as of `hiso`.
+      seed: Of the noise.
+
+    Returns:
+      The corresponding ``optax.GradientTransformationExtraArgs``, called as that of `hiso`.
     """
     return _transform(
         None, rule, num_perturbations, smoothing, estimator, distribution, trainable, seed
@@ -152,39 +165,61 @@ def hiso(
     trainable: trees.Trainable = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """HiSo on one machine, as an optax transformation (arXiv 2506.02370).
+    """HiSo: zeroth-order descent along directions that are scaled by a running estimate.
 
-    The same numbers as `hiso_jax.federated_hiso` with one client and one local step.
-    Composes with ``optax.chain`` (first in it), schedules and ``inject_hyperparams`` (with
+    The loss is evaluated at the parameters x and a little way along P random directions; no
+    gradient is computed, so memory is that of evaluation. With u_p drawn anew for every update,
+    H one positive number per parameter that starts at 1, mu the smoothing and eta the learning
+    rate::
+
+      z_p   <- u_p / sqrt(H)
+      g_p   <- (f(x + mu z_p) - f(x)) / mu
+      Delta <- (1/P) sum_p g_p z_p
+      x     <- x - eta Delta
+      H     <- decay H + (1 - decay) (Delta^2 + epsilon)
+
+    The numbers are those of `hiso_jax.federated_hiso` with one client and one local step.
+    It composes with ``optax.chain`` (first in it), schedules and ``inject_hyperparams`` (with
     ``static_args=("num_perturbations",)``). For what needs a gradient tree (``optax.partition``,
     ``MultiSteps``, ``apply_if_finite``) use `value_and_grad`.
 
+    Examples:
+      >>> import hiso_jax as hj, jax.numpy as jnp, optax
+      >>> def f(params): return (params["w"] ** 2).sum()  # simple quadratic function
+      >>> solver = hj.hiso(learning_rate=0.01, num_perturbations=10)
+      >>> params = {"w": jnp.array([1., 2., 3.])}
+      >>> opt_state = solver.init(params)
+      >>> for _ in range(3):
+      ...     updates, opt_state = solver.update(None, opt_state, params, value_fn=f)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(f(params) < opt_state.value < 14)
+      True
+
+    References:
+      Li et al, `Converge Faster, Talk Less: Hessian-Informed Federated Zeroth-Order Optimization
+      <https://arxiv.org/abs/2506.02370>`_, 2025
+
     Args:
-      learning_rate: float, or optax schedule of the update count.
-      num_perturbations: P >= 1; an update costs P + 1 forward passes (``"central"``: 2 P).
-      smoothing: finite-difference step mu > 0.
-      decay, epsilon: of the curvature average, see `hiso_jax.rules.hiso`.
+      learning_rate: A global scaling factor, either fixed or evolving along iterations with a
+        schedule, see ``optax.scale_by_learning_rate``.
+      num_perturbations: Number of directions P >= 1; an update costs P + 1 forward passes
+        (``"central"``: 2 P).
+      smoothing: Length of the finite difference mu > 0.
+      decay: Weight of the old estimate, see `hiso_jax.rules.hiso`.
+      epsilon: A small constant added to the squared steps.
       estimator: ``"forward"``, ``"central"`` or a function.
       distribution: ``"normal"``, ``"near_normal"`` or ``"rademacher"``; see
         `hiso_jax.directions.draw`.
-      trainable: mask as in `hiso_jax.trees.select`; updates of other leaves are zero.
-      seed: of the noise.
+      trainable: Mask as in `hiso_jax.trees.select`; updates of other leaves are zero.
+      seed: Of the noise.
 
     Returns:
-      A transformation whose update is called ``tx.update(None, state, params,
-      value_fn=value_fn)`` with ``value_fn(params) -> float32 scalar``. The loss at hand is
-      ``state.value``.
+      The corresponding ``optax.GradientTransformationExtraArgs``. Its update is called as
+      ``update(None, state, params, value_fn=value_fn)`` with ``value_fn(params) -> float32
+      scalar``. The loss at hand is ``state.value``.
 
-    Example:
-      >>> import hiso_jax as hj, jax.numpy as jnp, optax
-      >>> params = {"w": jnp.ones(3)}
-      >>> value_fn = lambda params: (params["w"] ** 2).sum()
-      >>> tx = hj.hiso(0.1)
-      >>> opt_state = tx.init(params)
-      >>> updates, opt_state = tx.update(None, opt_state, params, value_fn=value_fn)
-      >>> params = optax.apply_updates(params, updates)
-      >>> float(opt_state.value)
-      3.0
+    Raises:
+      ValueError: An option is out of its range; or, of the update, gradients are given.
     """
     rule = rules.hiso(decay, epsilon)
     return _transform(
@@ -202,7 +237,40 @@ def zo_sgd(
     trainable: trees.Trainable = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Zeroth-order SGD; with its defaults, MeZO (arXiv 2305.17333). Args: as `hiso`."""
+    """Zeroth-order stochastic gradient descent; with its defaults, MeZO.
+
+    With u_p drawn anew for every update, mu the smoothing and eta the learning rate::
+
+      g_p <- (f(x + mu u_p) - f(x - mu u_p)) / (2 mu)
+      x   <- x - (eta / P) sum_p g_p u_p
+
+    Examples:
+      >>> import hiso_jax as hj, jax.numpy as jnp, optax
+      >>> def f(params): return (params["w"] ** 2).sum()  # simple quadratic function
+      >>> solver = hj.zo_sgd(optax.linear_schedule(0.05, 0.0, 10), num_perturbations=8)
+      >>> params = {"w": jnp.array([1., 2., 3.])}
+      >>> opt_state = solver.init(params)
+      >>> updates, opt_state = solver.update(None, opt_state, params, value_fn=f)
+      >>> bool(f(optax.apply_updates(params, updates)) < 14)
+      True
+
+    References:
+      Malladi et al, `Fine-Tuning Language Models with Just Forward Passes
+      <https://arxiv.org/abs/2305.17333>`_, 2023
+
+    Args:
+      learning_rate: A global scaling factor, either fixed or evolving along iterations with a
+        schedule, see ``optax.scale_by_learning_rate``.
+      num_perturbations: Number of directions P of an update, as of `hiso`.
+      smoothing: Length of the finite difference mu, as of `hiso`.
+      estimator: ``"forward"``, ``"central"`` or a function, as of `hiso`.
+      distribution: Of the directions' elements, as of `hiso`.
+      trainable: Mask of the leaves that move, as of `hiso`.
+      seed: Of the noise.
+
+    Returns:
+      The corresponding ``optax.GradientTransformationExtraArgs``, called as that of `hiso`.
+    """
     rule = rules.identity()
     return _transform(
         learning_rate, rule, num_perturbations, smoothing, estimator, distribution, trainable, seed
@@ -220,23 +288,33 @@ def value_and_grad(
 ) -> GradFn:
     """Like ``jax.value_and_grad``, but the gradient is estimated from losses alone.
 
-    The estimate ``(1/P) sum_p scalar_p u_p`` is unbiased for the gradient of the smoothed
-    loss and feeds any optax chain: adam, partition, MultiSteps, apply_if_finite.
+    The estimate ``(1/P) sum_p g_p u_p`` is unbiased for the gradient of the smoothed loss and
+    feeds any optax chain: adam, partition, MultiSteps, apply_if_finite.
 
-    Args: as `hiso`, and `loss_fn(params, batch) -> float32 scalar`, which need not be
-      differentiable.
-
-    Returns:
-      ``(params, batch, key) -> (value, grads)``; use a new key for every call. `grads` has
-      the structure and dtypes of `params`; leaves that are not trainable get zeros.
-
-    Example:
+    Examples:
       >>> import hiso_jax as hj, jax, jax.numpy as jnp
-      >>> loss_fn = lambda params, batch: ((params["w"] - batch) ** 2).sum()
-      >>> value, grads = hj.value_and_grad(loss_fn, num_perturbations=8)(
+      >>> def f(params, batch): return ((params["w"] - batch) ** 2).sum()
+      >>> value, grads = hj.value_and_grad(f, num_perturbations=8)(
       ...     {"w": jnp.zeros(3)}, jnp.ones(3), jax.random.key(0))
       >>> float(value), grads["w"].shape
       (3.0, (3,))
+
+    References:
+      Nesterov and Spokoiny, `Random Gradient-Free Minimization of Convex Functions
+      <https://doi.org/10.1007/s10208-015-9296-2>`_, 2017
+
+    Args:
+      loss_fn: A function of (params, batch) that returns a float32 scalar; it need not be
+        differentiable.
+      num_perturbations: Number of directions P of an estimate, as of `hiso`.
+      smoothing: Length of the finite difference mu, as of `hiso`.
+      estimator: ``"forward"``, ``"central"`` or a function, as of `hiso`.
+      distribution: Of the directions' elements, as of `hiso`.
+      trainable: Mask of the leaves that get an estimate, as of `hiso`.
+
+    Returns:
+      A function ``(params, batch, key) -> (value, grads)``; use a new key for every call. `grads`
+      has the structure and dtypes of `params`; leaves that are not trainable get zeros.
     """
     perturbations = checks.count("num_perturbations", num_perturbations)
     checks.number("smoothing", smoothing, 0, above=True)

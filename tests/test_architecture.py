@@ -147,11 +147,35 @@ def test_what_is_imported_is_declared():
                 found.add(node.module.split(".")[0])
         third = found - sys.stdlib_module_names - {"hiso_jax"}
         brought = extra.get(folder_of(name_of(path)), set())
+        watching = {"tensorboardX"} if path.stem == "logs" else set()
         dp = {"dp_accounting"} if folder_of(name_of(path)) == "privacy" else set()
         # Shapes take the place of what jaxtyping would bring, unless that is there.
         secure = {"cryptography"} if folder_of(name_of(path)) == "secure" else set()
         shapes = {"jaxtyping"} if path.stem == "shapes" else set()
-        assert third <= core | brought | dp | secure | shapes, path
+        assert third <= core | brought | dp | secure | shapes | watching, path
+
+
+def test_the_lock_has_what_is_declared():
+    """A version of everything that development needs, and no word of where it comes from."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + [
+        x for n in ("train", "test", "lint", "docs") for x in extras[n]
+    ]
+    name = lambda text: re.split(r"[^\w-]", text)[0].lower().replace("_", "-")  # noqa: E731
+    lock = (ROOT / "requirements.lock").read_text()
+    pinned = set(re.findall(r"^([\w.-]+)==", lock, re.M))
+    assert {name(x) for x in wanted} - {"hiso-jax"} <= pinned
+    assert "://" not in lock and "index" not in lock
+
+
+def test_the_version_is_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^version: (.+)$", citation, re.M) == [version]
+    (date,) = re.findall(r"^date-released: (.+)$", citation, re.M)
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert next(h for h in headings if h != "Unreleased") == f"{version} - {date}"
 
 
 def test_public_names_are_documented():

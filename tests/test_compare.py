@@ -34,6 +34,8 @@ def test_a_grid_is_run_once_and_grown(tmp_path: Path, capsys: pytest.CaptureFixt
     first = finish(start("compare", *GRID, "--out", str(path), environment=dict(os.environ)))
     assert "DeComFL" in first and "FedAvg" in first
     rows = results.read(path)
+    page = path.with_suffix(".html").read_text()
+    assert str(path.with_suffix(".html")) in first and page.count('type="checkbox"') == 2
     assert sorted((r["method"], r["learning_rate"]) for r in rows) == [
         ("decomfl", 0.04), ("fedavg", 0.04)]  # fmt: skip
     assert all([point[0] for point in r["curve"]] == [0, 3, 6] for r in rows)
@@ -51,8 +53,11 @@ def test_a_grid_is_run_once_and_grown(tmp_path: Path, capsys: pytest.CaptureFixt
     assert redone["method"] == cut["method"]
     assert redone["curve"] == cut["curve"]  # the same run, in another process
     picture = tmp_path / "all.png"
-    results.main(results.Results(rows=(path,), picture=picture, where=("rounds=6",)))
+    again_page = tmp_path / "again.html"
+    given = results.Results(rows=(path,), picture=picture, where=("rounds=6",), page=again_page)
+    results.main(given)
     assert "| DeComFL | " in capsys.readouterr().out and picture.stat().st_size > 10_000
+    assert again_page.read_text().count('type="checkbox"') == 2
     # Rows of another model, which would be compared with those of this one.
     other = [r | {"curve": [[0, 1.01 * r["curve"][0][1], 0.1], *r["curve"][1:]]} for r in
              map(json.loads, lines)]  # fmt: skip

@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def test_sites_that_do_not_fit_are_named_and_do_not_count(flare: Flare):
         ({"site-2": "another base", "site-3": "another algorithm"},
          {"site-2": "another base model: its digest is", "site-3": "smoothing is 0.001 there and 0.002 here"}),
         ({"site-2": "another version", "site-3": "10 MB"},
-         {"site-2": "another version of hiso-jax: 0.1.0 there, 0.0.9 here",
+         {"site-2": f"another version of hiso-jax: {metadata.version('hiso-jax')} there, 0.0.9 here",
           "site-3": "expected 20 bytes after its head, got 10000012"}),
         ({"site-2": "NaN", "site-3": "raises"},
          {"site-2": "expected finite ones, got [[nan, nan]]", "site-3": "FileNotFoundError on its machine"}),

@@ -14,7 +14,7 @@ import pytest
 from hiso_jax.train import page, report
 
 NASTY = '<script>alert("x")</script> & $\\frac$ {braces} ü'
-VOID = {"meta", "img", "br", "path", "use", "rect"}
+VOID = {"meta", "img", "br", "path", "use", "rect", "input"}
 
 
 class Tags(html.parser.HTMLParser):
@@ -98,20 +98,26 @@ def test_without_what_not_every_run_has(run: Path):
     assert tags.text.count(NASTY) >= 4 and "img" not in tags.seen
 
 
+def screenshot(path: Path, width: int, folder: Path | None = None) -> np.ndarray:
+    """What a browser shows of a file, [height, width, 3]; nothing may be said in the console."""
+    from matplotlib import image
+
+    folder = path.parent if folder is None else folder
+    picture = folder / f"{path.stem}.png"
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+               "--disable-background-networking", f"--user-data-dir={folder / 'browser'}",
+               f"--window-size={width},2400", f"--screenshot={picture}", path.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not re.search("CONSOLE", done.stderr), done.stderr
+    return image.imread(picture)[..., :3]
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 400])
 def test_a_browser_shows_it(run: Path, width: int):
-    """It opens, the curves are there, and nothing is said in the console."""
-    path, picture = page.write(run), run / "shot.png"
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-               "--disable-background-networking", f"--user-data-dir={run / 'browser'}",
-               f"--window-size={width},2400", f"--screenshot={picture}", path.as_uri()]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and not re.search("CONSOLE", done.stderr), done.stderr
-    from matplotlib import image
-
-    pixels = image.imread(picture)[..., :3]
+    """It opens, and the curves are there."""
+    pixels = screenshot(page.write(run), width)
     blue, orange = np.array([0x1F, 0x77, 0xB4]) / 255, np.array([0xFF, 0x7F, 0x0E]) / 255
     for color in (blue, orange):  # of the curves; thin lines are blended with the white beside
         assert (np.abs(pixels - color).max(-1) < 0.35).sum() > 50

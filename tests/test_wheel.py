@@ -22,7 +22,7 @@ from hiso_jax.train.cli import COMMANDS
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-OTHERS = {"tests", "experiments", "benchmarks", "notebooks", "docs"}
+OTHERS = {"tests", "experiments", "benchmarks", "notebooks", "docs", "contrib"}
 METHOD = """
 import jax.numpy as jnp
 
@@ -93,8 +93,9 @@ def built(away: Path) -> tuple[Path, Path]:
     )
     shutil.copytree(ROOT, away / "source", ignore=unwanted)
     tools = environment(away, "tools")
-    call(tools / "python", "-m", "pip", "install", "build", cwd=away)
+    call(tools / "python", "-m", "pip", "install", "build", "twine", cwd=away)
     call(tools / "python", "-m", "build", "--outdir", away / "dist", away / "source", cwd=away)
+    call(tools / "python", "-m", "twine", "check", "--strict", *(away / "dist").iterdir(), cwd=away)
     (source,) = (away / "dist").glob("*.tar.gz")
     (wheel,) = (away / "dist").glob("*.whl")
     print(f"{wheel.name}: {wheel.stat().st_size:,} bytes; {source.stat().st_size:,} as source")

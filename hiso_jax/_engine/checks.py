@@ -2,6 +2,7 @@
 
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 from jax.core import Tracer
 
 from hiso_jax._engine.shapes import Array, ArrayLike, Float, Number, Real
+
+_WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+", re.ASCII)
 
 
 def is_concrete(x: Any) -> bool:
@@ -69,6 +72,32 @@ def is_missing(value: Any) -> bool:
         return not isinstance(value, np.ndarray)
 
 
+def spell(value: Any) -> str | None:
+    """The text of a label or name in data, without white space around it; None if it is missing.
+
+    Missing are None, NaN and empty text. Floats that are whole numbers are written as those.
+
+    Raises:
+      ValueError: a list, an object or bytes are neither.
+
+    Example:
+      >>> spell(1), spell(1.0), spell("1.0"), spell(" up "), spell("01"), spell(True)
+      ('1', '1', '1', 'up', '01', 'True')
+      >>> spell(None), spell(""), spell(float("nan")), spell("NA")
+      (None, None, None, 'NA')
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (list, tuple, dict, bytes, np.ndarray)):
+        raise ValueError(f"expected text, a number or a truth value, got {value!r:.60}")
+    if is_missing(value):
+        return None
+    text = str(value).strip()
+    whole = _WHOLE.fullmatch(text)
+    text = whole[1] if whole else text
+    return {"-0": "0"}.get(text, text) or None
+
+
 def client(argument: str, value: Any) -> str:
     """Return a client's name as text, which is what ledgers and servers keep.
 
@@ -98,6 +127,20 @@ def clients(argument: str, values: Iterable[Any]) -> list[str]:
     if not given:
         raise ValueError(f"{argument}: expected at least one client, got none")
     return list(given)
+
+
+def groups(argument: str, names: Iterable[Any]) -> dict[str, np.ndarray]:
+    """The numbers of the examples of each name, in order of appearance, each ascending.
+
+    Raises:
+      ValueError: an example has no name, or one that is no text, number or truth value.
+    """
+    own: dict[str, list[int]] = {}
+    for number, value in enumerate(names):
+        if (name := spell(value)) is None:
+            raise ValueError(f"{argument}: example {number} has none, got {value!r}")
+        own.setdefault(name, []).append(number)
+    return {name: np.array(numbers) for name, numbers in own.items()}
 
 
 def batches(loss_fn: Callable[..., Any], params: Any, batches: Any, steps: int) -> None:

@@ -53,13 +53,19 @@ class _Gradient(NamedTuple):
     forward_passes: int
 
 
+def _schedule(rate: optax.ScalarOrSchedule) -> Callable[[jax.Array], jax.Array]:
+    """A learning rate as a function of the round."""
+    of = rate if callable(rate) else lambda round: rate
+    return lambda round: jnp.asarray(of(round), jnp.float32)
+
+
 def _build(
     name: str,
     loss_fn: LossFn,
     learning_rate: optax.ScalarOrSchedule,
     gradient: _Gradient,
     server: Callable[[Any], optax.GradientTransformation] | None,
-    client_rate: float | None,
+    client_rate: optax.ScalarOrSchedule | None,
     local_steps: int,
     trainable: trees.Trainable,
 ) -> Baseline:
@@ -71,8 +77,8 @@ def _build(
       client_rate: of the clients' SGD; None takes the learning rate.
     """
     steps = checks.count("local_steps", local_steps)
-    rate_of = learning_rate if callable(learning_rate) else lambda round: learning_rate
-    rate_at = lambda round: jnp.asarray(rate_of(round), jnp.float32)  # noqa: E731
+    rate_at = _schedule(learning_rate)
+    client_rate_at = rate_at if client_rate is None else _schedule(client_rate)
     optimizer = optax.identity() if server is None else server(rate_at)
     chosen = lambda params: trees.select(params, trainable)  # noqa: E731
 
@@ -84,7 +90,7 @@ def _build(
         count = len(jax.tree.leaves(batches)[0])
         weights = jnp.ones(count) if weights is None else jnp.asarray(weights, jnp.float32)
         leaves, rate = chosen(state.params), rate_at(state.round)
-        own_rate = rate if client_rate is None else jnp.float32(client_rate)
+        own_rate = client_rate_at(state.round)
         key = jax.random.fold_in(state.key, state.round)
 
         def client(total: trees.Leaves, inputs: Any) -> tuple[trees.Leaves, jax.Array]:
@@ -143,7 +149,7 @@ def first_order(
     *,
     local_steps: int = 1,
     trainable: trees.Trainable = None,
-    client_learning_rate: float = 1e-2,
+    client_learning_rate: optax.ScalarOrSchedule = 1e-2,
 ) -> Baseline:
     """FedAvg, FedAdam, FedYogi or FedAdagrad.
 
@@ -153,10 +159,11 @@ def first_order(
     Args:
       name: ``"fedavg"`` or one of `SERVERS`.
       loss_fn: as of `hiso_jax.scalar_algorithm`, and differentiable.
-      learning_rate: of the server's optimizer; of the clients' SGD for FedAvg.
+      learning_rate: of the server's optimizer, of the clients' SGD for FedAvg; a float, or an
+        optax schedule of the round.
       local_steps: K.
       trainable: mask, as in `hiso_jax.trees.select`.
-      client_learning_rate: of the clients' SGD where the server has an optimizer.
+      client_learning_rate: likewise of the clients' SGD where the server has an optimizer.
     """
     checks.choice("name", name, ("fedavg", *SERVERS))
     server, rate = SERVERS.get(name), None if name == "fedavg" else client_learning_rate

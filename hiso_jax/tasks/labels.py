@@ -9,38 +9,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
-from hiso_jax._engine import checks
+from hiso_jax._engine.checks import spell
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
-_WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+", re.ASCII)
-
-
-def spell(value: Any) -> str | None:
-    """The text of a label, without white space around it; None if it is missing.
-
-    Missing are None, NaN and empty text. Floats that are whole numbers are written as those.
-
-    Raises:
-      ValueError: a list, an object or bytes are no label.
-
-    Example:
-      >>> spell(1), spell(1.0), spell("1.0"), spell(" up "), spell("01"), spell(True)
-      ('1', '1', '1', 'up', '01', 'True')
-      >>> spell(None), spell(""), spell(float("nan")), spell("NA")
-      (None, None, None, 'NA')
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, (list, tuple, dict, bytes, np.ndarray)):
-        raise ValueError(f"expected text, a number or a truth value, got {value!r:.60}")
-    if checks.is_missing(value):
-        return None
-    text = str(value).strip()
-    whole = _WHOLE.fullmatch(text)
-    text = whole[1] if whole else text
-    return {"-0": "0"}.get(text, text) or None
 
 
 def key(text: str) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from hiso_jax._engine import checks
-from hiso_jax.tasks import labels
 
 
 def iid(count: int, clients: int, seed: int = 0) -> list[np.ndarray]:
@@ -54,7 +53,7 @@ def dirichlet_draws(labels: Any, clients: int, alpha: float, seed: int = 0) -> l
 
     Where `dirichlet` cuts a label's examples in proportion to the shares, these counts are
     multinomial around them, and a client may get nothing. With many examples the two agree. The
-    figures of digits and MNIST in docs/results.md are of this one.
+    figures of digits and MNIST in docs/lab/results.md are of this one.
 
     Args:
       labels: integers [N].
@@ -109,12 +108,7 @@ def natural(names: Sequence[Any]) -> dict[str, np.ndarray]:
       >>> natural(["ann", "bob", "ann"])
       {'ann': array([0, 2]), 'bob': array([1])}
     """
-    own: dict[str, list[int]] = {}
-    for number, value in enumerate(names):
-        if (name := labels.spell(value)) is None:
-            raise ValueError(f"names: example {number} has none, got {value!r}")
-        own.setdefault(name, []).append(number)
-    return {name: np.array(numbers) for name, numbers in own.items()}
+    return checks.groups("names", names)
 
 
 def train_dev_test(

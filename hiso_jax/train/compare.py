@@ -3,7 +3,8 @@
 Every combination of methods, learning rates, seeds and what else is varied is one run and
 one JSON line, appended when the run is over; runs that are in the file are skipped, so a
 comparison can be stopped and gone on with, and grown. What is run is said by options, or by
-a file, see `hiso_jax.train.grids`. `hiso results` draws it.
+a file, see `hiso_jax.train.grids`. A page beside the rows has its curves; `hiso results` has
+tables and figures.
 """
 
 import concurrent.futures
@@ -24,7 +25,7 @@ import numpy as np
 from hiso_jax import federation
 from hiso_jax._engine import checks
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import depth, grids, job, methods, report, results, rows
+from hiso_jax.train import comparison, depth, grids, job, methods, report, results, rows
 from hiso_jax.train.options import TASKS, build, defaults, varied
 from hiso_jax.train.progress import duration
 from hiso_jax.train.rows import Row
@@ -304,3 +305,7 @@ def cli() -> None:
         found = run(options)
         if not options.dry_run:
             report.console.print(results.table(found))
+        if found:
+            path = plan(options).out.with_suffix(".html")
+            comparison.write(found, path)
+            report.say("The curves, with methods to choose among: ", str(path))

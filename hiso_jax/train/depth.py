@@ -3,7 +3,7 @@
 The look takes scalars along directions of the last 1, 2, 4, ... layers and of everything, on the
 batches of one round. Per direction, the decrease of the loss at the best rate goes with the mean
 square of a scalar over the trace of the curvature. That ratio was found to change little with the
-number of layers (docs/results.md), so the fewest layers are the best buy, for they cost the
+number of layers (docs/lab/results.md), so the fewest layers are the best buy, for they cost the
 smallest share of a pass, as long as enough is to be learned there: at least `ENOUGH` of the squared
 derivative along directions of everything.
 """

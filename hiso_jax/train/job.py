@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 
 import hiso_jax as hj
 from hiso_jax import federation
-from hiso_jax._engine import files, meshes
+from hiso_jax._engine import meshes
 from hiso_jax.federation import baselines
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import depth, folders, measure, methods, page, report, resume, settings
+from hiso_jax.train import depth, folders, logs, measure, methods, page, report, resume, settings
 from hiso_jax.train.progress import duration
 from hiso_jax.train.report import console
 from hiso_jax.train.settings import COMPARED, Options, settle
@@ -97,9 +97,8 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
         traffic = resume.account(options, problem, alg, ledger, size)
         if not rows:
             rows.append({"round": 0, "dev_loss": base.dev[0], f"dev_{metric}": base.dev[1]})
-        with files.atomic_write(folder / "metrics.jsonl") as part:
-            part.write_text("".join(report.dumps(row) + "\n" for row in rows))
-        log = stack.enter_context(open(folder / "metrics.jsonl", "a"))
+        about = {"task": problem.name} | dataclasses.asdict(options)
+        note = stack.enter_context(logs.opened(folder, rows, options.log, about))
         done, last_dev = ledger.rounds, [r[f"dev_{metric}"] for r in rows if "dev_loss" in r][-1]
         task = bar.add_task(
             methods.title(options.method), total=options.rounds, completed=done, status="compiling"
@@ -130,8 +129,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
                     row.update({"dev_loss": dev[0], f"dev_{metric}": dev[1]})
                     last_dev = dev[1]
                 # The row comes first: a record without its row could not be given one later.
-                log.write(report.dumps(row) + "\n")
-                log.flush()
+                note(row)
                 rows.append(row)
                 ledger.append(
                     step.metrics.record,

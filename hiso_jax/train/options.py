@@ -77,7 +77,7 @@ def settings(options: job.Options) -> Row:
     """All options that a run's figures depend on."""
     left_out = {
         "out", "resume", "distributed", "compare", "mesh", "snapshot_every", "data", "answers",
-        "beside",
+        "beside", "log",
     }  # fmt: skip
     kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
     for name in ("upper_directions", "upper_layers"):  # one depth is a number in a row
@@ -93,6 +93,7 @@ def settings(options: job.Options) -> Row:
 
 ELSEWHERE = {
     "method", "learning_rate", "seed", "out", "resume", "compare", "distributed", "data", "columns",
+    "log",
 }  # fmt: skip
 """Options of a job that are none to vary: a grid has its own, or no run depends on them."""
 

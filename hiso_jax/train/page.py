@@ -38,6 +38,10 @@ CLIENTS = 60
 """Clients that are drawn by name; of more, only how often they took part."""
 
 
+class Markup(str):
+    """Text that is HTML already, where other text is escaped."""
+
+
 def svg(picture: Any) -> str:
     """A picture as part of a page."""
     import matplotlib
@@ -54,6 +58,8 @@ def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
     """Rows as a table; numbers stand to the right."""
 
     def cell(value: Any) -> str:
+        if isinstance(value, Markup):
+            return f"<td>{value}</td>"
         number = isinstance(value, int | float) and not isinstance(value, bool)
         shown = f"{value:,.6g}" if isinstance(value, float) else str(value)
         return f"<td{' class=number' * number}>{html.escape(shown)}</td>"
@@ -190,11 +196,16 @@ def page(folder: Path) -> str:
         "<h2>Settings</h2>",
         table(sorted(settings.items())),
     ]
-    head = f"<title>{html.escape(name)}: {html.escape(summary['task'])}</title>"
+    return document(f"{name}: {summary['task']}", parts)
+
+
+def document(title: str, parts: Iterable[str], style: str = "") -> str:
+    """Parts of HTML as a file that needs nothing else."""
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{head}'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{html.escape(title)}</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<style>{STYLE}{style}</style></head><body>{''.join(parts)}</body></html>\n"
     )
 
 

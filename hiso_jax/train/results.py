@@ -324,6 +324,8 @@ class Results:
     """Methods to draw; by default all."""
     picture: Path | None = None
     """Where to draw the figure, a PNG."""
+    page: Path | None = None
+    """Where to write a page with the curves, of methods to choose among: an HTML file."""
 
 
 def main(options: Results) -> None:
@@ -340,6 +342,10 @@ def main(options: Results) -> None:
     show(*(pivot(rows) if options.pivot else summary(rows, options.by, baseline)))
     if options.picture:
         draw(rows, str(rows[0]["task"]), options.picture, options.only, options.by)
+    if options.page:
+        from hiso_jax.train import comparison  # which needs this module
+
+        comparison.write(rows, options.page)
 
 
 def cli() -> None:

@@ -15,7 +15,7 @@ import jax
 
 from hiso_jax import directions
 from hiso_jax._engine import checks
-from hiso_jax.train import report
+from hiso_jax.train import logs, report
 from hiso_jax.train.report import console
 
 COMPARED = ("hiso", "decomfl")
@@ -77,6 +77,8 @@ class Options:
     """Examples of dev, and of test, that are measured on at most; 0 for all."""
     snapshot_every: int = 50
     """Rounds between snapshots; a resumed run replays at most as many."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where rounds are written to beside metrics.jsonl; each needs its own package."""
     mesh: tuple[int, int] | None = None
     """Devices for clients, and for parts of the model: 8 1 has eight with the whole model."""
     distributed: str | None = None
@@ -261,6 +263,7 @@ def check(options: Options) -> None:
         raise ValueError(f"--method: --compare runs HiSo and DeComFL, got {options.method}")
     if options.out.resolve() == Path().resolve():
         raise ValueError(f"--out: expected a folder of its own, got {str(options.out)!r}")
+    logs.check(options.log)
     for size in options.mesh or ():
         checks.count("--mesh", size)
     if options.out.exists() and not options.out.is_dir():
