@@ -266,23 +266,30 @@ def loss(params: Any, batch: Any) -> jax.Array:
     return ((params["w"] - batch["x"].mean(0)) ** 2).mean()
 
 
-def test_the_experiment_charges_the_client_that_is_drawn_most():
-    from experiments.private import Private, own_rounds, table, terms
+def test_the_experiment_spends_the_budget_and_chooses_on_dev():
+    """With clients in turns, each of whom answers for its own rounds; the table tells what ran."""
+    from experiments import private as experiment
 
-    options = Private(clients=5, clients_per_round=2, rounds=20)
-    most = own_rounds(CLIENTS, options.rounds, options.clients_per_round, seed=0)
-    assert most > 20 * 2 / 5  # a random draw is not balanced
-    for kind in ("central", "local"):
-        promised = terms(options, kind, 8.0, most)
-        accountant = privacy.Accountant(options.delta)
-        assert promised.mechanism is not None
-        for round in range(options.rounds):
-            accountant.check(promised.mechanism.event, CLIENTS.sample(2, round, 0), 8.0)
-            accountant.spend(promised.mechanism.event, CLIENTS.sample(2, round, 0))
-        assert 7.9 < accountant.epsilon() <= 8.0
-    row = dict(kind="central", epsilon=8.0, seed=0)
-    rows = [row | dict(learning_rate=rate, accuracy=rate) for rate in (0.1, 0.2)]
-    assert table(rows)[1][:3] == ["central", "8", "0.2"]
+    size = experiment.Size(5, 2, 4)
+    options = experiment.Private(rounds=20)
+    most = experiment.own_rounds(CLIENTS, options.rounds, size.asked, seed=0)
+    assert most == 20 * 2 // 4  # of five, two rounds of two make a turn
+    for kind, both in (("central", 1), ("local", 2)):
+        cell = experiment.Cell("mnist", size, kind, 8.0)
+        added, charged = experiment.noises(options, cell, most)
+        assert 7.9 < privacy.epsilon_of({(charged, 1.0): most}, options.delta) <= 8.0
+        alone = privacy.epsilon_of({(added / both / 2**0.5, 1.0): most}, options.delta)
+        # The sum of two local noises: each client has its own, for any other data.
+        assert (alone == pytest.approx(8.0, rel=0.02)) == (kind == "local")
+    rows = [
+        experiment._row(options, cell, seed, dict(clip=2.0, learning_rate=rate))
+        | dict(dev=0.5 + rate * (seed == 0), test=0.9 - rate)
+        for cell in [experiment.Cell("mnist", experiment.SIZES["mnist"][0], "none", 0.0)]
+        for rate in (0.1, 0.2)
+        for seed in range(3)
+    ]
+    (line,) = experiment.table(options, rows)[1:]
+    assert line[3:] == ["none", "none", "2", "0.2", "3", "70.0 ± 0.0", ""]
 
 
 @pytest.mark.parametrize("terms", [privacy.Terms(masked=True), DISTRIBUTED, dataclasses.replace(CENTRAL, epsilon=None)],

@@ -7,6 +7,7 @@ promised (`hiso_jax.privacy.Terms`) is in the header, what was released in the r
 import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +54,8 @@ class PrivateServer(Server):
       state: as of `Server`.
       ledger: whose header has `privacy`: the config of `hiso_jax.privacy.Terms`.
       secret: of a central mechanism and its draw, from `hiso_jax.privacy.secret`.
-      directory: Ed25519 public keys [32] of the clients' sites by name, for masked rounds.
+      directory: Ed25519 public keys [32] of the clients' sites by name, for masked rounds; who
+        is added later counts from then on.
 
     Raises:
       ValueError: the terms need a secret or a directory that is not given, or the algorithm
@@ -91,7 +93,7 @@ class PrivateServer(Server):
         if self.terms.masked and directory is None:
             raise ValueError("directory: masked rounds need the sites' public keys, got None")
         super().__init__(algorithm, state, ledger)
-        self._secret, self._directory = secret, directory
+        self._secret, self.directory = secret, directory
         self.accountant = accountant_of(ledger)
         self.masked: secure.Server | None = None
         self._released: tuple[dict[str, Any], dict[str, float]] | None = None
@@ -130,26 +132,31 @@ class PrivateServer(Server):
         self._asked = dict.fromkeys(drawn or [_NOBODY])
         return drawn
 
-    def mask(self, threshold: int = 0, degree: int | None = None) -> secure.Server:
+    def mask(
+        self, threshold: int = 0, degree: int | None = None, names: Iterable[str] | None = None
+    ) -> secure.Server:
         """The masked session of the round that is open; `close` takes its sum.
 
         Args:
           threshold: as of `hiso_jax.secure.Session`.
           degree: the same.
+          names: of those among the asked that take part in the session; all by default. A sum is
+            revealed of as many of the asked as without.
 
         Raises:
           RuntimeError: no round is open, or it has a session.
-          ValueError: replies of this run are not masked.
+          ValueError: replies of this run are not masked; or there are too few names for a sum.
         """
         if not self._asked or self.masked is not None:
             raise RuntimeError("mask: expected a round that is open and has no session")
-        if not self.terms.masked or self._directory is None:
+        if not self.terms.masked or self.directory is None:
             raise ValueError("mask: the ledger says that replies of this run are not masked")
         steps, width = self.algorithm.spec.sent
-        session = secure.Session(run_name(self.ledger), self.round, tuple(self._asked),
-                                 steps * width + 1, threshold, degree,
-                                 self.terms.least)  # fmt: skip
-        self.masked = secure.Server(session, self._directory)
+        roster = tuple(self._asked if names is None else names)
+        least = self.terms.least or secure.two_thirds(len(self._asked))
+        session = secure.Session(run_name(self.ledger), self.round, roster,
+                                 steps * width + 1, threshold, degree, least)  # fmt: skip
+        self.masked = secure.Server(session, self.directory)
         return self.masked
 
     def reply(self, name: Any, round: int, scalars: Any, weight: float = 1.0) -> bool:
@@ -318,18 +325,16 @@ class Simulated:
           hiso_jax.privacy.BudgetSpent: the round would exceed the budget; nothing is released.
         """
         terms, shape = self.terms, scalars.shape[1:]
-        answered = [i for i, weight in enumerate(weights) if weight > 0]
+        answered = np.flatnonzero(np.asarray(weights) > 0)
+        there = [names[i] for i in answered]
         event = terms.mechanism and terms.mechanism.event
         if event is not None and terms.epsilon is not None:
-            self.accountant.check(event, [names[i] for i in answered], terms.epsilon)
-        vectors = {
-            names[i]: terms.contribute(
-                scalars[i], client=names[i], round=round, weight=weights[i],
-                secret=self._own(b"noise", names[i]),
-            )
-            for i in answered
-        }  # fmt: skip
-        total = self._masked(round, names, vectors) if terms.masked else None
+            self.accountant.check(event, there, terms.epsilon)
+        given = terms.contribute_all(
+            scalars[answered], there, round, partial(self._own, b"noise"), weights[answered]
+        )
+        vectors = dict(zip(there, given, strict=True))
+        total = self._masked(round, len(names), vectors) if terms.masked else None
         if not terms.masked and vectors:
             total = terms.grid.add(list(vectors.values()))
         if total is None:
@@ -344,18 +349,18 @@ class Simulated:
         return hmac.digest(self._secret, purpose + b" of " + name.encode(), "sha256")
 
     def _masked(
-        self, round: int, names: list[str], vectors: Mapping[str, np.ndarray]
+        self, round: int, asked: int, vectors: Mapping[str, np.ndarray]
     ) -> np.ndarray | None:
-        for name in names:
+        """The sum over those that answer, who are the roster, as real sites are; None: too few."""
+        least = max(2, self.terms.least or secure.two_thirds(asked))
+        if len(vectors) < least:
+            return None
+        for name in vectors:
             if name not in self._sites:
                 self._sites[name] = self._own(b"site", name)
                 self._directory[name] = secure.site_public(self._sites[name])
-        length = len(next(iter(vectors.values()))) if vectors else 1
-        session = secure.Session(self._run, round, tuple(names), length, 0,
-                                 self._degree, self.terms.least)  # fmt: skip
-        try:
-            total, there = secure.run(session, vectors, self._sites, self._directory)
-        except secure.TooFew:
-            return None
+        length = len(next(iter(vectors.values())))
+        session = secure.Session(self._run, round, tuple(vectors), length, 0, self._degree, least)
+        total, there = secure.run(session, vectors, self._sites, self._directory)
         self.terms.check_sum(total, len(there))
         return total

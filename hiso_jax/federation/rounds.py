@@ -70,7 +70,7 @@ def run(
       batch_size: B, examples of a client in a local step.
       local_steps: K.
       seed: of who takes part with which examples; independent of the noise.
-      sampling: ``"uniform"`` or ``"size"``, see `Clients.sample`.
+      sampling: ``"uniform"``, ``"size"`` or ``"balanced"``, see `Clients.sample`.
       dropout: chance in [0, 1] that a client that was asked does not answer. A round nobody
         answers moves nothing; its record is NaN.
       prepare: what is done to batches [C, K, B, ...] before they are computed with.

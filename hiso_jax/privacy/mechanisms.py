@@ -7,7 +7,7 @@ mechanism, the grid it works on and the budget: what a ledger's header says of p
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Self
 
@@ -247,16 +247,43 @@ class Terms:
         Raises:
           ValueError: scalars, weight or secret are out of range; names the client.
         """
+        secret_of = lambda name: secret  # noqa: E731
+        given = np.asarray(scalars)[None]
+        return self.contribute_all(given, [client], round, secret_of, [weight])[0]
+
+    def contribute_all(
+        self,
+        scalars: Any,
+        clients: Sequence[str],
+        round: int,
+        secret_of: Callable[[str], bytes | None],
+        weights: Sequence[Any],
+    ) -> list[np.ndarray]:
+        """`contribute` of many clients at once, where one machine has them all.
+
+        Args:
+          scalars: [C, K, P], finite.
+          clients: names, [C].
+          round: its number.
+          secret_of: a client's secret by its name, asked if it adds noise.
+          weights: [C].
+        """
         mechanism = self.mechanism
         if mechanism is None:
-            return self.grid.encode(scalars, weight, client)
-        if weight != 1:
-            raise ValueError(f"weight: client {client!r}: weights multiply what one client can "
-                             f"change; under a mechanism expected 1, got {weight!r}")  # fmt: skip
-        whole = fixed.clip(scalars, mechanism.clip, self.grid, client)
+            return [self.grid.encode(*one) for one in zip(scalars, weights, clients, strict=True)]
+        for client, weight in zip(clients, weights, strict=True):
+            if weight != 1:
+                raise ValueError(
+                    f"weight: client {client!r}: weights multiply what one client can "
+                    f"change; under a mechanism expected 1, got {weight!r}"
+                )
+        whole = fixed.clip_all(scalars, mechanism.clip, self.grid, clients)
         if mechanism.kind == "central":
-            return whole
-        return self._noised(whole, secret, b"client", client.encode(), round)
+            return list(whole)
+        return [
+            self._noised(own, secret_of(client), b"client", client.encode(), round)
+            for own, client in zip(whole, clients, strict=True)
+        ]
 
     def release(self, total: np.ndarray, *, round: int, secret: bytes | None = None) -> np.ndarray:
         """The sum that may be shown, int64 [K P + 1]; a central mechanism adds its noise.
