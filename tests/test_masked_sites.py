@@ -29,6 +29,7 @@ NAMES = parties.NAMES
 ALGORITHM = parties.algorithm()
 TERMS = privacy.Terms(masked=True)
 NOISY = privacy.Terms.of(privacy.distributed(2.0, 4.0, clients=3, least=2), epsilon=50.0)
+CENTRAL = privacy.Terms.of(privacy.central(2.0, 4.0, clients=3), epsilon=50.0)
 
 
 def certified(
@@ -77,7 +78,12 @@ class Net:
 
     def site(self, name: str, folder: Path | None = None, **given: Any) -> Any:
         journal = None if folder is None else folder / name
-        return parties.site(name, ALGORITHM, masks=masks(name, self.terms, journal, **given))
+        return parties.site(
+            name,
+            ALGORITHM,
+            privacy=self.terms.config,
+            masks=masks(name, self.terms, journal, **given),
+        )
 
     def send(self, name: str, message: bytes) -> None:
         parsed = wire.parse(message, self.host.run, (1, 2), (1, 2))
@@ -154,10 +160,10 @@ def test_a_site_that_is_gone_at_any_step_is_out_of_the_sum(
 
 def test_a_vector_is_given_once_also_by_a_process_that_has_begun_again(tmp_path: Path):
     """The server lost the round it was in: who has given a vector for it gives no other one."""
-    net = Net(folder=tmp_path, threshold=2)
+    net = Net(folder=tmp_path)
     net.lost = lambda name, step: step == b"M"
     assert net.round().reported == {}
-    again = Net(folder=tmp_path, threshold=2)
+    again = Net(folder=tmp_path)
     closed = again.round()
     assert closed.reported == {} and set(closed.faults) == set(NAMES)
     assert all(why.startswith("SecureError on its machine") for why in closed.faults.values())

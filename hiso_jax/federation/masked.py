@@ -22,6 +22,8 @@ from hiso_jax.federation.private import PrivateServer
 from hiso_jax.secure.session import KEYS, MASKED, REVEALED, SHARES
 
 log = logging.getLogger(__name__)
+NEIGHBORS = 32
+"""Of a site, at most; see `hiso_jax.secure.Session`."""
 BEGIN = b"B"
 """What the first step down is: the session. The others are what the server makes of K, S and M."""
 
@@ -114,8 +116,8 @@ class MaskedHost(Host):
       send: as of `Host`.
       authority: certificate of who has provisioned the sites, PEM.
       base: as of `Host`.
-      threshold: shares that unmask a client, as of `hiso_jax.secure.Session`.
-      degree: neighbors of a client, the same.
+      threshold: fewest sites that a sum is revealed of, and shares that unmask one, of all; by
+        default more than two thirds, and each site has 32 neighbors at most.
       patience: seconds that each of the four steps waits for those who do not answer.
 
     Raises:
@@ -131,7 +133,6 @@ class MaskedHost(Host):
         authority: bytes,
         base: Any = None,
         threshold: int = 0,
-        degree: int | None = 32,
         patience: float = 60.0,
     ):
         if not server.terms.masked or not isinstance(server.directory, MutableMapping):
@@ -140,7 +141,7 @@ class MaskedHost(Host):
         super().__init__(server, send, base=base)
         self._credentials: dict[str, bytes] = {}
         self._directory, self._authority = server.directory, authority
-        self._threshold, self._degree = threshold, degree
+        self._threshold = threshold
         self._patience = checks.number("patience", patience, 0, above=True)
 
     def _measured(self, name: str, message: wire.Reply) -> None:
@@ -171,7 +172,8 @@ class MaskedHost(Host):
             lost |= self._asked.keys() - self._done
             self._done |= lost
         self._credentials = {}
-        masked = self.server.mask(self._threshold, self._degree, there)
+        few = self._threshold
+        masked = self.server.mask(few, None if few else NEIGHBORS, there, least=few)
         session = masked.session
         about = dict(run=session.run, names=list(session.names), threshold=session.threshold,
                      degree=session.degree, least=session.least)  # fmt: skip

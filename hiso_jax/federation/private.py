@@ -133,15 +133,20 @@ class PrivateServer(Server):
         return drawn
 
     def mask(
-        self, threshold: int = 0, degree: int | None = None, names: Iterable[str] | None = None
+        self,
+        threshold: int = 0,
+        degree: int | None = None,
+        names: Iterable[str] | None = None,
+        least: int = 0,
     ) -> secure.Server:
         """The masked session of the round that is open; `close` takes its sum.
 
         Args:
           threshold: as of `hiso_jax.secure.Session`.
           degree: the same.
-          names: of those among the asked that take part in the session; all by default. A sum is
-            revealed of as many of the asked as without.
+          names: of those among the asked that take part in the session; all by default.
+          least: fewest clients that a sum is revealed of, if the terms do not say it; by default
+            two thirds of the asked, whoever takes part.
 
         Raises:
           RuntimeError: no round is open, or it has a session.
@@ -153,7 +158,7 @@ class PrivateServer(Server):
             raise ValueError("mask: the ledger says that replies of this run are not masked")
         steps, width = self.algorithm.spec.sent
         roster = tuple(self._asked if names is None else names)
-        least = self.terms.least or secure.two_thirds(len(self._asked))
+        least = self.terms.least or least or secure.two_thirds(len(self._asked))
         session = secure.Session(run_name(self.ledger), self.round, roster,
                                  steps * width + 1, threshold, degree, least)  # fmt: skip
         self.masked = secure.Server(session, self.directory)
@@ -287,6 +292,7 @@ class Simulated:
       run: what it is called, as of `run_name`.
       accountant: of the rounds before.
       degree: as of `hiso_jax.secure.Session`.
+      least: as of `PrivateServer.mask`.
 
     Example:
       >>> import numpy as np
@@ -304,8 +310,10 @@ class Simulated:
         run: str,
         accountant: privacy.Accountant | None = None,
         degree: int | None = 32,
+        least: int = 0,
     ):
-        self.terms, self._secret, self._run, self._degree = terms, secret, run, degree
+        self.terms, self._secret, self._run = terms, secret, run
+        self._degree, self._least = degree, least
         self.accountant = privacy.Accountant(terms.delta) if accountant is None else accountant
         self._sites: dict[str, bytes] = {}
         self._directory: dict[str, bytes] = {}
@@ -352,7 +360,7 @@ class Simulated:
         self, round: int, asked: int, vectors: Mapping[str, np.ndarray]
     ) -> np.ndarray | None:
         """The sum over those that answer, who are the roster, as real sites are; None: too few."""
-        least = max(2, self.terms.least or secure.two_thirds(asked))
+        least = max(2, self.terms.least or self._least or secure.two_thirds(asked))
         if len(vectors) < least:
             return None
         for name in vectors:

@@ -7,7 +7,7 @@ process does; none is trusted before the server has been told its digest.
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +37,13 @@ class Site:
       folder: for snapshots; each run has a folder of its own in it. None: nothing is kept.
       snapshot_every: rounds between snapshots.
       on_end: called once with the state after the last round.
+      privacy: what the run promises, the config of `hiso_jax.privacy.Terms`.
       masks: of a run whose replies are masked: this client's side of it.
 
     Raises:
       ValueError: the algorithm has no name for a part of it, so that no two parties could know
-        that they have the same; or `snapshot_every` is no count.
+        that they have the same; `snapshot_every` is no count; or what is promised, and masks, do
+        not go together.
 
     Example:
       >>> import hiso_jax as hj, jax, jax.numpy as jnp
@@ -70,14 +72,17 @@ class Site:
         folder: str | os.PathLike[str] | None = None,
         snapshot_every: int = 50,
         on_end: Callable[[State], Any] = lambda state: None,
+        privacy: Mapping[str, Any] | None = None,
         masks: "Masks | None" = None,
     ):
         self.algorithm, self._begin, self._batches = algorithm, begin, batches
         self._every = checks.count("snapshot_every", snapshot_every)
         self._on_end, self._ended = on_end, False
         state = begin()
+        if bool(privacy and privacy["masked"]) != (masks is not None):
+            raise ValueError(f"masks: needed where replies are masked, and only there; got {masks}")
         self._masks = masks
-        self.header = headers.describe(algorithm, state, None, masks and masks.terms.config)
+        self.header = headers.describe(algorithm, state, None, privacy)
         self.run = wire.identity(self.header)
         self.folder = None if folder is None else Path(folder) / self.run.hex()
         options = exact.compiler_options()

@@ -7,13 +7,14 @@ from typing import Any
 from hiso_jax import privacy, secure
 
 
-def terms(options: Any, draws: Iterable[list[str]]) -> privacy.Terms | None:
+def terms(options: Any, draws: Iterable[list[str]], least: int = 0) -> privacy.Terms | None:
     """What the ledger of a run is to say, with the noise that its rounds need; None: nothing.
 
     Args:
       options: of a job, with ``secure``, ``epsilon``, ``delta``, ``clip``, ``clients_per_round``.
       draws: who is asked, round by round, which the public seed tells beforehand: the client that
         is drawn most must not give away more than epsilon.
+      least: fewest clients that a masked sum is revealed of; by default two thirds.
 
     Raises:
       ImportError: a budget needs the extra ``dp``.
@@ -27,7 +28,7 @@ def terms(options: Any, draws: Iterable[list[str]]) -> privacy.Terms | None:
                               asked=asked, own_rounds=most)  # fmt: skip
     if options.secure:
         mechanism = privacy.distributed(options.clip, noise, clients=asked,
-                                        least=secure.two_thirds(asked))  # fmt: skip
+                                        least=least or secure.two_thirds(asked))  # fmt: skip
     else:
         mechanism = privacy.central(options.clip, noise, clients=asked)
     return privacy.Terms.of(mechanism, options.epsilon, options.delta)

@@ -302,6 +302,9 @@ def _check_private(options: Options) -> None:
                 raise ValueError(f"--{name}: needed, for --epsilon and --clip go together")
             checks.number(f"--{name}", getattr(options, name), 0, above=True)
         checks.number("--delta", options.delta, 0, 1, above=True)
+        if options.upper_directions == "auto":
+            raise ValueError("--upper-directions: auto looks at clients' data before a run, which "
+                             "no noise hides; with --epsilon give numbers")  # fmt: skip
         if importlib.util.find_spec("dp_accounting") is None:
             raise ValueError("--epsilon needs dp-accounting: pip install 'hiso-jax[dp]'")
     if not options.secure:
