@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from hiso_jax import privacy, secure
 from hiso_jax._engine import checks
+from hiso_jax.algorithm import Spec
 from hiso_jax.federation.server import Server
 from hiso_jax.ledger import header as headers
 from hiso_jax.ledger.store import Ledger
@@ -44,6 +46,27 @@ def accountant_of(ledger: Ledger, delta: float | None = None) -> privacy.Account
     """What a ledger's rows have given away, for whoever has the ledger."""
     delta = terms_of(ledger).delta if delta is None else delta
     return privacy.Accountant.of(ledger.events(), ledger.records().reported, delta)
+
+
+def _side_by_side(
+    spec: Spec, terms: privacy.Terms, vectors: Mapping[int, tuple[str, np.ndarray]], round: int,
+    secret: bytes | None,
+) -> np.ndarray:  # fmt: skip
+    """The record of clients with directions of their own: each is released by itself.
+
+    Args:
+      spec: of the algorithm.
+      terms: with a mechanism.
+      vectors: place among the asked -> name, and what `Terms.contribute` gave.
+      round: its number.
+      secret: the server's.
+    """
+    clients = spec.directions.clients or 1
+    scalars = np.zeros((clients, *spec.sent), np.float32)
+    for slot, (name, vector) in vectors.items():
+        shown = terms.release(vector, round=round, secret=secret, client=name)
+        scalars[slot] = clients * terms.decode(shown, spec.sent)
+    return np.asarray(spec.combine.aggregator(jnp.asarray(scalars), jnp.ones(clients)))
 
 
 class PrivateServer(Server):
@@ -239,6 +262,8 @@ class PrivateServer(Server):
         mechanism, shape = self.terms.mechanism, self.ledger.shape
         secret_draw = mechanism is not None and mechanism.rate is not None
         names = [name for name in self._asked if name in self._replies]
+        if self.algorithm.spec.directions.clients is not None:
+            return self._combine_own(names, minimum)
         if self.terms.masked:
             total, names = self._unmasked(minimum)
         elif len(names) >= minimum:
@@ -258,6 +283,19 @@ class PrivateServer(Server):
         event = None if mechanism is None else mechanism.event
         self._released = None if event is None else (event, reported)
         return record, reported, event
+
+    def _combine_own(
+        self, names: list[str], minimum: int
+    ) -> tuple[np.ndarray, dict[str, float], dict[str, Any] | None]:
+        self._released = None
+        if len(names) < minimum or self.terms.mechanism is None:
+            return np.full(self.ledger.shape, np.nan, np.float32), {}, None
+        slots = {name: slot for slot, name in enumerate(self._asked)}
+        vectors = {slots[name]: (name, self._replies[name][0]) for name in names}
+        record = _side_by_side(self.algorithm.spec, self.terms, vectors, self.round, self._secret)
+        reported = {name: self._replies[name][1] for name in names}
+        self._released = self.terms.mechanism.event, reported
+        return record, reported, self._released[0]
 
     def _unmasked(self, minimum: int) -> tuple[np.ndarray | None, list[str]]:
         # Closed before the session has come to its end, the round is void: nothing was revealed.
@@ -319,7 +357,12 @@ class Simulated:
         self._directory: dict[str, bytes] = {}
 
     def __call__(
-        self, round: int, names: list[str], scalars: np.ndarray, weights: np.ndarray
+        self,
+        round: int,
+        names: list[str],
+        scalars: np.ndarray,
+        weights: np.ndarray,
+        own: Spec | None = None,
     ) -> Summed:
         """The record of a round, masked and with noise as the terms say.
 
@@ -328,6 +371,7 @@ class Simulated:
           names: who was asked.
           scalars: [C, K, P].
           weights: [C], 0 for those who do not answer.
+          own: of an algorithm whose clients have directions of their own: nothing is added up.
 
         Raises:
           hiso_jax.privacy.BudgetSpent: the round would exceed the budget; nothing is released.
@@ -342,13 +386,18 @@ class Simulated:
             scalars[answered], there, round, partial(self._own, b"noise"), weights[answered]
         )
         vectors = dict(zip(there, given, strict=True))
+        reported = {name: float(vector[-1]) for name, vector in vectors.items()}
+        if own is not None and vectors and event is not None:
+            self.accountant.spend(event, reported)
+            slots = dict(zip(answered.tolist(), vectors.items(), strict=True))
+            return Summed(_side_by_side(own, terms, slots, round, self._secret), reported, event)
         total = self._masked(round, len(names), vectors) if terms.masked else None
         if not terms.masked and vectors:
             total = terms.grid.add(list(vectors.values()))
         if total is None:
+            shape = shape if own is None else own.record
             return Summed(np.full(shape, np.nan, np.float32), {}, None)
         released = terms.release(total, round=round, secret=self._secret)
-        reported = {name: float(vector[-1]) for name, vector in vectors.items()}
         if event is not None:
             self.accountant.spend(event, reported)
         return Summed(terms.decode(released, shape), reported, event)

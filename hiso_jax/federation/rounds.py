@@ -145,7 +145,8 @@ def _round_of_sums(algorithm: Algorithm, summed: Any) -> Step:
         usable = np.where(finite, weights, 0)
         record, reported, event = np.full(spec.record, np.nan, np.float32), {}, None
         if spec.combine.nonfinite == "exclude" or (finite | (weights == 0)).all():
-            record, reported, event = summed(round, names, scalars, usable)
+            own = {} if spec.directions.clients is None else {"own": spec}
+            record, reported, event = summed(round, names, scalars, usable, **own)
         there = np.array([reported.get(name, 0.0) for name in names], np.float32)
         mean = jnp.asarray(np.nan, losses.dtype)
         if terms.mechanism is not None:

@@ -203,10 +203,13 @@ class Terms:
         Args:
           spec: a `hiso_jax.Spec`.
 
+        Clients with directions of their own are warned about: their scalars are never added up, so
+        each client's have all the noise that a sum would have had, and the same epsilon.
+
         Raises:
           ValueError: its aggregator is no mean: a median or Krum depends on single clients in
-            ways that no noise on a sum hides; or clients have directions of their own, whose
-            scalars are never added up.
+            ways that no noise on a sum hides; or clients have directions of their own, and only a
+            sum is protected.
         """
         if (name := spec.combine.aggregator.config) != "mean()" and (
             spec.directions.clients is None
@@ -215,15 +218,17 @@ class Terms:
                              f"mean(), got {name}")  # fmt: skip
         if spec.directions.clients is None:
             return
-        if self.masked or self.mechanism is None or self.mechanism.kind != "local":
+        if self.masked or self.mechanism is None or self.mechanism.rate is not None:
             raise ValueError(
-                f"per_client_directions: {spec.directions.clients} clients with directions of "
-                "their own are never added up, and a mask or noise on a sum does not hide them; "
-                "use shared directions and a larger num_perturbations"
+                f"per_client_directions: scalars of {spec.directions.clients} clients with "
+                "directions of their own are never added up, so a mask hides nothing, and their "
+                "places show whom a secret draw has drawn; use shared directions and a larger "
+                "num_perturbations"
             )
         warnings.warn(
-            "per_client_directions: every client's scalars are released by themselves; at the same "
-            "epsilon shared directions have as many times the signal as clients take part",
+            "per_client_directions: every client's scalars are released by themselves, each with "
+            "the noise of a whole sum; at the same epsilon shared directions have as many times "
+            "the squared signal over noise as clients take part",
             UserWarning, stacklevel=3,
         )  # fmt: skip
 
@@ -285,17 +290,20 @@ class Terms:
             for own, client in zip(whole, clients, strict=True)
         ]
 
-    def release(self, total: np.ndarray, *, round: int, secret: bytes | None = None) -> np.ndarray:
+    def release(
+        self, total: np.ndarray, *, round: int, secret: bytes | None = None, client: str = ""
+    ) -> np.ndarray:
         """The sum that may be shown, int64 [K P + 1]; a central mechanism adds its noise.
 
         Args:
           total: int64 [K P + 1].
           round: its number.
           secret: the server's.
+          client: whose it is, where it is no sum: directions of the clients' own.
         """
         if self.mechanism is None or self.mechanism.kind != "central":
             return total
-        return self._noised(total, secret, b"server", b"", round)
+        return self._noised(total, secret, b"server", client.encode(), round)
 
     def decode(self, total: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """The record of a released sum, float32 [K, P].
