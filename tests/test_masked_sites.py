@@ -78,12 +78,7 @@ class Net:
 
     def site(self, name: str, folder: Path | None = None, **given: Any) -> Any:
         journal = None if folder is None else folder / name
-        return parties.site(
-            name,
-            ALGORITHM,
-            privacy=self.terms.config,
-            masks=masks(name, self.terms, journal, **given),
-        )
+        return parties.site(name, ALGORITHM, promised=masks(name, self.terms, journal, **given))
 
     def send(self, name: str, message: bytes) -> None:
         parsed = wire.parse(message, self.host.run, (1, 2), (1, 2))

@@ -262,8 +262,7 @@ class Host:
         return not stop()
 
     def _gather(self, stop: Callable[[], bool], gone: Callable[[str], bool]) -> bool:
-        """What there is to do between the answers and the record; False if it was stopped."""
-        del stop, gone
+        """What there is to do between answers and record; False if it was stopped."""
         return True
 
     def _ask(self, name: str) -> None:
@@ -298,8 +297,8 @@ class Host:
         if isinstance(ask, wire.Step):
             payload = sum(map(len, ask.parts))
         else:
-            payload = ask.records.nbytes + (0 if ask.rates is None else ask.rates.nbytes)
-            payload += len(ask.snapshot or b"")
+            payload = ask.records.nbytes + len(ask.snapshot or b"")
+            payload += 0 if ask.rates is None else ask.rates.nbytes
         with self._changed:
             self._count(name, payload_down=payload, down=len(message))
         try:
@@ -353,7 +352,6 @@ class Host:
         return None
 
     def _measured(self, name: str, message: wire.Reply) -> None:
-        """Take what a client has measured at the state of the open round."""
         if message.scalars is None:
             return self._fault(name, "a reply without scalars")
         self._count(name, payload_up=message.scalars.nbytes + 8)

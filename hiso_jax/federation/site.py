@@ -7,7 +7,7 @@ process does; none is trusted before the server has been told its digest.
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from hiso_jax._engine import checks, exact
 from hiso_jax.federation import wire
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.ledger import header as headers
+from hiso_jax.privacy import Terms
 from hiso_jax.protocol import Algorithm, State
 
 if TYPE_CHECKING:
@@ -37,13 +38,12 @@ class Site:
       folder: for snapshots; each run has a folder of its own in it. None: nothing is kept.
       snapshot_every: rounds between snapshots.
       on_end: called once with the state after the last round.
-      privacy: what the run promises, the config of `hiso_jax.privacy.Terms`.
-      masks: of a run whose replies are masked: this client's side of it.
+      promised: of privacy; where replies are masked, this client's side of it.
 
     Raises:
       ValueError: the algorithm has no name for a part of it, so that no two parties could know
-        that they have the same; `snapshot_every` is no count; or what is promised, and masks, do
-        not go together.
+        that they have the same; `snapshot_every` is no count; or masks are promised, and none
+        are given.
 
     Example:
       >>> import hiso_jax as hj, jax, jax.numpy as jnp
@@ -72,17 +72,19 @@ class Site:
         folder: str | os.PathLike[str] | None = None,
         snapshot_every: int = 50,
         on_end: Callable[[State], Any] = lambda state: None,
-        privacy: Mapping[str, Any] | None = None,
-        masks: "Masks | None" = None,
+        promised: "Terms | Masks | None" = None,
     ):
         self.algorithm, self._begin, self._batches = algorithm, begin, batches
         self._every = checks.count("snapshot_every", snapshot_every)
         self._on_end, self._ended = on_end, False
         state = begin()
-        if bool(privacy and privacy["masked"]) != (masks is not None):
-            raise ValueError(f"masks: needed where replies are masked, and only there; got {masks}")
-        self._masks = masks
-        self.header = headers.describe(algorithm, state, None, privacy)
+        terms = promised if isinstance(promised, Terms | None) else promised.terms
+        self._masks = None if isinstance(promised, Terms | None) else promised
+        if terms is not None and terms.masked and self._masks is None:
+            raise ValueError(
+                "promised: replies are masked; expected hiso_jax.federation.masked.Masks"
+            )
+        self.header = headers.describe(algorithm, state, None, terms and terms.config)
         self.run = wire.identity(self.header)
         self.folder = None if folder is None else Path(folder) / self.run.hex()
         options = exact.compiler_options()
@@ -123,15 +125,15 @@ class Site:
         spec = self.algorithm.spec
         ask = wire.parse(message, self.run, spec.sent, spec.record)
         masks = self._masks
-        if not isinstance(ask, wire.Ask) and (masks is None or not isinstance(ask, wire.Step)):
-            raise wire.WireError(f"message: expected to be asked, got {type(ask).__name__}")
         try:
             if masks is not None and isinstance(ask, wire.Step):
                 return self._pack(masks.answer(ask))
-            return self._pack(self._answer(ask))
+            if isinstance(ask, wire.Ask):
+                return self._pack(self._answer(ask))
         except Exception as error:
-            log.exception("round %d: this client cannot answer", ask.round)
+            log.exception("this client cannot answer %s", type(ask).__name__)
             return self._pack(wire.Failed(type(error).__name__))
+        raise wire.WireError(f"message: expected to be asked, got {type(ask).__name__}")
 
     def _pack(self, message: wire.Message) -> bytes:
         return wire.pack(message, self.run)

@@ -240,7 +240,7 @@ def _parse_step(body: bytes) -> Step:
         at += 4 + size
     if at != len(body):
         raise WireError(f"message: a step of {len(body)} bytes is cut off")
-    return Step(*_APART.unpack_from(body), tuple(parts))
+    return Step(_APART.unpack_from(body)[0], tuple(parts))
 
 
 def _inflate(body: bytes) -> dict[str, Any]:

@@ -58,13 +58,13 @@ def _kit(fl_ctx: FLContext) -> Path:
     return Path(fl_ctx.get_workspace().get_startup_kit_dir())
 
 
-def _masks(plan: Plan, folder: Path, name: str, kit: Path) -> Any:
-    """A site's side of masked rounds, whose key its certificate vouches for; None: there are none.
+def _promised(plan: Plan, folder: Path, name: str, kit: Path) -> Any:
+    """A site's side of what a job promises: of masked rounds, a key that its certificate proves.
 
     Journal and secret are in the folder that outlives the job.
     """
     if (terms := plan.terms) is None or not terms.masked:
-        return None
+        return terms
     from hiso_jax import secure  # needs the extra `secure`
     from hiso_jax.federation import masked
 
@@ -343,8 +343,7 @@ class HisoExecutor(Executor):
                 local.folder / "snapshots",
                 plan.snapshot_every,
                 lambda state: self._keep(party, local.folder, state),
-                plan.privacy,
-                _masks(plan, local.folder, name, _kit(fl_ctx)),
+                _promised(plan, local.folder, name, _kit(fl_ctx)),
             )
             self.log_info(fl_ctx, f"at round {self._site.round} of run {self._site.run.hex()}")
         return self._site
