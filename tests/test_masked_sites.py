@@ -129,6 +129,34 @@ def test_masked_sites_and_a_simulation_write_one_ledger(terms: privacy.Terms):
     assert all(len(m) < 40 or b"hsa1" in m for _, m in net.seen)  # nobody's scalars
 
 
+def test_a_trusted_server_adds_noise_to_what_sites_send():
+    """The same ledger as a simulation with its secret; a site that promises nothing is named."""
+    begin = lambda: parties.begin(ALGORITHM)  # noqa: E731
+    secret = bytes(range(32))
+    ledgers = [hj.Ledger.create(":memory:", ALGORITHM, begin(), None, CENTRAL.config) for _ in "ab"]
+    server = private.PrivateServer(ALGORITHM, begin(), ledgers[0], secret=secret)
+    sites = {name: parties.site(name, ALGORITHM, promised=CENTRAL) for name in NAMES}
+    send = lambda name, message: host.receive(name, sites[name].answer(message))  # noqa: E731
+    host = federation.Host(server, send)
+    summed = private.Simulated(CENTRAL, secret, "run")
+    for number, report in enumerate(federation.run(
+        ALGORITHM, begin(), parties.everybody(), rounds=3, clients_per_round=3,
+        batch_size=parties.BATCH, prepare=parties.one, summed=summed,
+    )):  # fmt: skip
+        ledgers[1].append(report.metrics.record, hj.digest(report.state), None, report.reported,
+                          report.event)  # fmt: skip
+        assert host.conduct(federation.draw(NAMES, 3, number), 5.0).faults == {}
+    ours, theirs = (ledger.records() for ledger in ledgers)
+    assert ours.scalars.tobytes() == theirs.scalars.tobytes()
+    assert (ours.digests, ours.reported) == (theirs.digests, theirs.reported)
+    assert ledgers[0].events() == ledgers[1].events() == [CENTRAL.mechanism.event] * 3
+    sites["site-2"] = parties.site("site-2", ALGORITHM)
+    closed = host.conduct(NAMES, 5.0)
+    assert "something else is promised of privacy" in closed.faults["site-2"]
+    with pytest.raises(ValueError, match="promised: replies are masked"):
+        parties.site("site-2", ALGORITHM, promised=TERMS)
+
+
 @pytest.mark.parametrize("step, left, silent", [
     (b"A", 2, ["site-2"]), (b"B", 2, ["site-2"]), (b"K", 2, ["site-2"]), (b"S", 2, ["site-2"]),
     (b"M", 3, []),  # its vector had come
