@@ -52,6 +52,8 @@ CLIPS = {"mnist": (2.0, 8.0), "sst2": (16.0, 64.0)}
 Without noise there is that one, or none at all."""
 STEPS = (0.32, 1.28, 5.12, 20.48)
 """Clip times learning rate, of the first look."""
+FURTHER = 3
+"""Times that the search goes on where the best rate is the lowest or highest of those tried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +231,7 @@ def best(rows: list[dict[str, Any]]) -> Point:
 
 
 def tune(options: Private, cell: Cell, add: Any, rows: list[dict[str, Any]]) -> None:
-    """The runs of a cell that there is no row of: the same number in every cell."""
+    """The runs of a cell that there is no row of: all cells are searched in the same way."""
 
     def run(seed: int, points: list[Point]) -> list[dict[str, Any]]:
         wanted = [_row(options, cell, seed, point) for point in points]
@@ -247,12 +249,24 @@ def tune(options: Private, cell: Cell, add: Any, rows: list[dict[str, Any]]) -> 
     seen = run(0, [dict(clip=c, learning_rate=s / by) for c, by in clips for s in STEPS])
     top = best(seen)
     seen += run(0, [top | {"learning_rate": top["learning_rate"] * f} for f in (0.5, 2.0)])
+    for _ in range(FURTHER):
+        if not edge(seen, top := best(seen)):
+            break
+        seen += run(0, [top | {"learning_rate": top["learning_rate"] * f} for f in (0.5, 2.0)])
     for seed in range(1, options.seeds):
         run(seed, [best(seen)])
 
 
-def _found(options: Private, rows: list[dict[str, Any]]) -> Iterator[tuple[Cell, Point, Any]]:
-    """Cells that have rows, with what was chosen and its test accuracies."""
+def edge(rows: list[dict[str, Any]], top: Point) -> bool:
+    """Whether no rate below, or none above the chosen one was tried with its clip."""
+    rates = [r["learning_rate"] for r in rows if r["clip"] == top["clip"] and r["seed"] == 0]
+    return top["learning_rate"] in (min(rates), max(rates))
+
+
+def _found(
+    options: Private, rows: list[dict[str, Any]]
+) -> Iterator[tuple[Cell, Point, np.ndarray, bool]]:
+    """Cells that have rows: what was chosen, its test accuracies, whether it is at an edge."""
     for cell in cells(options):
         named = _row(options, cell, 0, {})
         own = [r for r in rows if all(r.get(k) == v for k, v in named.items() if k != "seed")]
@@ -260,7 +274,7 @@ def _found(options: Private, rows: list[dict[str, Any]]) -> Iterator[tuple[Cell,
             continue
         top = best(own)
         chosen = [r for r in own if all(r[k] == v for k, v in top.items())]
-        yield cell, top, np.array([r["test"] for r in chosen])
+        yield cell, top, np.array([r["test"] for r in chosen]), edge(own, top)
 
 
 def table(options: Private, rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -268,7 +282,7 @@ def table(options: Private, rows: list[dict[str, Any]]) -> list[list[str]]:
     lines = [["task", "clients", "a round", "noise", "epsilon", "clip", "learning rate", "seeds",
               "test accuracy, %", "below none"]]  # fmt: skip
     plain: dict[tuple[str, Size], float] = {}
-    for cell, top, tests in _found(options, rows):
+    for cell, top, tests, last in _found(options, rows):
         tests = 100 * tests
         if not cell.epsilon:
             plain[cell.task, cell.size] = tests.mean()
@@ -277,7 +291,8 @@ def table(options: Private, rows: list[dict[str, Any]]) -> list[list[str]]:
         clip = "none" if top["clip"] is None else f"{top['clip']:g}"
         lines.append([
             cell.task, f"{cell.size.clients:,}", f"{cell.size.asked:,}", cell.kind,
-            f"{cell.epsilon:g}" if cell.epsilon else "none", clip, f"{top['learning_rate']:g}",
+            f"{cell.epsilon:g}" if cell.epsilon else "none", clip,
+            f"{top['learning_rate']:g}" + " (edge)" * last,
             str(len(tests)), results.spread(tests, "{:.1f}".format), below,
         ])  # fmt: skip
     return lines
@@ -291,13 +306,13 @@ def draw(options: Private, rows: list[dict[str, Any]], path: Path) -> None:
     for axis, task in zip(np.atleast_1d(picture.subplots(1, len(tasks))), tasks, strict=True):
         for color, size in zip(("C0", "C1", "C2"), SIZES[task], strict=False):
             for kind, style in (("central", "-"), ("local", ":")):
-                own = sorted((c.epsilon, 100 * t.mean(), 100 * t.std()) for c, _, t in found
+                own = sorted((c.epsilon, 100 * t.mean(), 100 * t.std()) for c, _, t, _ in found
                              if (c.task, c.size, c.kind) == (task, size, kind))  # fmt: skip
                 if own:
                     label = f"{size.clients:,}, {'sum' if kind == 'central' else 'local'}"
                     axis.errorbar(*zip(*own, strict=True), color=color, linestyle=style,
                                   marker=".", label=label)  # fmt: skip
-            for cell, _, tests in found:
+            for cell, _, tests, _ in found:
                 if (cell.task, cell.size, cell.kind) == (task, size, "none"):
                     axis.axhline(100 * tests.mean(), color=color, linestyle="--", linewidth=0.8)
         axis.set(xscale="log", xlabel=f"epsilon at delta = {options.delta:g}",

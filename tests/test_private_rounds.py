@@ -322,7 +322,7 @@ def test_the_experiment_spends_the_budget_and_chooses_on_dev():
         for seed in range(3)
     ]
     (line,) = experiment.table(options, rows)[1:]
-    assert line[3:] == ["none", "none", "2", "0.2", "3", "70.0 ± 0.0", ""]
+    assert line[3:] == ["none", "none", "2", "0.2 (edge)", "3", "70.0 ± 0.0", ""]
 
 
 @pytest.mark.parametrize("terms", [privacy.Terms(masked=True), DISTRIBUTED, dataclasses.replace(CENTRAL, epsilon=None)],
