@@ -47,6 +47,7 @@ SIZES = {
     "sst2": (Size(6_920, 692, 1), Size(1_000, 200, 8), Size(100, 50, 32)),
 }
 """The most clients come first; SST-2 has 6,920 sentences, so there a client is one of them."""
+TITLES = {"mnist": "MNIST, 14 x 14 pixels, linear", "sst2": "SST-2, head on a frozen MiniLM"}
 CLIPS = {"mnist": (2.0, 8.0), "sst2": (16.0, 64.0)}
 """Of the first look: half of the clients' scalars are longer than the second at the beginning.
 Without noise there is that one, or none at all."""
@@ -298,6 +299,25 @@ def table(options: Private, rows: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+def pivot(options: Private, rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The same, epsilons side by side and without what was chosen; header first."""
+    epsilons = sorted(options.epsilons, reverse=True)
+    header = ["task", "clients, a round", "noise on", "none", *(f"{e:g}" for e in epsilons)]
+    cells_: dict[tuple[str, Size, str], dict[float, str]] = {}
+    for cell, _, tests, _ in _found(options, rows):
+        shown = results.spread(100 * tests, "{:.1f}".format)
+        cells_.setdefault((cell.task, cell.size, cell.kind), {})[cell.epsilon] = shown
+    where = {"central": "the sum", "local": "each client's"}
+    lines = [
+        [task, f"{size.clients:,}, {size.asked:,}", where[kind],
+         cells_.get((task, size, "none"), {}).get(0.0, "") if kind == "central" else "",
+         *(own.get(e, "") for e in epsilons)]
+        for (task, size, kind), own in cells_.items()
+        if kind in where
+    ]  # fmt: skip
+    return [header, *lines]
+
+
 def draw(options: Private, rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against epsilon, a panel a task and a color a number of clients."""
     found = list(_found(options, rows))
@@ -316,7 +336,7 @@ def draw(options: Private, rows: list[dict[str, Any]], path: Path) -> None:
                 if (cell.task, cell.size, cell.kind) == (task, size, "none"):
                     axis.axhline(100 * tests.mean(), color=color, linestyle="--", linewidth=0.8)
         axis.set(xscale="log", xlabel=f"epsilon at delta = {options.delta:g}",
-                 ylabel="test accuracy (%)", title=task)  # fmt: skip
+                 ylabel="test accuracy (%)", title=TITLES[task])  # fmt: skip
         axis.set_xticks(sorted(options.epsilons), [f"{e:g}" for e in sorted(options.epsilons)])
         axis.minorticks_off()
         axis.legend(title="clients, noise on", fontsize="small")
@@ -335,8 +355,8 @@ def main(options: Private) -> None:
         with files.append(options.out) as add:
             for cell in track(cells(options), "cells"):
                 tune(options, cell, add, rows)
-    header, *lines = table(options, rows)
-    results.show(header, lines)
+    for header, *lines in (table(options, rows), pivot(options, rows)):
+        results.show(header, lines)
     if options.picture:
         draw(options, rows, options.picture)
 
