@@ -70,7 +70,8 @@ def _promised(plan: Plan, folder: Path, name: str, kit: Path) -> Any:
 
     folder.mkdir(parents=True, exist_ok=True)
     identity = secure.Identity(*((kit / f"client.{end}").read_bytes() for end in ("key", "crt")))
-    journal, secret = secure.Journal(folder / "journal"), privacy.secret(folder / "secret")
+    journal = secure.Journal(folder / "journal")
+    secret = None if terms.kind is None else privacy.secret(folder / "secret")
     authority = (kit / "rootCA.pem").read_bytes()
     return masked.Masks(terms, name, identity, authority, journal, secret)
 
