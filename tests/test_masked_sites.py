@@ -240,6 +240,24 @@ def test_keys_of_the_kinds_that_startup_kits_have():
                 secure.holder(bytes(wrong), "ann", AUTHORITY)
 
 
+def test_a_step_that_comes_a_round_late_changes_nothing():
+    net = Net(NOISY, threshold=2)
+    assert net.round().reported == dict.fromkeys(NAMES, 1.0)
+    old = [message for name, message in net.seen if name == "site-2" and b"hsa1" in message]
+    own = net.sites["site-2"]
+
+    class Late:
+        def answer(self, message: bytes) -> bytes:
+            if old:
+                net.host.receive("site-2", old.pop())
+            return own.answer(message)
+
+    net.sites["site-2"] = Late()
+    closed = net.round()
+    assert closed.reported == dict.fromkeys(NAMES, 1.0) and closed.faults == {} and not old
+    assert net.host.counts["site-2"].late >= 4
+
+
 def test_what_does_not_fit_is_named():
     plain = parties.site("site-2", ALGORITHM)
     net = Net(NOISY, threshold=2)

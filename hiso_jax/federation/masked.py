@@ -206,6 +206,9 @@ class MaskedHost(Host):
         masked = self.server.masked
         if not isinstance(message, wire.Step):
             return super()._take(name, message)
+        if message.round < self.server.round:
+            self._count(name, late=1)
+            return None
         if masked is None or message.round != self.server.round or not message.parts:
             self._fault(name, f"a step of round {message.round}, in which it was not asked for one")
             return None
