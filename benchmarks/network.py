@@ -2,6 +2,7 @@
 
 python -m benchmarks.network                        # real processes on loopback: 2, 8, 16 sites
 python -m benchmarks.network --sites --clients 1000  # the server alone, in this process
+python -m benchmarks.network --secure --clients 0     # masked rounds
 """
 
 import dataclasses
@@ -32,6 +33,8 @@ class Options:
     """Rounds of a job; the first ten, in which programs are compiled, are not counted."""
     clients: int = 1000
     """Clients asked in a round of the server alone; 0: it is not measured."""
+    secure: bool = False
+    """Rounds of the sites are masked."""
 
 
 COMPILING = 10
@@ -90,7 +93,7 @@ def alone(clients: int, rounds: int = 30) -> dict[str, float]:
         return {k: 1000 * x for k, x in timing.interleaved(asked, rounds).items()}
 
 
-def measure(count: int, rounds: int) -> dict[str, Any]:
+def measure(count: int, rounds: int, secure: bool) -> dict[str, Any]:
     """One federation of real processes: seconds of a round, bytes of a client in it, memory."""
     import psutil
 
@@ -102,7 +105,9 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
             flare.prepare(name, functions=("benchmarks.network:party",))
         flare.start()
         flare.wait()
-        job = flare.submit(rounds=rounds, party="benchmarks.network:party", deadline=600.0)
+        job = flare.submit(
+            rounds=rounds, party="benchmarks.network:party", deadline=600.0, secure=secure
+        )
         until(lambda: len(flare.rows()) >= rounds - 5, "most rounds", 1200)
         memory = {}
         for what, name in (("server", "server"), ("site", names[0])):
@@ -117,6 +122,7 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
         begin = [row["seconds"] for row in rows]
         return {
             "sites": count,
+            "secure": secure,
             "seconds": float(np.median(begin)),
             "slowest_of_ten": float(np.quantile(begin, 0.9)),
             "silent": sum(len(row["silent"]) for row in flare.rows()),
@@ -133,7 +139,7 @@ def main(options: Options) -> None:
     if options.clients:
         print(json.dumps({"clients": options.clients, "milliseconds": alone(options.clients)}))
     for count in options.sites:
-        print(json.dumps(measure(count, options.rounds)), flush=True)
+        print(json.dumps(measure(count, options.rounds, options.secure)), flush=True)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,19 @@ def party(options: dict[str, Any], local: parties.Local) -> parties.Party:
             time.sleep(float(wrong.split()[1]))
         return drawn(round)
 
+    if wrong.startswith("stuck"):  # in a round, when its vector is asked for
+        from hiso_jax.federation import masked
+
+        take, stuck = masked.Masks._take, int(wrong.split()[1])
+
+        def taken(own: masked.Masks, step: Any) -> list[bytes]:
+            if step.round == stuck and step.parts[0] == b"S":
+                (local.folder / "stuck").touch()
+                time.sleep(600)
+            return take(own, step)
+
+        masked.Masks._take = taken
+
     if wrong == "another version":
         header.version = lambda package: "0.0.9"
     if wrong == "10 MB":

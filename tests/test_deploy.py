@@ -42,9 +42,11 @@ def test_a_job_has_the_options_of_finetune_and_no_path_of_a_site(tmp_path: Path)
     [
         (dict(data=Path("a.csv")), "--data: each site's own"),
         (dict(dropout=0.5), "--dropout: for simulations only"),
-        (dict(secure=True), "--secure: only simulations are masked yet"),
+        (dict(secure=True, threshold=1), "threshold: expected more than half of 3"),
+        (dict(threshold=2), "--threshold: of masked rounds, which need --secure"),
+        (dict(epsilon=2.0), "--clip: needed, for --epsilon and --clip go together"),
         (dict(num_clients=3), "--num-clients: for simulations only"),
-        (dict(sampling="size"), "--sampling: expected uniform, got 'size'"),
+        (dict(sampling="size"), "--sampling: expected uniform or balanced, got 'size'"),
         (dict(labels=()), "--labels: needed, the values of column 'label' at all sites"),
         (dict(labels=("up", "up")), "--labels: expected two or more, all different"),
         (dict(labels=("up",)), "--labels: expected two or more, all different"),
@@ -70,6 +72,32 @@ def test_options_that_make_no_job_are_named_and_nothing_is_written(
     with pytest.raises((ValueError, TypeError), match=re.escape(text)):
         job.write(dataclasses.replace(OPTIONS, out=tmp_path / "job", **given))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_promises_the_noise_that_its_own_draw_needs():
+    """For the site that is asked most, which turns keep from being asked more than the others."""
+    privacy = pytest.importorskip("hiso_jax.privacy")
+    pytest.importorskip("dp_accounting", reason="needs the extra dp")
+    given = dataclasses.replace(OPTIONS, rounds=30, epsilon=8.0, clip=2.0, secure=True,
+                                clients_per_round=2, sites=("a", "b", "c", "d"), threshold=2)  # fmt: skip
+    plans = {s: job.check(dataclasses.replace(given, sampling=s)) for s in ("uniform", "balanced")}
+    noise = {}
+    for sampling, plan in plans.items():
+        assert parties.Plan(**json.loads(plan.text())) == plan
+        terms = plan.terms
+        assert terms is not None and terms.mechanism is not None and terms.masked
+        assert (terms.kind, terms.least, terms.epsilon, terms.mechanism.clients) == (
+            "distributed", 2, 8.0, 2)  # fmt: skip
+        accountant = privacy.Accountant(terms.delta)
+        for round in range(30):
+            accountant.check(terms.mechanism.event, plan.draw(round), 8.0)
+            accountant.spend(terms.mechanism.event, plan.draw(round))
+        assert 7.9 < accountant.epsilon() <= 8.0
+        noise[sampling] = terms.mechanism.noise_multiplier
+    assert noise["balanced"] < noise["uniform"]
+    central = job.check(dataclasses.replace(given, secure=False, threshold=0)).terms
+    assert central is not None and central.kind == "central" and not central.masked
+    assert job.check(OPTIONS).terms is None
 
 
 def test_on_the_command_line(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]):

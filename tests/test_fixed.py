@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import hiso_jax as hj
 from hiso_jax import privacy
+from hiso_jax.privacy import fixed
 from tests.helpers import quadratic_loss
 
 GRID = privacy.Grid(step=2.0**-12, bound=100.0, max_clients=40, max_weight=9)
@@ -99,3 +100,24 @@ def test_the_grid_is_in_the_header(tmp_path: Any):
         ledger.export(tmp_path / "b.safetensors")
     with hj.Ledger.import_(tmp_path / "b.safetensors") as ledger:  # it travels
         assert ledger.header["privacy"]["grid"] == GRID.config
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(FLOATS, min_size=4, max_size=4), max_size=6), st.floats(0.01, 100.0),
+       st.sampled_from([GRID, privacy.Grid(step=2.0**-44, bound=2.0**10, max_clients=2)]))  # fmt: skip
+def test_many_clients_at_once_are_clipped_as_one_by_one(
+    values: list[list[float]], bound: float, grid: privacy.Grid
+):
+    """Also where squares of the integers do not fit in 64 bits."""
+    scalars = np.array(values, np.float32).reshape(-1, 2, 2)
+    names = [f"{i}" for i in range(len(scalars))]
+    together = fixed.clip_all(scalars, bound, grid, names)
+    assert together.shape == (len(names), 5)
+    for one, own in zip(together, scalars, strict=True):
+        np.testing.assert_array_equal(one, privacy.clip(own, bound, grid))
+        exact = Fraction(bound) / Fraction(grid.step)
+        assert sum(x * x for x in one[:-1].tolist()) <= exact * exact
+    if len(names):
+        scalars[-1, 0, 0] = np.nan
+        with pytest.raises(ValueError, match=f"scalars: client '{names[-1]}': expected finite"):
+            fixed.clip_all(scalars, bound, grid, names)

@@ -8,11 +8,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 import hiso_jax as hj
 from hiso_jax import federation
+from hiso_jax.federation import private
+from hiso_jax.nvflare import parties as nvflare_parties
 from hiso_jax.nvflare import session
 from tests import parties
 from tests.parties import NAMES
@@ -103,6 +106,75 @@ def test_a_site_is_killed_in_a_round(flare: Flare):
     assert flare.result("site-2") == {"rounds": 8, "digest": first["digest"]}
     assert 0 < again["bytes"]["site-2"]["payload_down"] <= 8 * 8  # kilobytes are enough
     assert len(flare.rows()) == 8
+
+
+@pytest.mark.slow
+def test_a_site_is_killed_in_a_masked_round(flare: Flare):
+    """It has dealt its shares and never gives its vector: the others' are unmasked without it.
+
+    The ledger is that of a simulation with the sites' own secrets of noise, byte for byte.
+    """
+    pytest.importorskip("Crypto", reason="needs the extra secure")
+    pytest.importorskip("dp_accounting", reason="needs the extra dp")
+    rounds, last = 6, 3
+    options: Any = dict(rounds=rounds, secure=True, threshold=2, epsilon=20.0, clip=2.0,
+                        step_deadline=6.0)  # fmt: skip
+    flare.prepare("site-2", f"stuck {last}")
+    job = flare.submit(deadline=30.0, **options)
+    until((flare.kept("site-2") / "stuck").exists, "its vector is asked for")
+    flare.kill("site-2")
+    until((flare.kept("server") / "result.json").exists, "all rounds done")
+    wanted = masked_simulation(flare, rounds, last)
+    with hj.Ledger.open(flare.kept("server") / "ledger.sqlite", read_only=True) as ledger:
+        ours, theirs = ledger.records(), wanted.records()
+        assert ours.scalars.tobytes() == theirs.scalars.tobytes()
+        assert (ours.digests, ours.reported) == (theirs.digests, theirs.reported)
+        assert ledger.events() == wanted.events() and ledger.header == wanted.header
+        epsilon = private.accountant_of(ledger).epsilon()
+    assert 19 < epsilon <= 20  # of the two that were in all rounds
+    rows, first = flare.rows(), flare.result()
+    assert [row["silent"] for row in rows] == [[]] * last + [["site-2"]] * (rounds - last)
+    assert first["held_by"] == ["site-1", "site-3"]
+    flare.prepare("site-2", "nothing")
+    flare.start("site-2")
+    flare.wait()
+    assert flare.finish(job).startswith("FINISHED:")
+    assert flare.finish(flare.submit(**options)) == "FINISHED:COMPLETED"
+    assert flare.result()["held_by"] == NAMES and flare.result()["digest"] == first["digest"]
+    # More rounds than the noise was made for: nobody is asked, and all hold the model.
+    path = flare.write(**options)
+    plan = path / "app/config" / nvflare_parties.PLAN
+    plan.write_text(plan.read_text().replace(f'"rounds": {rounds}', f'"rounds": {rounds + 2}', 1))
+    job = until(lambda: flare.lead.submit(path), "submitted")
+    assert flare.finish(job) == "FINISHED:COMPLETED"
+    result = flare.result()
+    assert result["rounds"] == rounds and result["held_by"] == NAMES
+    assert "the budget is 20" in result["stopped"]
+
+
+def masked_simulation(flare: Flare, rounds: int, last: int) -> hj.Ledger:
+    """The ledger of masked rounds of which site-2 is in the first few only."""
+    alg = parties.algorithm()
+    terms = nvflare_parties.Plan.read(flare.folder / "job/app/config" / nvflare_parties.PLAN).terms
+    assert terms is not None and terms.kind == "distributed"
+    state = parties.begin(alg)
+    ledger = hj.Ledger.create(":memory:", alg, state, None, terms.config)
+    summed = private.Simulated(terms, bytes(range(32)), "run")
+    own = summed._own
+    summed._own = lambda purpose, name: (
+        (flare.kept(name) / "secret").read_bytes() if purpose == b"noise" else own(purpose, name)
+    )
+    compiled = dict(compiler_options=hj.compiler_options())
+    probe = jax.jit(alg.probe, static_argnums=2, **compiled)
+    advance = jax.jit(alg.advance, **compiled)
+    for number in range(rounds):
+        names = federation.draw(NAMES, 3, number)
+        scalars = [np.asarray(probe(state, parties.batches_of(n)(number), 0))[0] for n in names]
+        there = np.array([n != "site-2" or number < last for n in names], np.float32)
+        record, reported, event = summed(number, names, np.stack(scalars), there)
+        state = advance(state, record)
+        ledger.append(record, hj.digest(state), None, reported, event)
+    return ledger
 
 
 @pytest.mark.slow

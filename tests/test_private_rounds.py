@@ -233,11 +233,10 @@ def test_what_breaks_the_analysis_is_refused_by_name():
     with pytest.raises(ValueError, match=r"aggregator: .*got median\(\)"):
         CENTRAL.check(median.spec)
     own = hj.decomfl(quadratic_loss, 0.05, per_client_directions=5)
-    for terms in (CENTRAL, DISTRIBUTED, privacy.Terms()):
-        with pytest.raises(ValueError, match="per_client_directions: 5 clients"):
+    drawn = privacy.Terms.of(privacy.central(2.0, 4.0, clients=5, rate=0.1))
+    for terms in (DISTRIBUTED, drawn, privacy.Terms(), privacy.Terms(masked=True)):
+        with pytest.raises(ValueError, match="per_client_directions: scalars of 5 clients"):
             terms.check(own.spec)
-    with pytest.warns(UserWarning, match="per_client_directions: every client's"):
-        privacy.Terms.of(privacy.local(2.0, 4.0, clients=5)).check(own.spec)
     host = started(":memory:", CENTRAL, secret=SECRET)
     number = host.open(NAMES)
     with pytest.raises(ValueError, match="weight: client 'ann': .*expected 1, got 2"):
@@ -258,6 +257,40 @@ def test_what_breaks_the_analysis_is_refused_by_name():
         private.terms_of(hj.Ledger.create(":memory:", ALGORITHM, fresh()))
 
 
+@pytest.mark.parametrize("kind", ["central", "local"])
+@pytest.mark.filterwarnings("ignore:per_client_directions")
+def test_clients_with_directions_of_their_own_have_each_the_noise_of_a_sum(kind: str):
+    """They are warned about. A server and a simulation write one record, each block by itself."""
+    own = hj.decomfl(quadratic_loss, 0.05, num_perturbations=3, per_client_directions=5)
+    terms = privacy.Terms.of(getattr(privacy, kind)(2.0, 4.0, clients=4))
+    with pytest.warns(UserWarning, match="per_client_directions: every client's"):
+        terms.check(own.spec)
+    state = own.init({"w": jnp.ones(33)}, jax.random.key(4))
+    ledger = hj.Ledger.create(":memory:", own, state, privacy=terms.config)
+    host = private.PrivateServer(own, state, ledger, secret=SECRET)
+    simulated = private.Simulated(terms, SECRET, "run")
+    secret_of = lambda name: simulated._own(b"noise", name)  # noqa: E731
+    blocks, plain = [], []
+    for round in range(20):
+        assert host.open(NAMES) == round
+        for name in NAMES[1:]:  # the first is away: nothing is released of it
+            vector = scalars_of(name, round)
+            sent = terms.contribute(vector, client=name, round=round, secret=secret_of(name))
+            assert host.reply(name, round, sent if kind == "local" else vector)
+        record = host.close()
+        scalars = np.stack([scalars_of(name, round) for name in NAMES])
+        summed = simulated(round, NAMES, scalars, np.array([0, 1, 1, 1, 1]), own.spec)
+        np.testing.assert_array_equal(summed.record, record)
+        assert summed.event == terms.mechanism.event == ledger.events()[round]
+        assert record.shape == (1, 15) and not record[0, :3].any()
+        blocks.append(record.reshape(5, 3)[1:] * 4 / 5)  # of the mean over all directions
+        plain.append([privacy.clip(s, 2.0, terms.grid)[:-1] * terms.grid.step for s in scalars[1:]])
+    assert np.std(np.array(blocks) - np.array(plain)) == pytest.approx(8.0, rel=0.15)
+    assert host.accountant.epsilon() == simulated.accountant.epsilon()
+    assert host.accountant.most == NAMES[1:]
+    assert not np.isnan(host.state.params["w"]).any()
+
+
 CLIENTS = federation.Clients({name: {"x": np.random.default_rng(i).normal(size=(6, 33)).astype(np.float32)}
                               for i, name in enumerate(NAMES)})  # fmt: skip
 
@@ -266,23 +299,30 @@ def loss(params: Any, batch: Any) -> jax.Array:
     return ((params["w"] - batch["x"].mean(0)) ** 2).mean()
 
 
-def test_the_experiment_charges_the_client_that_is_drawn_most():
-    from experiments.private import Private, own_rounds, table, terms
+def test_the_experiment_spends_the_budget_and_chooses_on_dev():
+    """With clients in turns, each of whom answers for its own rounds; the table tells what ran."""
+    from experiments import private as experiment
 
-    options = Private(clients=5, clients_per_round=2, rounds=20)
-    most = own_rounds(CLIENTS, options.rounds, options.clients_per_round, seed=0)
-    assert most > 20 * 2 / 5  # a random draw is not balanced
-    for kind in ("central", "local"):
-        promised = terms(options, kind, 8.0, most)
-        accountant = privacy.Accountant(options.delta)
-        assert promised.mechanism is not None
-        for round in range(options.rounds):
-            accountant.check(promised.mechanism.event, CLIENTS.sample(2, round, 0), 8.0)
-            accountant.spend(promised.mechanism.event, CLIENTS.sample(2, round, 0))
-        assert 7.9 < accountant.epsilon() <= 8.0
-    row = dict(kind="central", epsilon=8.0, seed=0)
-    rows = [row | dict(learning_rate=rate, accuracy=rate) for rate in (0.1, 0.2)]
-    assert table(rows)[1][:3] == ["central", "8", "0.2"]
+    size = experiment.Size(5, 2, 4)
+    options = experiment.Private(rounds=20)
+    most = experiment.own_rounds(CLIENTS, options.rounds, size.asked, seed=0)
+    assert most == 20 * 2 // 4  # of five, two rounds of two make a turn
+    for kind, both in (("central", 1), ("local", 2)):
+        cell = experiment.Cell("mnist", size, kind, 8.0)
+        added, charged = experiment.noises(options, cell, most)
+        assert 7.9 < privacy.epsilon_of({(charged, 1.0): most}, options.delta) <= 8.0
+        alone = privacy.epsilon_of({(added / both / 2**0.5, 1.0): most}, options.delta)
+        # The sum of two local noises: each client has its own, for any other data.
+        assert (alone == pytest.approx(8.0, rel=0.02)) == (kind == "local")
+    rows = [
+        experiment._row(options, cell, seed, dict(clip=2.0, learning_rate=rate))
+        | dict(dev=0.5 + rate * (seed == 0), test=0.9 - rate)
+        for cell in [experiment.Cell("mnist", experiment.SIZES["mnist"][0], "none", 0.0)]
+        for rate in (0.1, 0.2)
+        for seed in range(3)
+    ]
+    (line,) = experiment.table(options, rows)[1:]
+    assert line[3:] == ["none", "none", "2", "0.2 (edge)", "3", "70.0 ± 0.0", ""]
 
 
 @pytest.mark.parametrize("terms", [privacy.Terms(masked=True), DISTRIBUTED, dataclasses.replace(CENTRAL, epsilon=None)],

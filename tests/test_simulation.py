@@ -1,5 +1,6 @@
 """Clients, traffic and the round loop."""
 
+from collections import Counter
 from typing import Any
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import hiso_jax as hj
 from hiso_jax import federation
@@ -40,6 +43,21 @@ def test_everything_is_a_function_of_seed_and_round():
 def test_every_client_takes_part():
     clients = Clients(DATA)
     assert {n for r in range(60) for n in clients.sample(2, r)} == set(DATA)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_clients_in_turns_take_part_equally_often(count: int, more: int, seed: int):
+    """Within a turn nobody is drawn twice; over any rounds nobody answers for more than that."""
+    names = [f"{i}" for i in range(count + more)]
+    per, rounds = len(names) // count, 17
+    draws = [federation.draw(names, count, r, seed, balanced=True) for r in range(rounds)]
+    assert all(len(set(drawn)) == count for drawn in draws)
+    for start in range(0, rounds, per):
+        turn = [name for drawn in draws[start : start + per] for name in drawn]
+        assert len(set(turn)) == len(turn)
+    most = max(Counter(name for drawn in draws for name in drawn).values())
+    assert most <= -(-rounds // per)
 
 
 def test_sampling_by_size():

@@ -385,6 +385,7 @@ MESSAGES = [
     wire.Apart(4, np.arange(6).reshape(3, 2)),
     wire.Other({"a": [1, None, "x"]}),
     wire.Failed("ValueError"),
+    wire.Step(7, (b"K", b"", bytes(40))),
 ]  # fmt: skip
 
 

@@ -16,7 +16,12 @@ Arrays = dict[str, np.ndarray]
 
 
 def draw(
-    names: Sequence[str], count: int, round: int, seed: int = 0, shares: Any = None
+    names: Sequence[str],
+    count: int,
+    round: int,
+    seed: int = 0,
+    shares: Any = None,
+    balanced: bool = False,
 ) -> list[str]:
     """Draw the names of `count` different clients for a round; needs no data of theirs.
 
@@ -26,6 +31,9 @@ def draw(
       round: number of the round.
       seed: of the run.
       shares: [clients] the chance of each, by default all alike.
+      balanced: in turns: nobody is drawn again before as many rounds as can be made of all the
+        clients have passed, so that nobody takes part in more than
+        ``ceil(rounds / (clients // count))``. Who is drawn most answers for a privacy budget.
 
     Raises:
       ValueError: there are fewer clients.
@@ -33,9 +41,15 @@ def draw(
     Example:
       >>> sorted(draw(["a", "b", "c"], 3, round=0))
       ['a', 'b', 'c']
+      >>> sorted(n for r in range(6) for n in draw(["a", "b", "c"], 1, r, balanced=True))
+      ['a', 'a', 'b', 'b', 'c', 'c']
     """
     if not 1 <= count <= len(names):
         raise ValueError(f"count: expected 1 to {len(names)} clients a round, got {count}")
+    if balanced:
+        turn, at = divmod(round, len(names) // count)
+        order = np.random.default_rng([seed, turn, 3]).permutation(len(names))
+        return [names[int(i)] for i in order[at * count : (at + 1) * count]]
     rng = np.random.default_rng([seed, round, 0])
     picks = rng.choice(len(names), count, replace=False, p=shares)
     return [names[int(i)] for i in picks]
@@ -196,11 +210,11 @@ class Clients:
           seed: of the run.
           sampling: ``"uniform"``, or ``"size"``: with probability in proportion to a
             client's examples, so that the plain mean over clients stands for the mean over
-            examples (as in FedProx, arXiv 1812.06127).
+            examples (as in FedProx, arXiv 1812.06127); or ``"balanced"``: in turns.
         """
-        checks.choice("sampling", sampling, ("uniform", "size"))
+        checks.choice("sampling", sampling, ("uniform", "size", "balanced"))
         shares = self._shares if sampling == "size" else None
-        return draw(self.names, count, round, seed, shares)
+        return draw(self.names, count, round, seed, shares, sampling == "balanced")
 
     def batches(
         self,

@@ -139,6 +139,8 @@ class Host:
             self._ask(name)
         if not self._wait(begin + deadline, stop, gone, minimum, grace):
             return None
+        if not self._gather(stop, gone):
+            return None
         return self.close(minimum, round, begin)
 
     def close(self, minimum: int = 1, round: int | None = None, begin: float = 0.0) -> Closed:
@@ -151,7 +153,7 @@ class Host:
             number = self.server.round if round is None else round
             record = self.server.close(minimum)
             reported = self.server.ledger.records(number).reported[0]
-            silent = [n for n in self._asked if n not in self._done]
+            silent = [n for n in self._asked if n not in self._done and n not in reported]
             faults, self._asked = self._faults, {}
         return Closed(number, record, reported, faults, silent, time.monotonic() - begin)
 
@@ -259,6 +261,10 @@ class Host:
                 self._changed.wait(min(until - now, 0.2))
         return not stop()
 
+    def _gather(self, stop: Callable[[], bool], gone: Callable[[str], bool]) -> bool:
+        """What there is to do between answers and record; False if it was stopped."""
+        return True
+
     def _ask(self, name: str) -> None:
         held = self._held.get(name)
         reset = name in self._apart
@@ -286,10 +292,13 @@ class Host:
             return ask._replace(snapshot=snapshots.pack(server.algorithm, server.state))
         return ask._replace(first=held, records=records.scalars, rates=records.learning_rates)
 
-    def _post(self, name: str, ask: wire.Ask) -> None:
+    def _post(self, name: str, ask: wire.Ask | wire.Step) -> None:
         message = wire.pack(ask, self.run)
-        payload = ask.records.nbytes + (0 if ask.rates is None else ask.rates.nbytes)
-        payload += len(ask.snapshot or b"")
+        if isinstance(ask, wire.Step):
+            payload = sum(map(len, ask.parts))
+        else:
+            payload = ask.records.nbytes + len(ask.snapshot or b"")
+            payload += 0 if ask.rates is None else ask.rates.nbytes
         with self._changed:
             self._count(name, payload_down=payload, down=len(message))
         try:
@@ -338,16 +347,20 @@ class Host:
         self._reset.pop(name, None)
         if self._last:
             self._done.add(name)
-        elif message.scalars is None:
-            self._fault(name, "a reply without scalars")
         else:
-            self._count(name, payload_up=message.scalars.nbytes + 8)
-            weight = self._weights.get(name, 1.0)
-            if self.server.reply(name, round, message.scalars, weight):
-                self._done.add(name)
-            else:
-                self._fault(name, "its scalars do not count: they are NaN or infinite, or of "
-                                  "another place in this round")  # fmt: skip
+            self._measured(name, message)
+        return None
+
+    def _measured(self, name: str, message: wire.Reply) -> None:
+        if message.scalars is None:
+            return self._fault(name, "a reply without scalars")
+        self._count(name, payload_up=message.scalars.nbytes + 8)
+        weight = self._weights.get(name, 1.0)
+        if self.server.reply(name, message.round, message.scalars, weight):
+            self._done.add(name)
+        else:
+            self._fault(name, "its scalars do not count: they are NaN or infinite, or of "
+                              "another place in this round")  # fmt: skip
         return None
 
     def _behind(self, name: str, message: wire.Behind) -> wire.Ask | None:

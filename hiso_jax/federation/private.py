@@ -5,18 +5,20 @@ promised (`hiso_jax.privacy.Terms`) is in the header, what was released in the r
 """
 
 import hashlib
-import hmac
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from hiso_jax import privacy, secure
 from hiso_jax._engine import checks
 from hiso_jax.federation.server import Server
+from hiso_jax.federation.simulated import Simulated, Summed, side_by_side
 from hiso_jax.ledger import header as headers
 from hiso_jax.ledger.store import Ledger
 from hiso_jax.protocol import Algorithm, State
+
+__all__ = ["PrivateServer", "Simulated", "Summed", "accountant_of", "run_name", "terms_of"]
 
 _NOBODY = ""
 """Who is asked in a round that the secret draw has left empty: it must look like any other."""
@@ -53,7 +55,8 @@ class PrivateServer(Server):
       state: as of `Server`.
       ledger: whose header has `privacy`: the config of `hiso_jax.privacy.Terms`.
       secret: of a central mechanism and its draw, from `hiso_jax.privacy.secret`.
-      directory: Ed25519 public keys [32] of the clients' sites by name, for masked rounds.
+      directory: Ed25519 public keys [32] of the clients' sites by name, for masked rounds; who
+        is added later counts from then on.
 
     Raises:
       ValueError: the terms need a secret or a directory that is not given, or the algorithm
@@ -91,7 +94,7 @@ class PrivateServer(Server):
         if self.terms.masked and directory is None:
             raise ValueError("directory: masked rounds need the sites' public keys, got None")
         super().__init__(algorithm, state, ledger)
-        self._secret, self._directory = secret, directory
+        self._secret, self.directory = secret, directory
         self.accountant = accountant_of(ledger)
         self.masked: secure.Server | None = None
         self._released: tuple[dict[str, Any], dict[str, float]] | None = None
@@ -130,26 +133,36 @@ class PrivateServer(Server):
         self._asked = dict.fromkeys(drawn or [_NOBODY])
         return drawn
 
-    def mask(self, threshold: int = 0, degree: int | None = None) -> secure.Server:
+    def mask(
+        self,
+        threshold: int = 0,
+        degree: int | None = None,
+        names: Iterable[str] | None = None,
+        least: int = 0,
+    ) -> secure.Server:
         """The masked session of the round that is open; `close` takes its sum.
 
         Args:
           threshold: as of `hiso_jax.secure.Session`.
           degree: the same.
+          names: of those among the asked that take part in the session; all by default.
+          least: fewest clients that a sum is revealed of, if the terms do not say it; by default
+            two thirds of the asked, whoever takes part.
 
         Raises:
           RuntimeError: no round is open, or it has a session.
-          ValueError: replies of this run are not masked.
+          ValueError: replies of this run are not masked; or there are too few names for a sum.
         """
         if not self._asked or self.masked is not None:
             raise RuntimeError("mask: expected a round that is open and has no session")
-        if not self.terms.masked or self._directory is None:
+        if not self.terms.masked or self.directory is None:
             raise ValueError("mask: the ledger says that replies of this run are not masked")
         steps, width = self.algorithm.spec.sent
-        session = secure.Session(run_name(self.ledger), self.round, tuple(self._asked),
-                                 steps * width + 1, threshold, degree,
-                                 self.terms.least)  # fmt: skip
-        self.masked = secure.Server(session, self._directory)
+        roster = tuple(self._asked if names is None else names)
+        least = self.terms.least or least or secure.two_thirds(len(self._asked))
+        session = secure.Session(run_name(self.ledger), self.round, roster,
+                                 steps * width + 1, threshold, degree, least)  # fmt: skip
+        self.masked = secure.Server(session, self.directory)
         return self.masked
 
     def reply(self, name: Any, round: int, scalars: Any, weight: float = 1.0) -> bool:
@@ -227,6 +240,8 @@ class PrivateServer(Server):
         mechanism, shape = self.terms.mechanism, self.ledger.shape
         secret_draw = mechanism is not None and mechanism.rate is not None
         names = [name for name in self._asked if name in self._replies]
+        if self.algorithm.spec.directions.clients is not None:
+            return self._combine_own(names, minimum)
         if self.terms.masked:
             total, names = self._unmasked(minimum)
         elif len(names) >= minimum:
@@ -247,6 +262,19 @@ class PrivateServer(Server):
         self._released = None if event is None else (event, reported)
         return record, reported, event
 
+    def _combine_own(
+        self, names: list[str], minimum: int
+    ) -> tuple[np.ndarray, dict[str, float], dict[str, Any] | None]:
+        self._released = None
+        if len(names) < minimum or self.terms.mechanism is None:
+            return np.full(self.ledger.shape, np.nan, np.float32), {}, None
+        slots = {name: slot for slot, name in enumerate(self._asked)}
+        vectors = {slots[name]: (name, self._replies[name][0]) for name in names}
+        record = side_by_side(self.algorithm.spec, self.terms, vectors, self.round, self._secret)
+        reported = {name: self._replies[name][1] for name in names}
+        self._released = self.terms.mechanism.event, reported
+        return record, reported, self._released[0]
+
     def _unmasked(self, minimum: int) -> tuple[np.ndarray | None, list[str]]:
         # Closed before the session has come to its end, the round is void: nothing was revealed.
         if self.masked is None or self.masked.step not in (b"R", b""):
@@ -259,103 +287,3 @@ class PrivateServer(Server):
             return None, []
         self.terms.check_sum(total, len(names))
         return total, names
-
-
-class Summed(NamedTuple):
-    """What a simulated round of sums leaves."""
-
-    record: np.ndarray  # float32 [K, P]
-    reported: dict[str, float]  # weights by name
-    event: dict[str, Any] | None  # what it has released
-
-
-class Simulated:
-    """Rounds of sums on one machine: all clients, and the server, in one object.
-
-    Every party's secret comes from one, so that a run that goes on has the same.
-
-    Args:
-      terms: of the run.
-      secret: from `hiso_jax.privacy.secret`.
-      run: what it is called, as of `run_name`.
-      accountant: of the rounds before.
-      degree: as of `hiso_jax.secure.Session`.
-
-    Example:
-      >>> import numpy as np
-      >>> terms = privacy.Terms(masked=True)
-      >>> simulated = Simulated(terms, bytes(range(32)), "run")
-      >>> summed = simulated(0, ["ann", "bob", "cem"], np.ones((3, 1, 2)), np.ones(3))
-      >>> summed.record.tolist(), summed.event
-      ([[1.0, 1.0]], None)
-    """
-
-    def __init__(
-        self,
-        terms: privacy.Terms,
-        secret: bytes,
-        run: str,
-        accountant: privacy.Accountant | None = None,
-        degree: int | None = 32,
-    ):
-        self.terms, self._secret, self._run, self._degree = terms, secret, run, degree
-        self.accountant = privacy.Accountant(terms.delta) if accountant is None else accountant
-        self._sites: dict[str, bytes] = {}
-        self._directory: dict[str, bytes] = {}
-
-    def __call__(
-        self, round: int, names: list[str], scalars: np.ndarray, weights: np.ndarray
-    ) -> Summed:
-        """The record of a round, masked and with noise as the terms say.
-
-        Args:
-          round: its number.
-          names: who was asked.
-          scalars: [C, K, P].
-          weights: [C], 0 for those who do not answer.
-
-        Raises:
-          hiso_jax.privacy.BudgetSpent: the round would exceed the budget; nothing is released.
-        """
-        terms, shape = self.terms, scalars.shape[1:]
-        answered = [i for i, weight in enumerate(weights) if weight > 0]
-        event = terms.mechanism and terms.mechanism.event
-        if event is not None and terms.epsilon is not None:
-            self.accountant.check(event, [names[i] for i in answered], terms.epsilon)
-        vectors = {
-            names[i]: terms.contribute(
-                scalars[i], client=names[i], round=round, weight=weights[i],
-                secret=self._own(b"noise", names[i]),
-            )
-            for i in answered
-        }  # fmt: skip
-        total = self._masked(round, names, vectors) if terms.masked else None
-        if not terms.masked and vectors:
-            total = terms.grid.add(list(vectors.values()))
-        if total is None:
-            return Summed(np.full(shape, np.nan, np.float32), {}, None)
-        released = terms.release(total, round=round, secret=self._secret)
-        reported = {name: float(vector[-1]) for name, vector in vectors.items()}
-        if event is not None:
-            self.accountant.spend(event, reported)
-        return Summed(terms.decode(released, shape), reported, event)
-
-    def _own(self, purpose: bytes, name: str) -> bytes:
-        return hmac.digest(self._secret, purpose + b" of " + name.encode(), "sha256")
-
-    def _masked(
-        self, round: int, names: list[str], vectors: Mapping[str, np.ndarray]
-    ) -> np.ndarray | None:
-        for name in names:
-            if name not in self._sites:
-                self._sites[name] = self._own(b"site", name)
-                self._directory[name] = secure.site_public(self._sites[name])
-        length = len(next(iter(vectors.values()))) if vectors else 1
-        session = secure.Session(self._run, round, tuple(names), length, 0,
-                                 self._degree, self.terms.least)  # fmt: skip
-        try:
-            total, there = secure.run(session, vectors, self._sites, self._directory)
-        except secure.TooFew:
-            return None
-        self.terms.check_sum(total, len(there))
-        return total

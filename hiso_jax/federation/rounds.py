@@ -70,7 +70,7 @@ def run(
       batch_size: B, examples of a client in a local step.
       local_steps: K.
       seed: of who takes part with which examples; independent of the noise.
-      sampling: ``"uniform"`` or ``"size"``, see `Clients.sample`.
+      sampling: ``"uniform"``, ``"size"`` or ``"balanced"``, see `Clients.sample`.
       dropout: chance in [0, 1] that a client that was asked does not answer. A round nobody
         answers moves nothing; its record is NaN.
       prepare: what is done to batches [C, K, B, ...] before they are computed with.
@@ -145,7 +145,8 @@ def _round_of_sums(algorithm: Algorithm, summed: Any) -> Step:
         usable = np.where(finite, weights, 0)
         record, reported, event = np.full(spec.record, np.nan, np.float32), {}, None
         if spec.combine.nonfinite == "exclude" or (finite | (weights == 0)).all():
-            record, reported, event = summed(round, names, scalars, usable)
+            own = {} if spec.directions.clients is None else {"own": spec}
+            record, reported, event = summed(round, names, scalars, usable, **own)
         there = np.array([reported.get(name, 0.0) for name in names], np.float32)
         mean = jnp.asarray(np.nan, losses.dtype)
         if terms.mechanism is not None:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -18,7 +18,11 @@ from hiso_jax._engine import checks, exact
 from hiso_jax.federation import wire
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.ledger import header as headers
+from hiso_jax.privacy import Terms
 from hiso_jax.protocol import Algorithm, State
+
+if TYPE_CHECKING:
+    from hiso_jax.federation.masked import Masks  # needs the extra `secure`
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +38,12 @@ class Site:
       folder: for snapshots; each run has a folder of its own in it. None: nothing is kept.
       snapshot_every: rounds between snapshots.
       on_end: called once with the state after the last round.
+      promised: of privacy; where replies are masked, this client's side of it.
 
     Raises:
       ValueError: the algorithm has no name for a part of it, so that no two parties could know
-        that they have the same; or `snapshot_every` is no count.
+        that they have the same; `snapshot_every` is no count; or masks are promised, and none
+        are given.
 
     Example:
       >>> import hiso_jax as hj, jax, jax.numpy as jnp
@@ -66,12 +72,19 @@ class Site:
         folder: str | os.PathLike[str] | None = None,
         snapshot_every: int = 50,
         on_end: Callable[[State], Any] = lambda state: None,
+        promised: "Terms | Masks | None" = None,
     ):
         self.algorithm, self._begin, self._batches = algorithm, begin, batches
         self._every = checks.count("snapshot_every", snapshot_every)
         self._on_end, self._ended = on_end, False
         state = begin()
-        self.header = headers.describe(algorithm, state)
+        terms = promised if isinstance(promised, Terms | None) else promised.terms
+        self._masks = None if isinstance(promised, Terms | None) else promised
+        if terms is not None and terms.masked and self._masks is None:
+            raise ValueError(
+                "promised: replies are masked; expected hiso_jax.federation.masked.Masks"
+            )
+        self.header = headers.describe(algorithm, state, None, terms and terms.config)
         self.run = wire.identity(self.header)
         self.folder = None if folder is None else Path(folder) / self.run.hex()
         options = exact.compiler_options()
@@ -111,13 +124,16 @@ class Site:
             return self._pack(wire.Other(self.header))
         spec = self.algorithm.spec
         ask = wire.parse(message, self.run, spec.sent, spec.record)
-        if not isinstance(ask, wire.Ask):
-            raise wire.WireError(f"message: expected to be asked, got {type(ask).__name__}")
+        masks = self._masks
         try:
-            return self._pack(self._answer(ask))
+            if masks is not None and isinstance(ask, wire.Step):
+                return self._pack(masks.answer(ask))
+            if isinstance(ask, wire.Ask):
+                return self._pack(self._answer(ask))
         except Exception as error:
-            log.exception("round %d: this client cannot answer", ask.round)
+            log.exception("this client cannot answer %s", type(ask).__name__)
             return self._pack(wire.Failed(type(error).__name__))
+        raise wire.WireError(f"message: expected to be asked, got {type(ask).__name__}")
 
     def _pack(self, message: wire.Message) -> bytes:
         return wire.pack(message, self.run)
@@ -142,7 +158,12 @@ class Site:
         if ask.last:
             self._end()
             return wire.Reply(ask.round, self.digest, None)
-        return wire.Reply(ask.round, self.digest, self._measure(ask))
+        scalars = self._measure(ask)
+        if self._masks is None:
+            return wire.Reply(ask.round, self.digest, scalars)
+        # Whatever the server asks for: where the run is masked, nothing else leaves.
+        self._masks.keep(ask.round, scalars)
+        return wire.Reply(ask.round, self.digest, None)
 
     def _where(self, ask: wire.Ask) -> wire.Message:
         """What is said where the records do not fit: where this client stands."""

@@ -33,6 +33,9 @@ MOST_ROUNDS = 2**20
 MOST_TEXT = 2**20
 """Bytes of a header, compressed; sixteen times that when it is not."""
 
+MOST_PARTS = 2**26
+"""Bytes of a step of a masked round: what 2,000 neighbors have sealed, with their certificates."""
+
 RATES, LAST, SNAPSHOT, RESET = 1, 2, 4, 8
 
 
@@ -88,16 +91,23 @@ class Failed(NamedTuple):
     kind: str
 
 
-Message = Ask | Reply | Behind | Apart | Other | Failed
-_KINDS: tuple[type, ...] = (Ask, Reply, Behind, Apart, Other, Failed)
+class Step(NamedTuple):
+    """Down and up: one of the four steps of a masked round, see `hiso_jax.federation.masked`."""
+
+    round: int
+    parts: tuple[bytes, ...]
+
+
+Message = Ask | Reply | Behind | Apart | Other | Failed | Step
+_KINDS: tuple[type, ...] = (Ask, Reply, Behind, Apart, Other, Failed, Step)
 
 
 def identity(header: Mapping[str, Any]) -> bytes:
     """Eight bytes that tell whether two parties are of one run.
 
     They stand for the algorithm, the root key, the base model leaf by leaf, what of it is
-    trained, and hiso_jax's version. JAX's version is none of it: other versions reach the same
-    bits, and where one does not, the digest says so.
+    trained, what is promised of privacy, and hiso_jax's version. JAX's version is none of it:
+    other versions reach the same bits, and where one does not, the digest says so.
 
     Args:
       header: as a `hiso_jax.Ledger` has it.
@@ -110,6 +120,7 @@ def identity(header: Mapping[str, Any]) -> bytes:
       8
     """
     parts = [header["algorithm"], header["key"], header["base"], header["leaves"]]
+    parts += [header["privacy"]] if "privacy" in header else []
     text = headers.canonical({"run": parts, "version": header["software"]["hiso-jax"]})
     return hashlib.sha256(text.encode()).digest()[:8]
 
@@ -137,6 +148,9 @@ def pack(message: Message, run: bytes) -> bytes:
         return head + _REPLY.pack(message.round, _digest(message.digest)) + scalars
     if isinstance(message, Behind):
         return head + _REPLY.pack(message.round, _digest(message.digest))
+    if isinstance(message, Step):
+        parts = b"".join(len(part).to_bytes(4, "little") + part for part in message.parts)
+        return head + _APART.pack(message.round) + parts
     if isinstance(message, Apart):
         return head + _APART.pack(message.first) + np.asarray(message.digests, "<u4").tobytes()
     if isinstance(message, Other):
@@ -176,6 +190,8 @@ def parse(content: Any, run: bytes, sent: tuple[int, int], record: tuple[int, in
         if len(body) > 200:
             raise WireError(f"message: expected at most 200 bytes of text, got {len(body)}")
         return Failed(body.decode("utf-8", "replace"))
+    if kind is Step:
+        return _parse_step(body)
     if kind is Apart:
         count, rest = divmod(len(body) - _APART.size, 8)
         if rest or not 0 < count <= MOST_ROUNDS:
@@ -211,6 +227,20 @@ def _parse_ask(body: bytes, record: tuple[int, int]) -> Ask:
     numbers = np.frombuffer(rest, "<f4").astype(np.float32)
     records = numbers[: count * each].reshape(count, *record)
     return ask._replace(records=records, rates=numbers[count * each :] if flags & RATES else None)
+
+
+def _parse_step(body: bytes) -> Step:
+    if not _APART.size <= len(body) <= MOST_PARTS:
+        raise WireError(f"message: expected {_APART.size} to {MOST_PARTS} bytes of a step, got "
+                        f"{len(body)}")  # fmt: skip
+    parts, at = [], _APART.size
+    while at < len(body):
+        size = int.from_bytes(body[at : at + 4], "little")
+        parts.append(body[at + 4 : at + 4 + size])
+        at += 4 + size
+    if at != len(body):
+        raise WireError(f"message: a step of {len(body)} bytes is cut off")
+    return Step(_APART.unpack_from(body)[0], tuple(parts))
 
 
 def _inflate(body: bytes) -> dict[str, Any]:

@@ -142,6 +142,9 @@ def match(header: Mapping[str, Any], other: Mapping[str, Any]) -> None:
         raise
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise Mismatch(f"what it says of itself is no header: {error}") from None
+    if header.get("privacy") != other.get("privacy"):
+        raise Mismatch(f"something else is promised of privacy: {header.get('privacy')} there, "
+                       f"{other.get('privacy')!s:.500} here")  # fmt: skip
     if ours.keys() != given.keys():
         there, here = sorted(ours.keys() - given.keys()), sorted(given.keys() - ours.keys())
         raise Mismatch(f"other leaves: only there {_few(there)}, only here {_few(here)}")

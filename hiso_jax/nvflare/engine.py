@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hiso_jax import federation
+from hiso_jax import federation, privacy
 from hiso_jax._engine import files
 from hiso_jax.federation import wire
 from hiso_jax.federation.host import Closed, Host
@@ -19,6 +19,7 @@ from hiso_jax.ledger import digests, snapshots
 from hiso_jax.ledger.store import Ledger, LedgerWriteError
 from hiso_jax.nvflare.parties import PLAN, TASK, Local, Party, Plan, read_local
 from hiso_jax.nvflare.sockets import Wire
+from hiso_jax.protocol import Algorithm
 from hiso_jax.train import folders
 
 try:
@@ -50,6 +51,29 @@ def _opened(fl_ctx: FLContext, site: str | None) -> tuple[Plan, Local]:
     plan = Plan.read(Path(workspace.get_app_config_dir(fl_ctx.get_job_id())) / PLAN)
     local = read_local(Path(workspace.get_site_config_dir()), root / "hiso", site)
     return plan, local._replace(folder=local.folder / plan.name)
+
+
+def _kit(fl_ctx: FLContext) -> Path:
+    """Folder of this machine's keys and certificates."""
+    return Path(fl_ctx.get_workspace().get_startup_kit_dir())
+
+
+def _promised(plan: Plan, folder: Path, name: str, kit: Path) -> Any:
+    """A site's side of what a job promises: of masked rounds, a key that its certificate proves.
+
+    Journal and secret are in the folder that outlives the job.
+    """
+    if (terms := plan.terms) is None or not terms.masked:
+        return terms
+    from hiso_jax import secure  # needs the extra `secure`
+    from hiso_jax.federation import masked
+
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = secure.Identity(*((kit / f"client.{end}").read_bytes() for end in ("key", "crt")))
+    journal = secure.Journal(folder / "journal")
+    secret = None if terms.kind is None else privacy.secret(folder / "secret")
+    authority = (kit / "rootCA.pem").read_bytes()
+    return masked.Masks(terms, name, identity, authority, journal, secret)
 
 
 class HisoController(Controller):
@@ -105,18 +129,21 @@ class HisoController(Controller):
         if path.exists():
             ledger = Ledger.open(path, algorithm, state)
         else:
-            ledger = Ledger.create(path, algorithm, state, party.about)
+            ledger = Ledger.create(path, algorithm, state, party.about, plan.privacy)
         with ledger:
             base = digests.digest(state)
             state = snapshots.restore(folder / "snapshots", algorithm, state, ledger)
-            server = federation.Server(algorithm, state, ledger)
+            host = self._host = self._begin(plan, folder, algorithm, state, ledger, base)
+            server = host.server
             del state
-            host = self._host = Host(server, self._send, base=base)
             self._say(f"{ledger.rounds} of {plan.rounds} rounds are in {path}")
-            empty = 0
+            empty, spent = 0, ""
             while server.round < plan.rounds and empty < plan.most_empty:
-                names = federation.draw(plan.sites, plan.clients_per_round, server.round, plan.seed)
-                closed = self._round(host, plan, names, abort)
+                try:
+                    closed = self._round(host, plan, plan.draw(server.round), abort)
+                except privacy.BudgetSpent as error:
+                    self._say(spent := f"after {server.round} rounds: {error}")
+                    break
                 self._cancel()
                 if closed is None:
                     self._say("aborted; what was recorded is safe: submit the job again")
@@ -128,12 +155,37 @@ class HisoController(Controller):
                 except OSError as error:  # the round itself is recorded
                     self._say(f"round {closed.round}: {error}")
                 empty = 0 if closed.reported else empty + 1
-            if server.round < plan.rounds:
+            if server.round < plan.rounds and not spent:
                 raise RuntimeError(
                     f"nobody counted in the last {empty} rounds ({host.faults or 'all silent'}); "
                     "submit the job again when sites can answer"
                 )
-            self._finish(host, plan, folder, party, abort)
+            self._finish(host, plan, folder, party, abort, spent)
+
+    def _begin(
+        self, plan: Plan, folder: Path, algorithm: Algorithm, state: Any, ledger: Ledger, base: Any
+    ) -> Host:
+        """The host of a run, which sees sums only if that is what the job promises.
+
+        Raises:
+          ValueError: the ledger of this name promises something else.
+        """
+        if ledger.header.get("privacy") != plan.privacy:
+            raise ValueError(
+                f"--name: the run {plan.name} promises {ledger.header.get('privacy')} of privacy, "
+                f"the job {plan.privacy}; give the job another name"
+            )
+        if (terms := plan.terms) is None:
+            return Host(federation.Server(algorithm, state, ledger), self._send, base=base)
+        from hiso_jax.federation import masked, private  # needs the extra `secure`
+
+        secret = privacy.secret(folder / "secret") if terms.kind == "central" else None
+        server = private.PrivateServer(algorithm, state, ledger, secret=secret, directory={})
+        if not terms.masked:
+            return Host(server, self._send, base=base)
+        authority = (_kit(self._context) / "rootCA.pem").read_bytes()
+        return masked.MaskedHost(server, self._send, authority, base, plan.threshold,
+                                 patience=plan.step_deadline)  # fmt: skip
 
     def _round(self, host: Host, plan: Plan, names: list[str], abort: Signal) -> Closed | None:
         stop = lambda: bool(abort.triggered)  # noqa: E731
@@ -152,7 +204,9 @@ class HisoController(Controller):
                     error = again
             return None
 
-    def _finish(self, host: Host, plan: Plan, folder: Path, party: Party, abort: Signal) -> None:
+    def _finish(
+        self, host: Host, plan: Plan, folder: Path, party: Party, abort: Signal, spent: str
+    ) -> None:
         server = host.server
         stop = lambda: bool(abort.triggered)  # noqa: E731
         there = host.end(plan.sites, plan.deadline, stop, self._is_gone)
@@ -168,6 +222,7 @@ class HisoController(Controller):
             "bytes": {name: count._asdict() for name, count in sorted(host.counts.items())},
             "wire_bytes_sent": up,
             "wire_bytes_received": down,
+            **({"stopped": spent} if spent else {}),
         }
         with files.atomic_write(folder / "result.json") as part:
             part.write_text(json.dumps(result, indent=2) + "\n")
@@ -289,6 +344,7 @@ class HisoExecutor(Executor):
                 local.folder / "snapshots",
                 plan.snapshot_every,
                 lambda state: self._keep(party, local.folder, state),
+                _promised(plan, local.folder, name, _kit(fl_ctx)),
             )
             self.log_info(fl_ctx, f"at round {self._site.round} of run {self._site.run.hex()}")
         return self._site

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from hiso_jax import secure
 from hiso_jax._engine import files
 from hiso_jax.nvflare import machine, session
 from hiso_jax.nvflare.parties import PLAN, TASK, Plan
 from hiso_jax.train import cli as commands
-from hiso_jax.train import finetune, job, methods, report, settings
+from hiso_jax.train import finetune, job, methods, promised, report, settings
 
 INTERVAL = 0.05
 """Seconds between looks for a task; NVFlare's own, 2, are most of a round."""
@@ -38,8 +39,13 @@ class Options(finetune.Options):
     """Values of the label, for a site may lack some; needed for classes of your own."""
     clients_per_round: int = 3
     """Sites asked a round (C)."""
-    sampling: Any = "uniform"
-    """Which sites take part: all alike; nobody knows how many examples a site has."""
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """Which sites take part: all alike, or in turns, which costs the least of a budget."""
+    threshold: int = 0
+    """With --secure, fewest sites that a sum is revealed of, and shares that unmask one: more than
+    half of those asked; by default more than two thirds. With fewer a round is void."""
+    step_deadline: float = 60.0
+    """With --secure, seconds that each of the four steps after measuring waits for a site."""
     deadline: float = 600.0
     """Seconds after which a round closes with who has answered; the first compiles."""
     min_responses: int = 1
@@ -76,13 +82,15 @@ def check(options: Options) -> Plan:
         if getattr(options, name) != getattr(default, name):
             raise ValueError(f"{spell(name)}: for simulations only; here each site is one client "
                              "with its own data")  # fmt: skip
-    if options.secure:
-        raise ValueError("--secure: only simulations are masked yet; this job's server would see "
-                         "every site's scalars")  # fmt: skip
-    if options.sampling != "uniform":
-        raise ValueError(f"--sampling: expected uniform, got {options.sampling!r}: the server "
-                         "does not know how many examples a site has")  # fmt: skip
+    if options.sampling not in ("uniform", "balanced"):
+        raise ValueError(f"--sampling: expected uniform or balanced, got {options.sampling!r}: the "
+                         "server does not know how many examples a site has")  # fmt: skip
     settings.check(options)
+    if options.threshold and not options.secure:
+        raise ValueError(f"--threshold: of masked rounds, which need --secure, got "
+                         f"{options.threshold}")  # fmt: skip
+    if options.secure and options.threshold:
+        secure.Session("run", 0, options.sites[: options.clients_per_round], 1, options.threshold)
     if options.party is not None and not all(options.party.partition(":")):
         raise ValueError(f"--party: expected module:function, got {options.party!r}")
     if options.party is None:
@@ -103,8 +111,10 @@ def check(options: Options) -> Plan:
     known = {field.name for field in dataclasses.fields(finetune.Options)} | {"labels"}
     left_out = {"out", *OF_A_SITE, *OF_A_SIMULATION}
     kept = {k: v for k, v in dataclasses.asdict(options).items() if k in known - left_out}
-    values = {k: getattr(options, k) for k in OF_THE_PLAN - {"options"}}
-    return Plan(**values, options=json.loads(report.dumps(kept)))
+    values = {k: getattr(options, k) for k in OF_THE_PLAN - {"options", "privacy"}}
+    plan = Plan(**values, options=json.loads(report.dumps(kept)))
+    terms = promised.terms(options, map(plan.draw, range(plan.rounds)), options.threshold)
+    return plan if terms is None else dataclasses.replace(plan, privacy=terms.config)
 
 
 def files_of(plan: Plan) -> dict[str, str]:

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple, get_type_hints
 import jax
 import jax.numpy as jnp
 
+from hiso_jax import federation
 from hiso_jax._engine import checks
+from hiso_jax.privacy import Terms
 from hiso_jax.protocol import Algorithm, State
 
 VARIABLE = "HISO_LOCAL"
@@ -88,6 +90,10 @@ class Plan:
     grace: float | None = None
     most_empty: int = 5
     snapshot_every: int = 50
+    sampling: str = "uniform"
+    privacy: dict[str, Any] | None = None
+    threshold: int = 0
+    step_deadline: float = 60.0
     party: str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -103,7 +109,9 @@ class Plan:
         for field in ("rounds", "clients_per_round", "min_responses", "most_empty",
                       "snapshot_every"):  # fmt: skip
             checks.count(f"--{field.replace('_', '-')}", getattr(self, field))
-        checks.number("--deadline", self.deadline, 0, above=True)
+        checks.choice("--sampling", self.sampling, ("uniform", "balanced"))
+        for field in ("deadline", "step_deadline"):
+            checks.number(f"--{field.replace('_', '-')}", getattr(self, field), 0, above=True)
         if self.grace is not None:
             checks.number("--grace", self.grace, 0)
         for field, most in (("clients_per_round", len(self.sites)),
@@ -140,6 +148,18 @@ class Plan:
                 f"--sites: {site!r} is none of {list(self.sites)}, which the job names"
             )
         return self.sites.index(site)
+
+    def draw(self, round: int) -> list[str]:
+        """Who is asked in a round."""
+        balanced = self.sampling == "balanced"
+        return federation.draw(
+            self.sites, self.clients_per_round, round, self.seed, balanced=balanced
+        )
+
+    @property
+    def terms(self) -> Terms | None:
+        """What the job promises of privacy; None: nothing."""
+        return None if self.privacy is None else Terms.from_config(self.privacy)
 
     def make(self, local: Local) -> Party:
         """What this machine works with.

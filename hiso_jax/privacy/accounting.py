@@ -17,6 +17,10 @@ Event = Mapping[str, Any]
 mechanism whose standard deviation is z sensitivities."""
 
 
+History = frozenset[tuple[tuple[float, float], int]]
+"""((noise in sensitivities, chance of taking part), number of such rounds)."""
+
+
 class BudgetSpent(RuntimeError):
     """The next round would give away more than the run may."""
 
@@ -39,6 +43,16 @@ def check_event(event: Event) -> None:
     checks.number("event: noise", event["noise"], 0, above=True)
     if "rate" in event:
         checks.number("event: rate", event["rate"], 0, 1, above=True)
+
+
+def _item(event: Event) -> tuple[float, float]:
+    return float(event["noise"]), float(event.get("rate", 1.0))
+
+
+def _longer(history: History, item: tuple[float, float]) -> History:
+    """A history with one more round."""
+    rounds = dict(history)
+    return frozenset((rounds | {item: rounds.get(item, 0) + 1}).items())
 
 
 def epsilon_of(rounds: Mapping[tuple[float, float], int], delta: float) -> float:
@@ -88,9 +102,10 @@ class Accountant:
 
     def __init__(self, delta: float = 1e-5):
         self.delta = float(checks.number("delta", delta, 0, 1, above=True))
-        self._own: dict[str, Counter[tuple[float, float]]] = {}
-        self._all: Counter[tuple[float, float]] = Counter()
-        self._known: dict[frozenset[tuple[tuple[float, float], int]], float] = {}
+        self._own: dict[str, History] = {}
+        self._lived: Counter[History] = Counter()  # how many clients have each
+        self._all: History = frozenset()
+        self._known: dict[History, float] = {}
 
     @classmethod
     def of(
@@ -112,35 +127,41 @@ class Accountant:
     def spend(self, event: Event, names: Iterable[str]) -> None:
         """Charge a round to those who took part, or to all if the draw is secret."""
         check_event(event)
-        item = (float(event["noise"]), float(event.get("rate", 1.0)))
+        item = _item(event)
         if event["participation"] == "poisson":
-            self._all[item] += 1
+            self._all = _longer(self._all, item)
             return
+        after: dict[History, History] = {}
         for name in names:
-            self._own.setdefault(name, Counter())[item] += 1
+            before = self._own.get(name, frozenset())
+            if before not in after:
+                after[before] = _longer(before, item)
+            self._own[name] = after[before]
+            self._lived[before] -= bool(before)
+            self._lived[after[before]] += 1
+        self._lived = +self._lived
 
     def epsilon(self, event: Event | None = None, names: Iterable[str] = ()) -> float:
         """Epsilon so far; or what it would be after one more round."""
-        after = Accountant(self.delta)
-        after._own, after._all = {k: v.copy() for k, v in self._own.items()}, self._all.copy()
-        after._known = self._known
+        all_, lived = self._all, set(self._lived)
         if event is not None:
-            after.spend(event, names)
-        return max((after._epsilon(own) for own in after._distinct()), default=0.0)
+            check_event(event)
+            if event["participation"] == "poisson":
+                all_ = _longer(all_, _item(event))
+            else:  # one more round never takes anything back: those before may stay
+                before = {self._own.get(name, frozenset()) for name in names}
+                lived |= {_longer(own, _item(event)) for own in before}
+        return max(self._epsilon(own, all_) for own in lived or {frozenset()})
 
     @property
     def most(self) -> list[str]:
         """The clients that have given away most, where it is known who took part."""
         top = self.epsilon()
-        return [name for name, own in self._own.items() if self._epsilon(own + self._all) == top]
+        return [name for name, own in self._own.items() if self._epsilon(own, self._all) == top]
 
-    def _distinct(self) -> list[Counter[tuple[float, float]]]:
-        found = {frozenset(own.items()): own for own in self._own.values()}
-        return [own + self._all for own in found.values()] or ([self._all] if self._all else [])
-
-    def _epsilon(self, rounds: Counter[tuple[float, float]]) -> float:
-        key = frozenset(rounds.items())
-        if key not in self._known:
+    def _epsilon(self, own: History, all_: History) -> float:
+        rounds = dict(Counter(dict(own)) + Counter(dict(all_)))
+        if (key := frozenset(rounds.items())) not in self._known:
             self._known[key] = epsilon_of(rounds, self.delta)
         return self._known[key]
 

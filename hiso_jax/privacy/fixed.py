@@ -203,17 +203,37 @@ def clip(scalars: Any, bound: float, grid: Grid, client: str = "?") -> np.ndarra
       >>> clip([[3.0, 4.0]], 1.0, Grid(step=2.0**-10)).tolist()
       [614, 819, 1]
     """
+    return clip_all(np.asarray(scalars)[None], bound, grid, [client])[0]
+
+
+def clip_all(scalars: Any, bound: float, grid: Grid, clients: Sequence[str]) -> np.ndarray:
+    """`clip` of many clients at once, int64 [C, K P + 1].
+
+    Args:
+      scalars: [C, K, P], finite.
+      bound: as of `clip`.
+      grid: the same.
+      clients: whose they are, [C].
+
+    Raises:
+      ValueError: NaN or infinite scalars, with the client's name; or a bound out of range.
+    """
     checks.number("clip", bound, 0, grid.bound, above=True)
     scalars = np.asarray(scalars, np.float64)
-    if not np.isfinite(scalars).all():
-        raise ValueError(f"scalars: client {client!r}: expected finite ones, got "
-                         f"{scalars.tolist()}")  # fmt: skip
-    norm = float(np.sqrt(np.sum(scalars**2)))
-    whole = grid.encode(scalars * min(1.0, bound / norm) if norm else scalars, client=client)
+    scalars = scalars.reshape(len(clients), math.prod(scalars.shape[1:]))
+    for i in np.flatnonzero(~np.isfinite(scalars).all(1)).tolist():
+        raise ValueError(f"scalars: client {clients[i]!r}: expected finite ones, got "
+                         f"{scalars[i].tolist()}")  # fmt: skip
+    norm = np.sqrt(np.sum(scalars**2, axis=1, keepdims=True))
+    short = scalars * np.minimum(1.0, bound / np.where(norm == 0, 1.0, norm))
+    # None is out of the grid's range: no number is larger than the norm, nor that than the bound.
+    whole = np.clip(np.rint(short / grid.step), -grid.limit, grid.limit).astype(np.int64)
     most = int(Fraction(bound / grid.step) ** 2)
-    shrink = 1.0
-    # Rounding may have made it longer: the analysis knows no tolerance, so it is made shorter.
-    while (length := sum(x * x for x in whole[:-1].tolist())) > most:
-        shrink = min(shrink * (1 - 2.0**-40), math.sqrt(most / length))
-        whole[:-1] = np.trunc(whole[:-1] * shrink).astype(np.int64)
-    return whole
+    fits = scalars.shape[1] * grid.limit**2 < 2**63  # or squares of int64 would wrap around
+    for i in np.flatnonzero((whole**2).sum(1) > most) if fits else range(len(whole)):
+        shrink = 1.0
+        # Rounding may have made it longer: the analysis knows no tolerance, so it is made shorter.
+        while (length := sum(x * x for x in whole[i].tolist())) > most:
+            shrink = min(shrink * (1 - 2.0**-40), math.sqrt(most / length))
+            whole[i] = np.trunc(whole[i] * shrink).astype(np.int64)
+    return np.append(whole, np.ones((len(whole), 1), np.int64), axis=1)

@@ -7,7 +7,7 @@ mechanism, the grid it works on and the budget: what a ledger's header says of p
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Self
 
@@ -203,10 +203,13 @@ class Terms:
         Args:
           spec: a `hiso_jax.Spec`.
 
+        Clients with directions of their own are warned about: their scalars are never added up, so
+        each client's have all the noise that a sum would have had, and the same epsilon.
+
         Raises:
           ValueError: its aggregator is no mean: a median or Krum depends on single clients in
-            ways that no noise on a sum hides; or clients have directions of their own, whose
-            scalars are never added up.
+            ways that no noise on a sum hides; or clients have directions of their own, and only a
+            sum is protected.
         """
         if (name := spec.combine.aggregator.config) != "mean()" and (
             spec.directions.clients is None
@@ -215,15 +218,17 @@ class Terms:
                              f"mean(), got {name}")  # fmt: skip
         if spec.directions.clients is None:
             return
-        if self.masked or self.mechanism is None or self.mechanism.kind != "local":
+        if self.masked or self.mechanism is None or self.mechanism.rate is not None:
             raise ValueError(
-                f"per_client_directions: {spec.directions.clients} clients with directions of "
-                "their own are never added up, and a mask or noise on a sum does not hide them; "
-                "use shared directions and a larger num_perturbations"
+                f"per_client_directions: scalars of {spec.directions.clients} clients with "
+                "directions of their own are never added up, so a mask hides nothing, and their "
+                "places show whom a secret draw has drawn; use shared directions and a larger "
+                "num_perturbations"
             )
         warnings.warn(
-            "per_client_directions: every client's scalars are released by themselves; at the same "
-            "epsilon shared directions have as many times the signal as clients take part",
+            "per_client_directions: every client's scalars are released by themselves, each with "
+            "the noise of a whole sum; at the same epsilon shared directions have as many times "
+            "the squared signal over noise as clients take part",
             UserWarning, stacklevel=3,
         )  # fmt: skip
 
@@ -247,28 +252,58 @@ class Terms:
         Raises:
           ValueError: scalars, weight or secret are out of range; names the client.
         """
+        secret_of = lambda name: secret  # noqa: E731
+        given = np.asarray(scalars)[None]
+        return self.contribute_all(given, [client], round, secret_of, [weight])[0]
+
+    def contribute_all(
+        self,
+        scalars: Any,
+        clients: Sequence[str],
+        round: int,
+        secret_of: Callable[[str], bytes | None],
+        weights: Sequence[Any],
+    ) -> list[np.ndarray]:
+        """`contribute` of many clients at once, where one machine has them all.
+
+        Args:
+          scalars: [C, K, P], finite.
+          clients: names, [C].
+          round: its number.
+          secret_of: a client's secret by its name, asked if it adds noise.
+          weights: [C].
+        """
         mechanism = self.mechanism
         if mechanism is None:
-            return self.grid.encode(scalars, weight, client)
-        if weight != 1:
-            raise ValueError(f"weight: client {client!r}: weights multiply what one client can "
-                             f"change; under a mechanism expected 1, got {weight!r}")  # fmt: skip
-        whole = fixed.clip(scalars, mechanism.clip, self.grid, client)
+            return [self.grid.encode(*one) for one in zip(scalars, weights, clients, strict=True)]
+        for client, weight in zip(clients, weights, strict=True):
+            if weight != 1:
+                raise ValueError(
+                    f"weight: client {client!r}: weights multiply what one client can "
+                    f"change; under a mechanism expected 1, got {weight!r}"
+                )
+        whole = fixed.clip_all(scalars, mechanism.clip, self.grid, clients)
         if mechanism.kind == "central":
-            return whole
-        return self._noised(whole, secret, b"client", client.encode(), round)
+            return list(whole)
+        return [
+            self._noised(own, secret_of(client), b"client", client.encode(), round)
+            for own, client in zip(whole, clients, strict=True)
+        ]
 
-    def release(self, total: np.ndarray, *, round: int, secret: bytes | None = None) -> np.ndarray:
+    def release(
+        self, total: np.ndarray, *, round: int, secret: bytes | None = None, client: str = ""
+    ) -> np.ndarray:
         """The sum that may be shown, int64 [K P + 1]; a central mechanism adds its noise.
 
         Args:
           total: int64 [K P + 1].
           round: its number.
           secret: the server's.
+          client: whose it is, where it is no sum: directions of the clients' own.
         """
         if self.mechanism is None or self.mechanism.kind != "central":
             return total
-        return self._noised(total, secret, b"server", b"", round)
+        return self._noised(total, secret, b"server", client.encode(), round)
 
     def decode(self, total: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """The record of a released sum, float32 [K, P].

@@ -12,10 +12,12 @@ Example:
   (3, 3)
 """
 
+from hiso_jax.secure.certificates import Identity, holder
 from hiso_jax.secure.client import Client, Journal
 from hiso_jax.secure.primitives import SecureError, TooFew, site_public
 from hiso_jax.secure.server import Server
-from hiso_jax.secure.session import Session
+from hiso_jax.secure.session import Session, two_thirds
 from hiso_jax.secure.together import run
 
-__all__ = ["Client", "Journal", "SecureError", "Server", "Session", "TooFew", "run", "site_public"]
+__all__ = ["Client", "Identity", "Journal", "SecureError", "Server", "Session", "TooFew", "holder",
+           "run", "site_public", "two_thirds"]  # fmt: skip

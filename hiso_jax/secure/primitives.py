@@ -23,7 +23,12 @@ class TooFew(SecureError):
     """Fewer parties are left than may be: the round is void, and nothing of it is revealed."""
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
+    """A module of the extra ``secure``.
+
+    Raises:
+      ImportError: it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -55,8 +60,8 @@ def derive(secret: bytes, purpose: bytes, length: int = 32) -> bytes:
       >>> derive(b"secret", b"one") == derive(b"secret", b"other")
       False
     """
-    hkdf = _library(f"{_PRIMITIVES}.kdf.hkdf")
-    algorithm = _library(f"{_PRIMITIVES}.hashes").SHA256()
+    hkdf = library(f"{_PRIMITIVES}.kdf.hkdf")
+    algorithm = library(f"{_PRIMITIVES}.hashes").SHA256()
     return hkdf.HKDF(algorithm=algorithm, length=length, salt=None, info=purpose).derive(secret)
 
 
@@ -67,8 +72,8 @@ def stream(key: bytes, length: int) -> np.ndarray:
       >>> stream(bytes(32), 2).tolist()
       [10393729187455219830, 2935650227004792128]
     """
-    ciphers = _library(f"{_PRIMITIVES}.ciphers")
-    algorithm = _library(f"{_PRIMITIVES}.ciphers.algorithms").ChaCha20(key, bytes(16))
+    ciphers = library(f"{_PRIMITIVES}.ciphers")
+    algorithm = library(f"{_PRIMITIVES}.ciphers.algorithms").ChaCha20(key, bytes(16))
     encryptor = ciphers.Cipher(algorithm, mode=None).encryptor()
     return np.frombuffer(encryptor.update(bytes(8 * length)), "<u8").astype(np.uint64)
 
@@ -98,11 +103,11 @@ def agree(private: bytes, other: bytes) -> bytes:
 
 
 def _x25519() -> Any:
-    return _library(f"{_PRIMITIVES}.asymmetric.x25519")
+    return library(f"{_PRIMITIVES}.asymmetric.x25519")
 
 
 def _ed25519() -> Any:
-    return _library(f"{_PRIMITIVES}.asymmetric.ed25519")
+    return library(f"{_PRIMITIVES}.asymmetric.ed25519")
 
 
 def site_public(private: bytes) -> bytes:
@@ -124,7 +129,7 @@ def is_signed(site: bytes, message: bytes, signature: bytes) -> bool:
       >>> [is_signed(site_public(key), text, signature) for text in (b"hello", b"hullo")]
       [True, False]
     """
-    wrong = _library("cryptography.exceptions").InvalidSignature
+    wrong = library("cryptography.exceptions").InvalidSignature
     try:
         _ed25519().Ed25519PublicKey.from_public_bytes(site).verify(signature, message)
     except (wrong, ValueError):
@@ -134,7 +139,7 @@ def is_signed(site: bytes, message: bytes, signature: bytes) -> bool:
 
 def seal(key: bytes, plain: bytes, about: bytes) -> bytes:
     """Encrypt and authenticate, with a key that is used once (ChaCha20-Poly1305)."""
-    aead = _library(f"{_PRIMITIVES}.ciphers.aead")
+    aead = library(f"{_PRIMITIVES}.ciphers.aead")
     return aead.ChaCha20Poly1305(key).encrypt(bytes(12), plain, about)
 
 
@@ -146,8 +151,8 @@ def unseal(key: bytes, sealed: bytes, about: bytes) -> bytes | None:
       >>> unseal(bytes(32), sealed, b"ann to bob"), unseal(bytes(32), sealed, b"bob to ann")
       (b'share', None)
     """
-    aead = _library(f"{_PRIMITIVES}.ciphers.aead")
-    wrong = _library("cryptography.exceptions").InvalidTag
+    aead = library(f"{_PRIMITIVES}.ciphers.aead")
+    wrong = library("cryptography.exceptions").InvalidTag
     try:
         return aead.ChaCha20Poly1305(key).decrypt(bytes(12), sealed, about)
     except (wrong, ValueError):
@@ -162,11 +167,11 @@ def split(threshold: int, count: int, secret: bytes) -> list[bytes]:
       >>> combine({0: shares[0], 2: shares[2]})
       b'sixteen bytes ..'
     """
-    shamir = _library("Crypto.Protocol.SecretSharing").Shamir
+    shamir = library("Crypto.Protocol.SecretSharing").Shamir
     return [bytes(share) for _, share in sorted(shamir.split(threshold, count, secret))]
 
 
 def combine(shares: dict[int, bytes]) -> bytes:
     """The secret of exactly `threshold` shares, each under its place in the list of `split`."""
-    shamir = _library("Crypto.Protocol.SecretSharing").Shamir
+    shamir = library("Crypto.Protocol.SecretSharing").Shamir
     return bytes(shamir.combine([(place + 1, share) for place, share in shares.items()]))

@@ -18,6 +18,11 @@ KEYS, SHARES, MASKED, REVEALED = b"K", b"S", b"M", b"R"
 _MAGIC = b"hsa1"
 
 
+def two_thirds(of: int) -> int:
+    """More than two thirds of so many, 2 at least: by default a sum is revealed of no fewer."""
+    return max(2, 2 * of // 3 + 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Session:
     """One masked round: who is asked, and how many may be missing.
@@ -71,7 +76,7 @@ class Session:
         circle = self.circle_size
         for field, of in (("threshold", circle), ("least", len(names))):
             if getattr(self, field) == 0:
-                object.__setattr__(self, field, max(2, 2 * of // 3 + 1))
+                object.__setattr__(self, field, two_thirds(of))
         if not circle / 2 < self.threshold <= circle:
             raise ValueError(f"threshold: expected more than half of {circle} (a client and its "
                              f"neighbors) and not more, got {self.threshold}")  # fmt: skip

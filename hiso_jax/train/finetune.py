@@ -50,7 +50,7 @@ class Options(job.Options):
     """Communication rounds."""
     out: Path = Path("runs/finetune")
     """Folder of the run; one that is there is moved aside, to a name with a number."""
-    sampling: Literal["uniform", "size"] = "size"
+    sampling: Literal["uniform", "size", "balanced"] = "size"
     """Which clients take part: all alike, or in proportion to their examples."""
     model: str | None = None
     """Folder or hub id of a Hugging Face checkpoint, or a GGUF file; by default MiniLM."""

@@ -61,16 +61,24 @@ def rounds(
         dropout=options.dropout,
         prepare=problem.prepare,
         mesh=meshes.make(*options.mesh) if options.mesh else None,
-        summed=_masked(options, ledger) if options.secure else None,
+        summed=_summed(options, ledger),
     )
 
 
-def _masked(options: Options, ledger: Any) -> Any:
-    """What makes the records of masked rounds; its secret is kept beside the ledger."""
-    from hiso_jax.federation import private  # needs the extra `secure`
+def _summed(options: Options, ledger: Any) -> Any:
+    """What makes the records of masked rounds, or of such with noise; None: nothing does.
 
+    Its secret is kept beside the ledger: a run that goes on has the same.
+    """
+    if not options.secure and options.epsilon is None:
+        return None
+    if ledger is None:
+        raise ValueError("--secure, --epsilon: for jobs, which have a ledger")
+    from hiso_jax.federation import private
+
+    terms, name = private.terms_of(ledger), private.run_name(ledger)
     secret = hj.privacy.secret(options.out / "secret")
-    return private.Simulated(private.terms_of(ledger), secret, private.run_name(ledger))
+    return private.Simulated(terms, secret, name, private.accountant_of(ledger))
 
 
 class Trained(NamedTuple):
@@ -82,7 +90,7 @@ class Trained(NamedTuple):
     traffic: federation.Traffic
     seconds: list[float]  # of the rounds of this process
     sizes: tuple[int, int]  # bytes of the records, and of the compact ledger
-    broken: str  # why the rounds ended early, if a NaN was the reason
+    broken: str  # why the rounds ended early, if a NaN or a budget was the reason
 
 
 def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measure.Base) -> Trained:
@@ -151,7 +159,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
                 start = time.perf_counter()
                 if stop.is_set():
                     break
-        except FloatingPointError as error:
+        except (FloatingPointError, hj.privacy.BudgetSpent) as error:
             report.fail(error)
             broken = str(error)
         sizes = ledger.records().nbytes, ledger.export(folder / "ledger.safetensors")
@@ -276,8 +284,10 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
             saved = settings.read(options.out)
             rates = saved["learning_rates"]
         settings.check(options)
-        if options.secure and (unmasked := [*filter(methods.sends_models, options.methods)]):
-            raise ValueError(f"--secure: {unmasked[0]} sends models, and only scalars are masked")
+        if unmasked := [*filter(methods.sends_models, options.methods)]:
+            for name, given in (("secure", options.secure), ("epsilon", options.epsilon)):
+                if given:
+                    raise ValueError(f"--{name}: {unmasked[0]} sends models, and it is for scalars")
         if options.clients_per_round > (there := len(problem.clients)):
             raise ValueError(
                 f"--clients-per-round: expected at most {there}, for there are {there} clients; "
@@ -287,6 +297,8 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
         for method, rate in rates.items():
             alg = algorithm(dataclasses.replace(options, method=method), problem, rate)
             jax.eval_shape(alg.init, problem.params, resume.root_key(options))
+            if saved is None and (terms := resume.terms_of(options, problem)) is not None:
+                terms.check(alg.spec)  # pyright: ignore[reportAttributeAccessIssue]
         if options.mesh:
             meshes.make(*options.mesh)
         report.show_data(problem)
@@ -333,7 +345,8 @@ def _say_how_it_ended(options: Options, summaries: list[dict[str, Any]]) -> None
     for summary in (s for s in summaries if s.get("failed")):
         report.fail(f"Not measured: {'; '.join(summary['failed'])}. The weights are written.")
     if broken:
-        report.fail(f"It ended after {broken[0]['rounds']} of {options.rounds} rounds: NaN.")
+        why = "NaN" if options.epsilon is None else broken[0]["stopped"]
+        report.fail(f"It ended after {broken[0]['rounds']} of {options.rounds} rounds: {why}.")
     elif any(s["rounds"] < options.rounds for s in summaries):
         report.say(f"To go on with it: --resume {options.out}")
     if broken or any(s.get("failed") for s in summaries):

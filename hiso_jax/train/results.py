@@ -31,6 +31,9 @@ DEFAULTS_OF_OLD_ROWS = {
     "upper_layers": 1,
     "eval_examples": 0,
     "secure": False,
+    "epsilon": None,
+    "delta": 1e-5,
+    "clip": None,
 }
 """Options that rows written before there were any lack."""
 RENAMED_METHODS = {"experiments.methods:hiso_all": "hiso(update_steps=all)"}

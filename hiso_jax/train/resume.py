@@ -12,7 +12,7 @@ from hiso_jax import federation
 from hiso_jax.federation import baselines, server
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import folders
+from hiso_jax.train import folders, promised
 from hiso_jax.train.settings import Options
 
 MADE_OF = {
@@ -54,8 +54,9 @@ def open_run(
     about = {"task": problem.name, "data": data_digest(problem)}
     about |= {} if problem.adapter is None else {"train": problem.adapter}
     if not path.exists():
-        terms = hj.privacy.Terms(masked=True).config if options.secure else None
-        return hj.Ledger.create(path, alg, state, about, terms), state, []
+        terms = terms_of(options, problem)
+        config = None if terms is None else terms.config
+        return hj.Ledger.create(path, alg, state, about, config), state, []
     ledger = hj.Ledger.open(path, alg, state)
     _check_about(ledger, about)
     state = snapshots.restore(folder / "snapshots", alg, state, ledger)
@@ -86,6 +87,12 @@ def _answered(options: Options, problem: Problem, round: int) -> dict[str, float
     names = _asked(options, problem, round)
     weights = federation.participation(len(names), round, options.seed, options.dropout)
     return {name: float(w) for name, w in zip(names, weights, strict=True) if w > 0}
+
+
+def terms_of(options: Options, problem: Problem) -> hj.privacy.Terms | None:
+    """What a run of these options promises of privacy."""
+    draws = (_asked(options, problem, round) for round in range(options.rounds))
+    return promised.terms(options, draws)
 
 
 def _asked(options: Options, problem: Problem, round: int) -> list[str]:

@@ -43,12 +43,19 @@ class Options:
     """Peak learning rate, falling linearly to 0; by default the tuned one of the method."""
     clients_per_round: int = 8
     """Clients sampled a round (C)."""
-    sampling: Literal["uniform", "size"] = "uniform"
-    """Which clients take part: all alike, or in proportion to their examples."""
+    sampling: Literal["uniform", "size", "balanced"] = "uniform"
+    """Which clients take part: all alike, in proportion to their examples, or in turns."""
     dropout: float = 0.0
     """Chance that a sampled client does not answer."""
     secure: bool = False
     """Scalars are masked: the server sees the sum of a round only (extra secure)."""
+    epsilon: float | None = None
+    """Budget of the client that is asked most, for all its data (extra dp): noise on the sum of a
+    round, by the server, or, with --secure, of all clients together under their masks."""
+    delta: float = 1e-5
+    """Of (epsilon, delta)-differential privacy."""
+    clip: float | None = None
+    """Largest norm of a client's scalars of a round; needed with --epsilon."""
     batch_size: int = 4
     """Examples of a client in a local step."""
     local_steps: int = 1
@@ -255,8 +262,7 @@ def check(options: Options) -> None:
     checks.number("--smoothing", options.smoothing, 1e-30, 1e30)
     checks.number("--decay", options.decay, 0, 1)
     _check_upper(options)
-    if options.secure:
-        _check_secure(options)
+    _check_private(options)
     if options.learning_rate is not None:
         checks.number("--learning-rate", options.learning_rate, 0, 1e38)
     if options.compare and options.method != Options.method:
@@ -291,8 +297,21 @@ def _check_upper(options: Options) -> None:
         raise ValueError(f"--upper-layers: expected the deepest first, got {layers}")
 
 
-def _check_secure(options: Options) -> None:
-    """Raise unless rounds of these options can be masked."""
+def _check_private(options: Options) -> None:
+    """Raise unless rounds of these options can be masked, or given noise."""
+    if options.clip is not None or options.epsilon is not None:
+        for name in ("epsilon", "clip"):
+            if getattr(options, name) is None:
+                raise ValueError(f"--{name}: needed, for --epsilon and --clip go together")
+            checks.number(f"--{name}", getattr(options, name), 0, above=True)
+        checks.number("--delta", options.delta, 0, 1, above=True)
+        if options.upper_directions == "auto":
+            raise ValueError("--upper-directions: auto looks at clients' data before a run, which "
+                             "no noise hides; with --epsilon give numbers")  # fmt: skip
+        if importlib.util.find_spec("dp_accounting") is None:
+            raise ValueError("--epsilon needs dp-accounting: pip install 'hiso-jax[dp]'")
+    if not options.secure:
+        return
     if options.clients_per_round < 2:
         raise ValueError(f"--secure: the sum of one hides nothing; expected --clients-per-round of "
                          f"at least 2, got {options.clients_per_round}")  # fmt: skip
