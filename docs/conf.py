@@ -47,7 +47,7 @@ html_copy_source = False
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 
-nb_execution_mode = "cache"
+nb_execution_mode = "cache"  # a notebook runs again when it has changed; make slow runs all
 nb_execution_cache_path = str(ROOT / ".jax_cache" / "notebooks")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True

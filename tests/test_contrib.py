@@ -45,6 +45,8 @@ def offered() -> Iterator[ModuleType]:
         vars(optax.contrib).pop(name, None)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_its_own_tests_pass(offered: ModuleType):
     suite = unittest.defaultTestLoader.loadTestsFromModule(load("_zeroth_order_test"))
     result = unittest.TestResult()

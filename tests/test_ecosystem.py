@@ -129,20 +129,6 @@ def nnx_state() -> tuple[Any, Any]:
     return state, lambda state, x: nnx.merge(graph, state)(x)
 
 
-def nnx_pure() -> tuple[Any, Any]:
-    from flax import nnx
-
-    graph, state = nnx.split(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
-    params = nnx.to_pure_dict(state)
-
-    def apply(params: Any, x: jax.Array) -> jax.Array:
-        own = jax.tree.map(lambda leaf: leaf, state)
-        nnx.replace_by_pure_dict(own, params)
-        return nnx.merge(graph, own)(x)
-
-    return params, apply
-
-
 def equinox() -> tuple[Any, Any]:
     import equinox as eqx
 
@@ -151,7 +137,7 @@ def equinox() -> tuple[Any, Any]:
     return params, lambda params, x: jax.vmap(eqx.combine(params, static))(x)
 
 
-@pytest.mark.parametrize("make", [dense, linen, nnx_state, nnx_pure, equinox])
+@pytest.mark.parametrize("make", [dense, linen, nnx_state, equinox])
 def test_parameters_of_every_kind_are_trained(make: Callable[[], tuple[Any, Any]], tmp_path: Any):
     """A round moves them; their structure stays; the ledger rebuilds them, and optax moves them."""
     if make is equinox:

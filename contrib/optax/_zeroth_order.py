@@ -251,10 +251,10 @@ def mezo(
     >>> solver = contrib.mezo(learning_rate=0.01, num_perturbations=10)
     >>> params = jnp.array([1., 2., 3.])
     >>> opt_state = solver.init(params)
-    >>> for _ in range(50):
+    >>> for _ in range(5):
     ...  updates, opt_state = solver.update(None, opt_state, params, value_fn=f)
     ...  params = optax.apply_updates(params, updates)
-    >>> print(bool(f(params) < 7.0))  # from 14.0
+    >>> print(bool(f(params) < 13.0))  # from 14.0
     True
 
   References:
@@ -324,10 +324,10 @@ def hiso(
     >>> solver = contrib.hiso(learning_rate=0.01, num_perturbations=10)
     >>> params = jnp.array([1., 2., 3.])
     >>> opt_state = solver.init(params)
-    >>> for _ in range(50):
+    >>> for _ in range(5):
     ...  updates, opt_state = solver.update(None, opt_state, params, value_fn=f)
     ...  params = optax.apply_updates(params, updates)
-    >>> print(bool(f(params) < 7.0))  # from 14.0
+    >>> print(bool(f(params) < 13.0))  # from 14.0
     True
 
   References:
