@@ -16,7 +16,7 @@ INTERVAL = 0.05
 """Seconds between looks for a task; NVFlare's own, 2, are most of a round."""
 OF_A_SITE = ("data",)
 OF_A_SIMULATION = ("compare", "resume", "mesh", "distributed", "split", "num_clients", "alpha",
-                   "client_column", "dropout", "answers")  # fmt: skip
+                   "client_column", "dropout", "answers", "select", "budget", "renew")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

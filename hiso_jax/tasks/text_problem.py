@@ -100,6 +100,10 @@ def encoder_problem(material: Material) -> Problem:
         with files.atomic_write(folder / "model" / "labels.safetensors") as part:
             save_file({"labels": np.asarray(labels + params["labels"])}, part)
 
+    def examples(params: Any, batch: Any) -> dict[str, jax.Array]:
+        features, texts = unit(embed(params["encoder"], batch)), unit(labels + params["labels"])
+        return problem.looked_at(features, SCALE * features @ texts.T, batch, texts)
+
     losses = lambda begin: problem.classification(lambda p, b: logits_fn(p, b, begin))  # noqa: E731
     loss_fn, score = losses(0)
     train = columns(rows["train"])
@@ -116,6 +120,7 @@ def encoder_problem(material: Material) -> Problem:
         lazy=True,
         upper=upper_of(model, lambda params: params["encoder"], losses, "encoder/", ("labels",)),
         adapter={"kind": "labels", "sentences": list(sentences), "length": length},
+        examples=examples,
     )
 
 
@@ -142,9 +147,16 @@ def masked_problem(material: Material) -> Problem:
             "--verbalizer"
         )
 
-    def logits_fn(params: Any, batch: Any, begin: int) -> jax.Array:
+    def at_mask(params: Any, batch: Any, begin: int = 0) -> jax.Array:
         x = adapters.hidden_states(model, params, batch, begin)
-        return model.head(params, x[jnp.arange(len(x)), batch["place"]], tokens)
+        return x[jnp.arange(len(x)), batch["place"]]
+
+    def logits_fn(params: Any, batch: Any, begin: int) -> jax.Array:
+        return model.head(params, at_mask(params, batch, begin), tokens)
+
+    def examples(params: Any, batch: Any) -> dict[str, jax.Array]:
+        x = at_mask(params, batch)
+        return problem.looked_at(x, model.head(params, x, tokens), batch)
 
     losses = lambda begin: problem.classification(lambda p, b: logits_fn(p, b, begin))  # noqa: E731
     loss_fn, score = losses(0)
@@ -162,6 +174,7 @@ def masked_problem(material: Material) -> Problem:
         prepare=text.trim,
         lazy=True,
         upper=upper_of(model, lambda params: params, losses),
+        examples=examples,
     )
 
 
@@ -283,13 +296,18 @@ def decoder_problem(
         def losses(begin: int) -> tuple[Any, Any]:
             return problem.classification(lambda p, b: head(p, hidden(p, b, begin)[:, -1], tokens))
 
+        def examples(params: Any, batch: Any) -> dict[str, jax.Array]:
+            x = hidden(params, batch, 0)[:, -1]
+            return problem.looked_at(x, head(params, x, tokens), batch)
+
         own_columns = _clients(columns(rows["train"]), own)
     else:
         last = None if task.metric == "perplexity" else room
 
         def losses(begin: int) -> tuple[Any, Any]:
-            return problem.language(lambda p, b: hidden(p, b, begin), head, last)
+            return problem.language(lambda p, b: hidden(p, b, begin), head, last)[:2]
 
+        examples = problem.language(lambda p, b: hidden(p, b, 0), head, last)[2]
         each = {n: columns([rows["train"][i] for i in picks]) for n, picks in own.items()}
         own_columns = Clients(_with_text(each, task.label, notes))
     loss_fn, score = losses(0)
@@ -314,4 +332,5 @@ def decoder_problem(
         measure=measure if task.metric in metrics.METRICS else lambda params: {},
         notes=tuple(notes),
         adapter=subset.adapter,
+        examples=examples,
     )

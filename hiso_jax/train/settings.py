@@ -15,7 +15,7 @@ import jax
 
 from hiso_jax import directions
 from hiso_jax._engine import checks
-from hiso_jax.train import report
+from hiso_jax.train import report, selecting
 from hiso_jax.train.report import console
 
 COMPARED = ("hiso", "decomfl")
@@ -51,6 +51,13 @@ class Options:
     """Scalars are masked: the server sees the sum of a round only (extra secure)."""
     batch_size: int = 4
     """Examples of a client in a local step."""
+    select: str | None = None
+    """Which of its examples a client learns from: uniform, balanced, k_center, k_means, active_ft,
+    vecaf, loss, entropy, margin, el2n, importance; by default from all."""
+    budget: float = 0.1
+    """Share of its examples that --select keeps."""
+    renew: int = 20
+    """Rounds between choices of --select, each a look at all examples of a client."""
     local_steps: int = 1
     """Local steps of a client (K)."""
     num_perturbations: int = 5
@@ -253,6 +260,7 @@ def check(options: Options) -> None:
     checks.number("--smoothing", options.smoothing, 1e-30, 1e30)
     checks.number("--decay", options.decay, 0, 1)
     _check_upper(options)
+    selecting.check(options)
     if options.secure:
         _check_secure(options)
     if options.learning_rate is not None:
