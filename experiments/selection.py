@@ -27,7 +27,7 @@ import numpy as np
 
 import hiso_jax as hj
 from hiso_jax._engine import checks, files, trees
-from hiso_jax.federation import Clients, Select, selecting
+from hiso_jax.federation import Select, selecting
 from hiso_jax.federation.clients import Arrays
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.train import compare, job, methods, options, report, results
@@ -124,23 +124,25 @@ def noise(
 
 
 def errors(
-    clients: Clients, params: Any, names: list[str], scalars: list[np.ndarray], draws: int = 4
+    select: Select,
+    seen: list[Arrays],
+    data: list[Arrays],
+    scalars: list[np.ndarray],
+    draws: int = 4,
 ) -> float:
     """Squared error of subsets' means, over that of uniform subsets of the same sizes.
 
     Args:
-      clients: who choose.
-      params: of the model.
-      names: whose subsets are judged.
+      select: how they are chosen.
+      seen: what the clients see of their examples.
+      data: their columns.
       scalars: [J, N] of each.
       draws: choices, with seeds of their own.
     """
     ours = alike = 0.0
     for seed in range(draws):
-        clients.choose(params, names, 0, seed)
-        assert clients.chosen is not None
-        for name, own in zip(names, scalars, strict=True):
-            picks, weights = clients.chosen.subsets[name]
+        for number, (looked, columns, own) in enumerate(zip(seen, data, scalars, strict=True)):
+            picks, weights = select.choose(columns, looked, (seed, number))
             size, count = len(picks), own.shape[1]
             if size == count:
                 continue
@@ -149,6 +151,21 @@ def errors(
             ours += float((off**2).mean())
             alike += float(own.var(1, ddof=1).mean() * (1 / size - 1 / count))
     return ours / alike if alike else float("nan")
+
+
+def looks(selects: dict[str, Select], params: Any, data: list[Arrays]) -> dict[str, list[Arrays]]:
+    """What clients see for each selector; those that need the same look once."""
+    joined = {k: np.concatenate([columns[k] for columns in data]) for k in data[0]}
+    cuts = np.cumsum([len(next(iter(columns.values()))) for columns in data])[:-1]
+    found: dict[Any, Arrays] = {}
+    out = {}
+    for text, select in selects.items():
+        key = (select.passes, *sorted(select.wanted))
+        if key not in found:
+            found[key] = select.look(params, joined, (0,))
+        parts = {k: np.split(v, cuts) for k, v in found[key].items()}
+        out[text] = [{k: v[i] for k, v in parts.items()} for i in range(len(data))]
+    return out
 
 
 def drawn(problem: Problem, examples: int) -> Iterator[str]:
@@ -179,20 +196,22 @@ def main(given: Selection) -> None:
         distribution=settings.distribution, lazy=problem.lazy, trainable=problem.trainable,
     )  # fmt: skip
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(0))
-    selectors = {}
+    selects = {}
     for text in given.methods:
         name, own = methods.parse(text)
-        select = Select(name, problem.examples, given.budget, 1, prepare=problem.prepare, **own)
-        selectors[text] = problem.clients.selecting(select)
+        selects[text] = Select(name, problem.examples, given.budget, 1, prepare=problem.prepare,
+                               trainable=problem.trainable, **own)  # fmt: skip
+    data = [problem.clients[name] for name in names]
     kept: list[dict[str, Any]] = []
 
     def note(params: Any, round: int) -> None:
-        scalars = [look(params, problem.clients[name]) for name in names]
+        scalars = [look(params, columns) for columns in data]
+        seen = looks(selects, params, data)
         figures: dict[str, Any] = {"round": round}
         figures |= noise(scalars, shares / shares.sum(), settings.clients_per_round,
                          len(problem.clients), settings.batch_size)  # fmt: skip
         figures["errors"] = {
-            text: errors(clients, params, names, scalars) for text, clients in selectors.items()
+            text: errors(select, seen[text], data, scalars) for text, select in selects.items()
         }
         kept.append(figures)
         about = {"task": problem.name, "clients": len(names), "batch_size": settings.batch_size,

@@ -24,6 +24,8 @@ NAMES = ("uniform", "balanced", "k_center", "k_means", "active_ft", "vecaf", *SC
 """Of methods, as `Select` takes them: a score's is `hiso_jax.selection.by_score` of it."""
 PROBES = 4
 """Directions along which `importance` takes each example's scalar."""
+SMOOTHING = 1e-3
+"""Finite-difference step of these scalars."""
 AT_A_TIME = 256
 """Examples that are looked at in one program."""
 IMPORTANCE = "importance"
@@ -48,7 +50,6 @@ class Select:
       renew: R, rounds between choices.
       prepare: what is done to a batch before it is computed with.
       trainable: along which `importance` takes scalars, as in `hiso_jax.trees.select`.
-      smoothing: its finite-difference step.
       **arguments: of the method's function in `hiso_jax.selection`; ``by``, a score that is the
         weight of ``k_center``, ``k_means`` and ``vecaf`` (by default the loss for the last, none
         for the others); ``eta`` of ``active_ft`` and ``vecaf``: their features are moved towards
@@ -71,7 +72,6 @@ class Select:
         *,
         prepare: Callable[[Arrays], Arrays] = lambda batch: batch,
         trainable: trees.Trainable = None,
-        smoothing: float = 1e-3,
         **arguments: Any,
     ):
         check(method, budget, renew, arguments)
@@ -91,10 +91,10 @@ class Select:
         def moved(params: Any, key: jax.Array) -> Any:
             leaves = trees.select(params, trainable)
             keys = dict(zip(leaves, jax.random.split(key, len(leaves)), strict=True))
-            step = lambda n, x: x + smoothing * jax.random.rademacher(keys[n], x.shape, x.dtype)  # noqa: E731
+            step = lambda n, x: x + SMOOTHING * jax.random.rademacher(keys[n], x.shape, x.dtype)  # noqa: E731
             return trees.merge(params, {n: step(n, x) for n, x in leaves.items()})
 
-        self._moved, self._smoothing = jax.jit(moved), smoothing
+        self._moved = jax.jit(moved)
 
     @property
     def passes(self) -> int:
@@ -106,7 +106,7 @@ class Select:
         return min(examples, max(1, math.floor(self.budget * examples + 0.5)))
 
     @property
-    def _wanted(self) -> set[str]:
+    def wanted(self) -> set[str]:
         """Of each example, what the method needs to know."""
         if self.method in (*SCORES, IMPORTANCE):
             return {"loss" if self.method == IMPORTANCE else self.method}
@@ -124,7 +124,7 @@ class Select:
             return
         count = len(next(iter(columns.values())))
         batch = self._prepare(dict(columns) | {"weight": np.ones(count, np.float32)})
-        self._lacks(jax.eval_shape(self._examples, params, batch), self._wanted)
+        self._lacks(jax.eval_shape(self._examples, params, batch), self.wanted)
 
     def _lacks(self, seen: Mapping[str, Any], wanted: set[str]) -> None:
         if lost := wanted - seen.keys():
@@ -140,14 +140,14 @@ class Select:
         """
         if self._examples is None or not self.passes:
             return {}
-        found = self._sweep(params, columns, self._wanted)
+        found = self._sweep(params, columns, self.wanted)
         if self.method != IMPORTANCE:
             return found
         squares = []
         for i in range(PROBES):
             beside = self._moved(params, _key((*seed, i)))
             away = self._sweep(beside, columns, {"loss"})["loss"] - found["loss"].astype(np.float64)
-            squares.append((away / self._smoothing) ** 2)
+            squares.append((away / SMOOTHING) ** 2)
         return {"scalar": np.sqrt(np.mean(squares, 0))}
 
     def _sweep(self, params: Any, columns: Arrays, wanted: set[str]) -> Arrays:

@@ -131,6 +131,23 @@ def classification(logits_fn: Callable[[Any, Any], jax.Array]) -> tuple[Any, Any
     return loss_fn, score
 
 
+def by_features(
+    features: Callable[[Any, Any], jax.Array], head: Callable[[Any, jax.Array], jax.Array]
+) -> tuple[Any, Any, Any]:
+    """`classification`, and what `Problem.examples` gives, of logits that are made of features.
+
+    Args:
+      features: ``(params, batch) -> [B, D]``.
+      head: ``(params, [B, D]) -> logits [B, labels]``.
+    """
+
+    def examples(params: Any, batch: Any) -> dict[str, jax.Array]:
+        x = features(params, batch)
+        return looked_at(x, head(params, x), batch)
+
+    return *classification(lambda p, batch: head(p, features(p, batch))), examples
+
+
 def language(
     hidden: Callable[[Any, Any], jax.Array],
     head: Callable[[Any, jax.Array], jax.Array],

@@ -147,19 +147,14 @@ def masked_problem(material: Material) -> Problem:
             "--verbalizer"
         )
 
-    def at_mask(params: Any, batch: Any, begin: int = 0) -> jax.Array:
+    def at_mask(params: Any, batch: Any, begin: int) -> jax.Array:
         x = adapters.hidden_states(model, params, batch, begin)
         return x[jnp.arange(len(x)), batch["place"]]
 
-    def logits_fn(params: Any, batch: Any, begin: int) -> jax.Array:
-        return model.head(params, at_mask(params, batch, begin), tokens)
-
-    def examples(params: Any, batch: Any) -> dict[str, jax.Array]:
-        x = at_mask(params, batch)
-        return problem.looked_at(x, model.head(params, x, tokens), batch)
-
-    losses = lambda begin: problem.classification(lambda p, b: logits_fn(p, b, begin))  # noqa: E731
-    loss_fn, score = losses(0)
+    losses = lambda begin: problem.by_features(  # noqa: E731
+        lambda p, batch: at_mask(p, batch, begin), lambda p, x: model.head(p, x, tokens)
+    )
+    loss_fn, score, examples = losses(0)
     columns = functools.partial(text.masked, task, tokenizer, length=length)
     return Problem(
         name=name,
@@ -293,24 +288,20 @@ def decoder_problem(
         shared, firsts = text.word_tokens(task, tokenizer, rows["train"])
         tokens = jnp.asarray(firsts)
 
-        def losses(begin: int) -> tuple[Any, Any]:
-            return problem.classification(lambda p, b: head(p, hidden(p, b, begin)[:, -1], tokens))
-
-        def examples(params: Any, batch: Any) -> dict[str, jax.Array]:
-            x = hidden(params, batch, 0)[:, -1]
-            return problem.looked_at(x, head(params, x, tokens), batch)
+        def losses(begin: int) -> tuple[Any, Any, Any]:
+            states = lambda p, b: hidden(p, b, begin)[:, -1]  # noqa: E731
+            return problem.by_features(states, lambda p, x: head(p, x, tokens))
 
         own_columns = _clients(columns(rows["train"]), own)
     else:
         last = None if task.metric == "perplexity" else room
 
-        def losses(begin: int) -> tuple[Any, Any]:
-            return problem.language(lambda p, b: hidden(p, b, begin), head, last)[:2]
+        def losses(begin: int) -> tuple[Any, Any, Any]:
+            return problem.language(lambda p, b: hidden(p, b, begin), head, last)
 
-        examples = problem.language(lambda p, b: hidden(p, b, 0), head, last)[2]
         each = {n: columns([rows["train"][i] for i in picks]) for n, picks in own.items()}
         own_columns = Clients(_with_text(each, task.label, notes))
-    loss_fn, score = losses(0)
+    loss_fn, score, examples = losses(0)
     held = {name: columns(rows[name]) for name in ("dev", "test")}
     if empty := [name for name, arrays in held.items() if not len(arrays["input_ids"])]:
         raise ValueError(f"{task.label}: {empty[0]} has no text of two tokens to measure on")

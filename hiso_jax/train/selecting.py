@@ -47,7 +47,7 @@ def settle(options: Any, problem: Problem) -> Problem:
         raise ValueError(f"--select: balanced goes by classes, and {problem.name} has none")
     select = Select(
         name, problem.examples, options.budget, options.renew, prepare=problem.prepare,
-        trainable=problem.trainable, smoothing=options.smoothing, **own,
+        trainable=problem.trainable, **own,
     )  # fmt: skip
     if needs:  # whether the task gives what the method needs, without computing it
         few = {k: v[:1] for k, v in columns.items()}
