@@ -15,9 +15,9 @@ from hiso_jax import federation
 from hiso_jax.federation import Chosen, Clients, Select, selecting
 from hiso_jax.models import adapters
 from hiso_jax.tasks import problem as problems
-from hiso_jax.train import digits, job, report
+from hiso_jax.train import digits, finetune, job, report
 from hiso_jax.train import selecting as jobs
-from tests.helpers import PROBLEMS, assert_same_bits, outcome, refuse, trunk
+from tests.helpers import PROBLEMS, REVIEWS, assert_same_bits, outcome, refuse, trunk
 
 RNG = np.random.default_rng(0)
 DATA = {
@@ -405,3 +405,32 @@ def test_rows_of_selections_are_told_apart():
         k: v for k, v in results.DEFAULTS_OF_OLD_ROWS.items() if k in ("select", "budget", "renew")
     }
     assert len(fresh) == 3 and fresh == {k: base[k] for k in fresh}  # of rows from before
+
+
+@pytest.mark.parametrize(
+    "own", [dict(label="mood", split="iid"), dict(task="lm")], ids=["words", "lm"]
+)
+def test_examples_of_a_decoder_are_what_its_loss_is_made_of(
+    own: dict[str, Any], tiny: Path, tmp_path: Path
+):
+    data = tmp_path / "reviews.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in REVIEWS))
+    given = finetune.Options(
+        model=str(tiny), data=data, text="review", num_clients=3, length=24, **own
+    )
+    problem = finetune.build(given)
+    few = {k: v[:6] for k, v in problem.clients.columns.items()}
+    batch = problem.prepare(few | {"weight": np.array([1, 1, 0, 1, 1, 1], np.float32)})
+    seen = jax.jit(problem.examples)(problem.params, batch)
+    assert seen["features"].shape == (6, 32) and np.isfinite(seen["features"]).all()
+    count = batch["target"].sum(1) if "target" in batch else np.ones(6)
+    wanted = np.average(seen["loss"], weights=batch["weight"] * count)
+    np.testing.assert_allclose(problem.loss_fn(problem.params, batch), wanted, rtol=1e-5)
+    chosen = jobs.settle(finetune.Options(select="vecaf(steps=2)", budget=0.5), problem).clients
+    chosen.choose(problem.params, chosen.names[:2], 0)
+    assert chosen.batches(chosen.names[:2], 0, 4)["input_ids"].shape[:3] == (2, 1, 4)
+    if own.get("task") == "lm":
+        with pytest.raises(ValueError, match="select: entropy needs entropy of examples"):
+            jobs.settle(finetune.Options(select="entropy"), problem)
+        with pytest.raises(ValueError, match="--select: balanced goes by classes"):
+            jobs.settle(finetune.Options(select="balanced"), problem)
