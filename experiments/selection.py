@@ -111,10 +111,9 @@ def noise(
     )
     rest = np.array([max(0.0, 1 / batch - 1 / own.shape[1]) for own in scalars])
     within = shares @ (spread * rest[:, None])
-    drawn = 1 - (clients - 1) / max(1, of - 1)
     figures = dict(
         mean_square=(mean**2).mean(),
-        between=between.mean() * drawn / clients,
+        between=between.mean() * (1 / clients - 1 / of),
         within=within.mean() / clients,
     )
     rest = figures["mean_square"] + figures["between"]

@@ -116,6 +116,16 @@ def test_importance_goes_by_scalars_and_its_weights_undo_the_bias():
     np.testing.assert_allclose(seen, np.sqrt(np.mean(squares, 0)), rtol=0.05, atol=5e-3)
 
 
+def test_losses_of_nothing_weigh_alike():
+    """A client whose examples are all learned, to rounding, still chooses."""
+    select = clients("vecaf").select
+    assert select is not None
+    seen = {"features": DATA["c0"]["x"], "loss": np.full(9, -1e-8, np.float32)}
+    alike = seen | {"loss": np.ones(9, np.float32)}
+    picks = [select.choose(DATA["c0"], x, (0,)).picks for x in (seen, alike)]
+    np.testing.assert_array_equal(*picks)
+
+
 def test_choices_are_functions_of_seed_round_and_model():
     other = {"w": PARAMS["w"] + 1, "v": PARAMS["v"] - 1}
 
@@ -258,6 +268,9 @@ def test_what_cannot_be_chosen_by_is_refused():
         own.choose(PARAMS, own.names, 2)
     with pytest.raises(FloatingPointError, match="select: NaN or infinite loss of examples"):
         own.choose({**PARAMS, "v": PARAMS["v"] * np.nan}, own.names, 0)
+    taken = Clients({n: c | {"importance": c["y"]} for n, c in DATA.items()})
+    with pytest.raises(ValueError, match="data: expected no column called 'importance'"):
+        taken.selecting(clients("importance").select).choose(PARAMS, ["c0"], 0)
     own.choose(PARAMS, ["c1"], 0)
     with pytest.raises(ValueError, match="'c0' has chosen nothing in round 0"):
         own.batches(["c0"], 1, 2)
@@ -434,3 +447,40 @@ def test_examples_of_a_decoder_are_what_its_loss_is_made_of(
             jobs.settle(finetune.Options(select="entropy"), problem)
         with pytest.raises(ValueError, match="--select: balanced goes by classes"):
             jobs.settle(finetune.Options(select="balanced"), problem)
+
+
+def test_noise_of_a_round_is_what_draws_have():
+    """`experiments.selection`, against a hundred thousand rounds drawn."""
+    from experiments import selection as script
+
+    rng, of, clients, batch = np.random.default_rng(0), 5, 2, 3
+    scalars = [rng.normal(i, 1 + i, (2, 4 + 2 * i)) for i in range(of)]
+    found = script.noise(scalars, np.full(of, 1 / of), clients, of, batch)
+    rounds = []
+    for own in scalars:
+        order = rng.random((100_000, own.shape[1])).argsort(1)[:, :batch]
+        rounds.append(own[:, order].mean(-1))  # [2, rounds]
+    who = rng.random((100_000, of)).argsort(1)[:, :clients]
+    drawn = np.stack(rounds)[who.T, :, np.arange(100_000)].mean(0)  # [rounds, 2]
+    mean = np.mean([own.mean(1) for own in scalars], 0)
+    np.testing.assert_allclose(found["mean_square"], (mean**2).mean())
+    total = found["within"] + found["between"]
+    np.testing.assert_allclose(total, ((drawn - mean) ** 2).mean(), rtol=0.03)
+    off = np.stack([own.mean(1) for own in scalars])[who].mean(1) - mean
+    np.testing.assert_allclose(found["between"], (off**2).mean(), rtol=0.03)
+
+
+def test_a_uniform_subset_has_the_error_of_one():
+    from experiments import selection as script
+
+    data = [DATA[name] for name in DATA]
+    scalars = [RNG.normal(size=(20, len(columns["x"]))) for columns in data]
+    error = lambda select: script.errors(select, seen, data, scalars, draws=40)  # noqa: E731
+    uniform = clients("uniform").select
+    seen = [{} for _ in data]
+    assert uniform is not None and abs(error(uniform) - 1) < 0.2
+    # Whoever takes the highest of one direction is far off along it.
+    worst = clients("loss").select
+    scalars = [x[:1] for x in scalars]
+    seen = [{"loss": x[0].astype(np.float32)} for x in scalars]
+    assert worst is not None and error(worst) > 3

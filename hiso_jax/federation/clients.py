@@ -200,6 +200,10 @@ class Clients:
         """
         if (select := self.select) is None or not self.due(round):
             raise ValueError(f"round: expected one in which clients choose anew, got {round}")
+        if IMPORTANCE in self._columns and select.method == IMPORTANCE:
+            raise ValueError(
+                f"data: expected no column called {IMPORTANCE!r}, which is the weights'"
+            )
         numbers = [self._index[str(name)] for name in names]
         spans = [slice(s, s + n) for s, n in zip(self._starts, self._sizes, strict=True)]
         own = [{k: v[spans[i]] for k, v in self._columns.items()} for i in numbers]

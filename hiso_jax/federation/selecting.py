@@ -186,7 +186,10 @@ class Select:
             return Subset(*selection.importance(features, budget, key, seen["scalar"], **own))
         if self.method in SCORES:
             return Subset(selection.by_score(features, budget, key, seen[self.method]))
-        weights = seen[self.by] if self.by else None
+        weights = None
+        if self.by:  # rounding may make a loss of nothing negative, and learning all of them 0
+            weights = np.maximum(seen[self.by], 0)
+            weights = weights if weights.any() else np.ones_like(weights)
         return Subset(getattr(selection, self.method)(features, budget, key, weights, **own))
 
 
