@@ -369,6 +369,8 @@ def test_a_recipe_is_refused_at_the_door(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         assert said in refuse("digits", *options), options
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="--select: clients look at their examples in one process"):
+        jobs.check(digits.Options(select="loss", distributed="auto"))
     bare = PROBLEM._replace(examples=None, name="a task")
     with pytest.raises(ValueError, match="a task tells nothing of its examples; expected uniform"):
         jobs.settle(digits.Options(select="loss"), bare)

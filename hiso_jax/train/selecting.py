@@ -27,6 +27,9 @@ def check(options: Any) -> None:
         option, colon, rest = str(error).partition(":")
         option = {"budget": "--budget", "renew": "--renew"}.get(option, "--select")
         raise ValueError(f"{option}:{rest if colon else ' ' + str(error)}") from None
+    if options.distributed is not None:
+        raise ValueError("--select: clients look at their examples in one process; expected none "
+                         f"with --distributed, got {options.select}")  # fmt: skip
 
 
 def settle(options: Any, problem: Problem) -> Problem:
