@@ -153,7 +153,7 @@ def run(options: Options) -> dict[str, float]:
     )  # fmt: skip
     model = models.from_config(config, jax.random.key(options.seed))
     hidden = lambda p, b: model.hidden(p, b["input_ids"], b["attention_mask"])  # noqa: E731
-    loss_fn, score = problem.language(hidden, model.head)
+    loss_fn, score, _ = problem.language(hidden, model.head)
     warm = max(options.steps // 10, 1)
     rate = optax.warmup_cosine_decay_schedule(0, options.learning_rate, warm, options.steps + 1)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1))

@@ -15,6 +15,7 @@ ROWS = {
     "_engine": "how is it computed?",
     "models": "what is fine-tuned?",
     "": "what is the algorithm?",
+    "selection": "which examples are learned from?",
     "privacy": "how much is given away?",
     "secure": "what does the server see?",
     "ledger": "what stays of a run?",

@@ -4,12 +4,16 @@ Everything random here is a function of (seed, round), so a run can be stopped a
 round and resumed, and two methods can be given the very same clients and batches.
 """
 
+import os
+import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hiso_jax._engine import checks
+from hiso_jax._engine import checks, files
+from hiso_jax.federation.selecting import IMPORTANCE, Select, Subset
+from hiso_jax.federation.tables import as_array, columns_of, numbers_of
 
 Arrays = dict[str, np.ndarray]
 """Named columns of one client: each [N, ...], the same N."""
@@ -62,6 +66,8 @@ class Clients:
 
     Args:
       data: name -> columns; every column of a client has its number of examples first.
+      select: how a client chooses the examples that its batches are drawn from, and when it does
+        so anew; by default they are drawn from all.
 
     Raises:
       ValueError: no client, a client without examples, columns that do not match, or names that
@@ -75,7 +81,10 @@ class Clients:
       {'x': (1, 1, 2), 'weight': (1, 1, 2)}
     """
 
-    def __init__(self, data: Mapping[Any, Mapping[str, np.ndarray]]):
+    select: Select | None
+    chosen: "Chosen | None"
+
+    def __init__(self, data: Mapping[Any, Mapping[str, np.ndarray]], select: Select | None = None):
         names = checks.clients("data", data)
         clients = {
             name: {k: np.asarray(v) for k, v in own.items()}
@@ -99,6 +108,7 @@ class Clients:
         first = clients[next(iter(clients))]
         joined = {k: np.concatenate([own[k] for own in clients.values()]) for k in first}
         self._hold(list(clients), np.array(sizes), joined)
+        self.select = select
 
     @classmethod
     def joined(
@@ -157,13 +167,13 @@ class Clients:
           >>> clients.sizes, clients["a"]["x"].tolist()
           ({'a': 2, 'b': 1}, [[0, 1], [4, 5]])
         """
-        table, count = _columns_of(dataset)
+        table, count = columns_of(dataset)
         given = isinstance(partition, str)
         if given and partition not in table:
             raise ValueError(f"partition: expected one of the columns {list(table)}, got "
                              f"{partition!r}")  # fmt: skip
         owners = (
-            checks.groups("partition", table[partition]) if given else _numbers(partition, count)
+            checks.groups("partition", table[partition]) if given else numbers_of(partition, count)
         )
         kept = [name for name in table if not (given and name == partition)]
         if columns is not None:
@@ -173,7 +183,7 @@ class Clients:
         if not kept or "weight" in kept:  # which batches are given
             raise ValueError(f'columns: expected one at least and none called "weight", got {kept}')
         order = np.concatenate(list(owners.values()))
-        arrays = {name: _as_array(name, table[name])[order] for name in kept}
+        arrays = {name: as_array(name, table[name])[order] for name in kept}
         return cls.joined(list(owners), [len(own) for own in owners.values()], arrays)
 
     def _hold(self, names: list[str], sizes: np.ndarray, columns: Arrays) -> None:
@@ -181,6 +191,14 @@ class Clients:
         self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self._index = {name: i for i, name in enumerate(names)}
         self._shares = sizes / sizes.sum()
+        self.select = self.chosen = None
+
+    def selecting(self, select: Select | None) -> "Clients":
+        """The same clients with another way to choose, or none; nothing is copied."""
+        clients = Clients.__new__(Clients)
+        clients._hold(self.names, self._sizes, self._columns)
+        clients.select = select
+        return clients
 
     def __len__(self) -> int:
         return len(self.names)
@@ -216,6 +234,73 @@ class Clients:
         shares = self._shares if sampling == "size" else None
         return draw(self.names, count, round, seed, shares, sampling == "balanced")
 
+    def asked(
+        self, rounds: range, count: int, seed: int = 0, sampling: str = "uniform"
+    ) -> list[str]:
+        """Who is drawn by `sample` in any of some rounds, each once."""
+        every = (self.sample(count, round, seed, sampling) for round in rounds)
+        return list(dict.fromkeys(name for names in every for name in names))
+
+    def due(self, round: int) -> bool:
+        """Whether clients choose anew before this round."""
+        return self.select is not None and round % self.select.renew == 0
+
+    def choose(
+        self, params: Any, names: Sequence[Any], round: int, seed: int = 0, first: int = 0
+    ) -> None:
+        """Let clients look at their examples with the model as it is, and choose.
+
+        Args:
+          params: the model's, before this round.
+          names: who chooses.
+          round: a multiple of R.
+          seed, first: as of `batches`.
+
+        Raises:
+          ValueError: there is no `select`, it is not the round for it, or the model does not give
+            what the method needs.
+          FloatingPointError: the model makes NaN of examples.
+        """
+        if (select := self.select) is None or not self.due(round):
+            raise ValueError(f"round: expected one in which clients choose anew, got {round}")
+        if IMPORTANCE in self._columns and select.method == IMPORTANCE:
+            raise ValueError(
+                f"data: expected no column called {IMPORTANCE!r}, which is the weights'"
+            )
+        numbers = [self._index[str(name)] for name in names]
+        spans = [slice(s, s + n) for s, n in zip(self._starts, self._sizes, strict=True)]
+        own = [{k: v[spans[i]] for k, v in self._columns.items()} for i in numbers]
+        together = {k: np.concatenate([columns[k] for columns in own]) for k in own[0]}
+        seen, subsets, start = select.look(params, together, (seed, round, 4)), {}, 0
+        for i, columns in zip(numbers, own, strict=True):
+            part = {k: v[start : start + self._sizes[i]] for k, v in seen.items()}
+            subsets[self.names[i]] = select.choose(columns, part, (seed, round, 3, first + i))
+            start += self._sizes[i]
+        self.chosen = Chosen(round, subsets)
+
+    def look_passes(self, rounds: int, count: int, seed: int = 0, sampling: str = "uniform") -> int:
+        """Forward passes of single examples that the choices of a run take, of all clients."""
+        if self.select is None or not self.select.passes:
+            return 0
+        renew, sizes = self.select.renew, self.sizes
+        periods = (range(r, min(r + renew, rounds)) for r in range(0, rounds, renew))
+        asked = (name for period in periods for name in self.asked(period, count, seed, sampling))
+        return self.select.passes * sum(sizes[name] for name in asked)
+
+    def _own(self, name: Any, round: int) -> Subset:
+        """What of a client's examples its batches are drawn from in a round."""
+        i = self._index[str(name)]
+        if self.select is None:
+            return Subset(np.arange(self._sizes[i]))
+        wanted = round - round % self.select.renew
+        if self.chosen is None or self.chosen.round != wanted:
+            held = "nothing" if self.chosen is None else f"that of round {self.chosen.round}"
+            raise ValueError(f"round: batches of round {round} are drawn from what clients chose "
+                             f"before round {wanted}, see `choose`; they hold {held}")  # fmt: skip
+        if (found := self.chosen.subsets.get(self.names[i])) is None:
+            raise ValueError(f"names: {self.names[i]!r} has chosen nothing in round {wanted}")
+        return found
+
     def batches(
         self,
         names: Sequence[Any],
@@ -228,7 +313,8 @@ class Clients:
         """Draw the batches of a round, leaves [C, K, B, ...].
 
         A client draws without repetition within a local step; one with fewer examples than
-        `batch_size` gives all it has, and the rest of its batch has ``weight`` 0.
+        `batch_size` gives all it has, and the rest of its batch has ``weight`` 0. With `select`
+        it has what it chose last; ``importance`` is then a column, if the method gives one.
 
         Args:
           names: whose batches; C of them.
@@ -241,87 +327,57 @@ class Clients:
         """
         shape = (len(names), local_steps, batch_size)
         picks, weight = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        factor = np.ones(shape, np.float32)
         for c, name in enumerate(names):
-            i = self._index[str(name)]
-            size, kept = int(self._sizes[i]), min(int(self._sizes[i]), batch_size)
+            i, own = self._index[str(name)], self._own(name, round)
+            size = len(own.picks)
+            kept = min(size, batch_size)
             rng = np.random.default_rng([seed, round, 1, first + i])
             for k in range(local_steps):
-                picks[c, k, :kept] = rng.permutation(size)[:kept]
+                drawn = rng.permutation(size)[:kept]
+                picks[c, k, :kept] = own.picks[drawn]
+                if own.weights is not None:
+                    factor[c, k, :kept] = own.weights[drawn]
             picks[c] += self._starts[i]
             weight[c, :, :kept] = 1
-        return {k: v[picks] for k, v in self._columns.items()} | {"weight": weight}
+        out = {k: v[picks] for k, v in self._columns.items()} | {"weight": weight}
+        weighted = self.select is not None and self.select.method == IMPORTANCE
+        return out | ({IMPORTANCE: factor} if weighted else {})
 
 
-def _columns_of(dataset: Any) -> tuple[dict[str, Any], int]:
-    """The columns of a dataset by name, and its number of rows."""
-    if hasattr(dataset, "column_names"):  # a datasets.Dataset; those of a DatasetDict are splits
-        if isinstance(dataset, Mapping):
-            raise ValueError(f"dataset: expected one split, got {list(dataset)}; give dataset[...]")
-        # Numbers as NumPy has them, without a Python object for each.
-        whole = dataset.with_format("numpy")
-        table = {name: whole[name][:] for name in dataset.column_names}
-    elif isinstance(dataset, Mapping):
-        table = dict(dataset)
-    else:
-        table = _columns_of_rows(dataset)
-    counts = {name: len(column) for name, column in table.items()}
-    if len({*counts.values()}) != 1 or not all(counts.values()):
-        raise ValueError(f"dataset: expected columns of one length >= 1, got {counts}")
-    return table, next(iter(counts.values()))
+class Chosen(NamedTuple):
+    """What clients have chosen, and before which round."""
 
+    round: int
+    subsets: dict[str, Subset]  # of those who did, by name
 
-def _columns_of_rows(dataset: Any) -> dict[str, Any]:
-    """Rows turned into columns."""
-    try:
-        rows = [dataset[i] for i in range(len(dataset))]
-    except (TypeError, KeyError) as error:
-        raise ValueError(
-            "dataset: expected a datasets.Dataset, a mapping from names to columns, or a sequence "
-            f"of rows, got {type(dataset).__name__}"
-        ) from error
-    if not rows:
-        raise ValueError("dataset: expected at least one row, got none")
-    if not all(isinstance(row, Mapping) for row in rows):
-        width = len(rows[0]) if isinstance(rows[0], tuple | list) else 0
-        if not width or not all(isinstance(r, tuple | list) and len(r) == width for r in rows):
-            raise ValueError("dataset: expected rows that are mappings, or tuples of one length")
-        names = ("x", "y") if width == 2 else tuple(map(str, range(width)))
-        rows = [dict(zip(names, row, strict=True)) for row in rows]
-    names = list(rows[0])
-    if other := next((i for i, row in enumerate(rows) if [*row] != names), None):
-        raise ValueError(f"dataset: row {other} has {list(rows[other])}, the first {names}")
-    return {name: [row[name] for row in rows] for name in names}
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, whole or not at all. It belongs to the clients: it tells of data."""
+        subsets = list(self.subsets.values())
+        sizes = np.array([len(subset.picks) for subset in subsets])
+        joined = {"names": np.array(list(self.subsets)), "sizes": sizes,
+                  "round": np.array(self.round),
+                  "picks": np.concatenate([subset.picks for subset in subsets])}  # fmt: skip
+        if weights := [x for subset in subsets if (x := subset.weights) is not None]:
+            joined["weights"] = np.concatenate(weights)
+        with files.atomic_write(path) as part, open(part, "wb") as file:
+            np.savez(file, allow_pickle=False, **joined)
 
-
-def _as_array(name: str, column: Any) -> np.ndarray:
-    """A column as an array of numbers."""
-    remedy = "tokenize it first, or name the columns to keep in columns="
-    try:
-        array = np.asarray(column)
-    except ValueError:
-        raise ValueError(
-            f"dataset: rows of column {name!r} have several shapes; pad them"
-        ) from None
-    if array.dtype == object or array.dtype.kind not in "biuf":
-        raise ValueError(f"dataset: column {name!r} is no array of numbers, got {array.dtype} "
-                         f"({column[0]!r:.40}); {remedy}")  # fmt: skip
-    return array
-
-
-def _numbers(partition: Any, count: int) -> dict[Any, np.ndarray]:
-    """The numbers of each client's rows as they were given, checked."""
-    given = partition if isinstance(partition, Mapping) else dict(enumerate(partition))
-    owners = {name: np.asarray(numbers) for name, numbers in given.items()}
-    for name, numbers in owners.items():
-        if numbers.ndim != 1 or not len(numbers) or numbers.dtype.kind not in "iu":
-            raise ValueError(f"partition: client {name!r}: expected numbers of rows, at least one, "
-                             f"got {given[name]!r:.60}")  # fmt: skip
-    if not owners:
-        raise ValueError("partition: expected at least one client, got none")
-    every = np.concatenate(list(owners.values()))
-    if every.min() < 0 or every.max() >= count:
-        raise ValueError(f"partition: expected numbers from 0 to {count - 1}, got {every.min()} to "
-                         f"{every.max()}")  # fmt: skip
-    if len(every) != len(np.unique(every)):
-        raise ValueError("partition: a row is of two clients, or twice of one")
-    return owners
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], clients: Clients) -> "Chosen | None":
+        """What `save` wrote; None if it is not there, is damaged or is not of these clients."""
+        try:
+            with np.load(path) as found:
+                names, sizes = found["names"].tolist(), found["sizes"]
+                cuts = np.cumsum(sizes)[:-1]
+                picks = np.split(found["picks"], cuts)
+                weights = np.split(found["weights"], cuts) if "weights" in found else picks
+                own = cls(int(found["round"]), {
+                    name: Subset(p, w if "weights" in found else None)
+                    for name, p, w in zip(names, picks, weights, strict=True)
+                })  # fmt: skip
+        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
+            return None
+        inside = (n in clients.sizes and 0 <= p.min() and p.max() < clients.sizes[n]
+                  for n, p in ((n, s.picks) for n, s in own.subsets.items()))  # fmt: skip
+        return own if all(inside) else None

@@ -58,13 +58,15 @@ def run(
 ) -> Iterator[Report]:
     """Yield a report after every round, from ``state.round`` on.
 
-    The next batches are prepared while the device works. The state given in is not kept:
-    its buffers are reused, so copy what should outlive the first round.
+    The next batches are prepared while the device works, unless clients choose examples anew with
+    the model that comes out. The state given in is not kept: its buffers are reused, so copy what
+    should outlive the first round.
 
     Args:
       algorithm: with the same `local_steps`.
       state: from ``algorithm.init`` or an earlier report.
-      clients: whose data it is.
+      clients: whose data it is. Where they `select`, and the state's round is none in which they
+        do, ``clients.chosen`` must be what they chose before.
       rounds: the round to stop before.
       clients_per_round: C.
       batch_size: B, examples of a client in a local step.
@@ -89,6 +91,13 @@ def run(
     step = _plain_round(algorithm) if summed is None else _round_of_sums(algorithm, summed)
 
     def draw(round: int) -> tuple[list[str], Any]:
+        if clients.select is not None and clients.due(
+            round
+        ):  # whoever is asked until the next time
+            period = range(round, min(round + clients.select.renew, rounds))
+            asked = clients.asked(period, clients_per_round, seed, sampling)
+            with used():
+                clients.choose(state.params, asked, round, seed)
         names = clients.sample(clients_per_round, round, seed, sampling)
         batches = prepare(clients.batches(names, round, batch_size, local_steps, seed))
         return names, batches if mesh is None else meshes.place_batches(mesh, batches)
@@ -96,14 +105,14 @@ def run(
     used = contextlib.nullcontext if mesh is None else lambda: jax.set_mesh(mesh)
     if mesh is not None:
         state = meshes.place_state(mesh, state)
-    first = int(state.round)
-    ahead = draw(first)
+    first, ahead = int(state.round), None
     for round in range(first, rounds):
-        names, batches = ahead
+        names, batches = draw(round) if ahead is None else ahead
         weights = participation(len(names), round, seed, dropout)
         with used():
             state, metrics, weights, event = step(state, batches, weights, round, names)
-        if round + 1 < rounds:
+        ahead = None
+        if round + 1 < rounds and not clients.due(round + 1):
             ahead = draw(round + 1)  # the device is still busy with this round
         finite = np.asarray(metrics.finite) | (weights == 0)  # waits for the device
         bad = [name for name, ok in zip(names, finite, strict=True) if not ok]

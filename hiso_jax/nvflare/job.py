@@ -17,7 +17,8 @@ INTERVAL = 0.05
 """Seconds between looks for a task; NVFlare's own, 2, are most of a round."""
 OF_A_SITE = ("data",)
 OF_A_SIMULATION = ("compare", "resume", "mesh", "distributed", "split", "num_clients", "alpha",
-                   "client_column", "dropout", "answers", "log")  # fmt: skip
+                   "client_column", "dropout", "answers", "log", "select", "budget",
+                   "renew")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

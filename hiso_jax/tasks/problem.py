@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hiso_jax import selection
 from hiso_jax.federation import Arrays, Clients
 
 
@@ -50,6 +51,9 @@ class Problem(NamedTuple):
     classes: tuple[tuple[str, str], ...] = ()  # label and word of each, in the order of numbers
     notes: tuple[str, ...] = ()  # what was left out of the data, or done otherwise
     adapter: dict[str, Any] | None = None  # how what is trained becomes a model, for replay
+    # (params, batch) -> what `hiso_jax.federation.Select` looks at; the loss of such a problem
+    # multiplies each example's by the column ``importance``, where there is one
+    examples: Callable[[Any, Any], dict[str, jax.Array]] | None = None
 
     def at_most(self, count: int) -> "Problem":
         """The problem with so many examples of dev and of test, drawn at random; 0: with all."""
@@ -79,6 +83,27 @@ class Problem(NamedTuple):
         return loss, float((2 * np.diag(confusion)[present] / both[present]).mean())
 
 
+def counted(batch: Any) -> jax.Array:
+    """What each example's loss is multiplied by, [B]: 0 for padding, else its importance or 1."""
+    weight = batch["weight"]
+    return weight * batch["importance"] if "importance" in batch else weight
+
+
+def looked_at(
+    features: jax.Array, logits: jax.Array, batch: Any, texts: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """What `Problem.examples` gives of a classification.
+
+    Args:
+      features: [B, D].
+      logits: [B, labels].
+      batch: with column ``label``.
+      texts: [labels, D], of each label in the space of the features.
+    """
+    found = {"features": features.astype(jnp.float32), **selection.scores(logits, batch["label"])}
+    return found if texts is None else found | {"texts": texts[batch["label"]]}
+
+
 def classification(logits_fn: Callable[[Any, Any], jax.Array]) -> tuple[Any, Any]:
     """Loss and score of logits [B, labels] against column ``label``."""
 
@@ -90,7 +115,7 @@ def classification(logits_fn: Callable[[Any, Any], jax.Array]) -> tuple[Any, Any
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         """Mean cross-entropy over the examples of a batch that are not padding."""
         weight = batch["weight"]
-        return (losses(params, batch)[0] * weight).sum() / weight.sum()
+        return (losses(params, batch)[0] * counted(batch)).sum() / weight.sum()
 
     def score(params: Any, batch: Any) -> dict[str, jax.Array]:
         """Sums over a batch: ``loss``, ``count`` and ``confusion`` [label, prediction]."""
@@ -106,12 +131,29 @@ def classification(logits_fn: Callable[[Any, Any], jax.Array]) -> tuple[Any, Any
     return loss_fn, score
 
 
+def by_features(
+    features: Callable[[Any, Any], jax.Array], head: Callable[[Any, jax.Array], jax.Array]
+) -> tuple[Any, Any, Any]:
+    """`classification`, and what `Problem.examples` gives, of logits that are made of features.
+
+    Args:
+      features: ``(params, batch) -> [B, D]``.
+      head: ``(params, [B, D]) -> logits [B, labels]``.
+    """
+
+    def examples(params: Any, batch: Any) -> dict[str, jax.Array]:
+        x = features(params, batch)
+        return looked_at(x, head(params, x), batch)
+
+    return *classification(lambda p, batch: head(p, features(p, batch))), examples
+
+
 def language(
     hidden: Callable[[Any, Any], jax.Array],
     head: Callable[[Any, jax.Array], jax.Array],
     room: int | None = None,
-) -> tuple[Any, Any]:
-    """Loss and score of the tokens whose ``target`` is 1.
+) -> tuple[Any, Any, Any]:
+    """Loss and score of the tokens whose ``target`` is 1, and what `Problem.examples` gives.
 
     Args:
       hidden: ``(params, batch) -> [B, T, D]``.
@@ -119,14 +161,28 @@ def language(
       room: all targets are among the last `room` columns: the head is computed there only.
     """
 
-    def sums(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        ids, target = batch["input_ids"], batch["target"]
+    def losses(params: Any, x: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+        ids = batch["input_ids"]
         kept = ids.shape[1] - 1 if room is None else min(room, ids.shape[1] - 1)
-        logits = head(params, hidden(params, batch)[:, -kept - 1 : -1])
+        logits = head(params, x[:, -kept - 1 : -1])
         picked = jnp.take_along_axis(logits, ids[:, -kept:, None], -1)[..., 0]
-        weight = target[:, -kept:] * batch["weight"][:, None]
-        each = (jax.nn.logsumexp(logits, -1) - picked) * weight
+        weight = batch["target"][:, -kept:] * batch["weight"][:, None]
+        return (jax.nn.logsumexp(logits, -1) - picked) * weight, weight
+
+    def sums(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        each, weight = losses(params, hidden(params, batch), batch)
+        if "importance" in batch:
+            each = each * batch["importance"][:, None]
         return each.sum(), weight.sum()
+
+    def examples(params: Any, batch: Any) -> dict[str, jax.Array]:
+        """Mean state over a text, and mean loss over its targets."""
+        x = hidden(params, batch)
+        each, weight = losses(params, x, batch)
+        mask = batch["attention_mask"][..., None].astype(x.dtype)
+        features = (x * mask).sum(1) / mask.sum(1).clip(1)
+        loss = each.sum(1) / weight.sum(1).clip(1)
+        return {"features": features.astype(jnp.float32), "loss": loss}
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         """Mean negative log-likelihood of a target."""
@@ -138,4 +194,4 @@ def language(
         total, count = sums(params, batch)
         return {"loss": total, "count": count}
 
-    return loss_fn, score
+    return loss_fn, score, examples

@@ -100,6 +100,10 @@ def encoder_problem(material: Material) -> Problem:
         with files.atomic_write(folder / "model" / "labels.safetensors") as part:
             save_file({"labels": np.asarray(labels + params["labels"])}, part)
 
+    def examples(params: Any, batch: Any) -> dict[str, jax.Array]:
+        features, texts = unit(embed(params["encoder"], batch)), unit(labels + params["labels"])
+        return problem.looked_at(features, SCALE * features @ texts.T, batch, texts)
+
     losses = lambda begin: problem.classification(lambda p, b: logits_fn(p, b, begin))  # noqa: E731
     loss_fn, score = losses(0)
     train = columns(rows["train"])
@@ -116,6 +120,7 @@ def encoder_problem(material: Material) -> Problem:
         lazy=True,
         upper=upper_of(model, lambda params: params["encoder"], losses, "encoder/", ("labels",)),
         adapter={"kind": "labels", "sentences": list(sentences), "length": length},
+        examples=examples,
     )
 
 
@@ -142,12 +147,14 @@ def masked_problem(material: Material) -> Problem:
             "--verbalizer"
         )
 
-    def logits_fn(params: Any, batch: Any, begin: int) -> jax.Array:
+    def at_mask(params: Any, batch: Any, begin: int) -> jax.Array:
         x = adapters.hidden_states(model, params, batch, begin)
-        return model.head(params, x[jnp.arange(len(x)), batch["place"]], tokens)
+        return x[jnp.arange(len(x)), batch["place"]]
 
-    losses = lambda begin: problem.classification(lambda p, b: logits_fn(p, b, begin))  # noqa: E731
-    loss_fn, score = losses(0)
+    losses = lambda begin: problem.by_features(  # noqa: E731
+        lambda p, batch: at_mask(p, batch, begin), lambda p, x: model.head(p, x, tokens)
+    )
+    loss_fn, score, examples = losses(0)
     columns = functools.partial(text.masked, task, tokenizer, length=length)
     return Problem(
         name=name,
@@ -162,6 +169,7 @@ def masked_problem(material: Material) -> Problem:
         prepare=text.trim,
         lazy=True,
         upper=upper_of(model, lambda params: params, losses),
+        examples=examples,
     )
 
 
@@ -280,19 +288,20 @@ def decoder_problem(
         shared, firsts = text.word_tokens(task, tokenizer, rows["train"])
         tokens = jnp.asarray(firsts)
 
-        def losses(begin: int) -> tuple[Any, Any]:
-            return problem.classification(lambda p, b: head(p, hidden(p, b, begin)[:, -1], tokens))
+        def losses(begin: int) -> tuple[Any, Any, Any]:
+            states = lambda p, b: hidden(p, b, begin)[:, -1]  # noqa: E731
+            return problem.by_features(states, lambda p, x: head(p, x, tokens))
 
         own_columns = _clients(columns(rows["train"]), own)
     else:
         last = None if task.metric == "perplexity" else room
 
-        def losses(begin: int) -> tuple[Any, Any]:
+        def losses(begin: int) -> tuple[Any, Any, Any]:
             return problem.language(lambda p, b: hidden(p, b, begin), head, last)
 
         each = {n: columns([rows["train"][i] for i in picks]) for n, picks in own.items()}
         own_columns = Clients(_with_text(each, task.label, notes))
-    loss_fn, score = losses(0)
+    loss_fn, score, examples = losses(0)
     held = {name: columns(rows[name]) for name in ("dev", "test")}
     if empty := [name for name, arrays in held.items() if not len(arrays["input_ids"])]:
         raise ValueError(f"{task.label}: {empty[0]} has no text of two tokens to measure on")
@@ -314,4 +323,5 @@ def decoder_problem(
         measure=measure if task.metric in metrics.METRICS else lambda params: {},
         notes=tuple(notes),
         adapter=subset.adapter,
+        examples=examples,
     )

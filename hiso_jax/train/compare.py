@@ -25,7 +25,17 @@ import numpy as np
 from hiso_jax import federation
 from hiso_jax._engine import checks
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import comparison, depth, grids, job, methods, report, results, rows
+from hiso_jax.train import (
+    comparison,
+    depth,
+    grids,
+    job,
+    methods,
+    report,
+    results,
+    rows,
+    selecting,
+)  # fmt: skip
 from hiso_jax.train.options import TASKS, build, defaults, varied
 from hiso_jax.train.progress import duration
 from hiso_jax.train.rows import Row
@@ -100,6 +110,9 @@ def one(task: str, options: job.Options, start: float | None = None) -> Row:
     found, options = options.upper_directions, depth.settle(options, problem)
     kept = ("num_perturbations", "upper_directions", "upper_layers")
     chosen = {"auto": {name: getattr(options, name) for name in kept}} if found == "auto" else {}
+    problem = selecting.settle(options, problem)
+    looks = selecting.passes(options, problem)
+    chosen |= {} if options.select is None else {"look_passes_per_round": round(looks, 3)}
     alg = job.algorithm(options, problem, options.learning_rate or 0.0)
     state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(options.seed))
     score = jax.jit(problem.score)
@@ -132,7 +145,7 @@ def one(task: str, options: job.Options, start: float | None = None) -> Row:
         test_loss=_plain(test[0]),
         test=_plain(test[1]),
         diverged=diverged,
-        passes_per_round=round(methods.forward_passes(alg, shares), 3),
+        passes_per_round=round(methods.forward_passes(alg, shares) + looks, 3),
         bytes_per_round=4 * methods.floats(alg, problem),
         seconds=round(time.perf_counter() - began, 1),
         **chosen,

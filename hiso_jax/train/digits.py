@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from hiso_jax._engine import checks, exact, files, trees
 from hiso_jax.federation import Arrays, Clients
 from hiso_jax.tasks import splits
-from hiso_jax.tasks.problem import Cut, Problem, classification
+from hiso_jax.tasks.problem import Cut, Problem, classification, looked_at
 from hiso_jax.train import job
 
 
@@ -95,6 +95,11 @@ def images(
         leaves = {n: 0 for n in trees.named(params) if n.startswith(above)}
         return Cut(trunk, head, leaves, None if before is None else between)
 
+    def examples(params: Any, batch: Any) -> dict[str, jax.Array]:
+        net, end = nnx.merge(graph, params), len(model.names) - 1
+        kept = net(batch["image"], 0, end)
+        return looked_at(kept.reshape(kept.shape[0], -1), net(kept, end), batch)
+
     def save(folder: Path, params: Any) -> None:
         with files.atomic_write(folder / "model.safetensors") as part:
             save_file({n: np.asarray(x) for n, x in trees.named(params).items()}, part)
@@ -113,6 +118,7 @@ def images(
         save=save,
         upper=upper,
         classes=tuple((str(label), "") for label in range(10)),
+        examples=examples,
     )
 
 

@@ -18,7 +18,18 @@ from hiso_jax._engine import meshes
 from hiso_jax.federation import baselines
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import depth, folders, logs, measure, methods, page, report, resume, settings
+from hiso_jax.train import (
+    depth,
+    folders,
+    logs,
+    measure,
+    methods,
+    page,
+    report,
+    resume,
+    selecting,
+    settings,
+)  # fmt: skip
 from hiso_jax.train.progress import duration
 from hiso_jax.train.report import console
 from hiso_jax.train.settings import COMPARED, Options, settle
@@ -102,6 +113,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
         bar = stack.enter_context(report.progress())
         ledger, state, rows = resume.open_run(options, problem, alg, bar)
         stack.enter_context(ledger)
+        selecting.restore(options, problem, alg, state, ledger)
         traffic = resume.account(options, problem, alg, ledger, size)
         if not rows:
             rows.append({"round": 0, "dev_loss": base.dev[0], f"dev_{metric}": base.dev[1]})
@@ -119,6 +131,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
                 state = step.state
                 if step.bad:
                     continue  # it moved nothing, and is not part of the run
+                selecting.keep(options, problem, step.round)
                 done = step.round
                 traffic.ask(step.names, done - 1, step.reported)
                 up, down = sum(traffic.up.values()), sum(traffic.down.values())
@@ -185,7 +198,9 @@ def train(
     alg = algorithm(options, problem, learning_rate)
     size = sum(x.size for x in alg.trainable(problem.params).values())
     passes = methods.forward_passes(alg, methods.shares(options, problem))
-    measure.say_how_long(options, problem, passes, base)
+    looks = selecting.passes(options, problem)
+    selecting.say(options, problem, passes)
+    measure.say_how_long(options, problem, passes + looks, base)
     found = _rounds(options, problem, alg, size, base)
     params, traffic, seconds = found.state.params, found.traffic, found.seconds
     problem.save(folder, params)
@@ -225,7 +240,7 @@ def train(
         uplink_bytes_per_client=sum(traffic.up.values()) / len(clients),
         downlink_bytes_per_client=sum(traffic.down.values()) / len(clients),
         fedavg_bytes_per_client=8 * size * found.done * options.clients_per_round / len(clients),
-        passes_per_round=passes,
+        passes_per_round=passes + looks,
         shipped_bytes=found.sizes[1],
         payload_bytes=found.sizes[0],
         seconds_per_round=steady,
@@ -233,6 +248,8 @@ def train(
     )
     summary |= {"stopped": found.broken} if found.broken else {}
     summary |= {"failed": failed} if failed else {}
+    if options.select is not None:
+        summary |= selecting.recipe(problem) | {"look_passes_per_round": looks}
     report.write_json(folder / "summary.json", summary)
     report.draw(
         {methods.title(options.method): found.rows}, metric, problem.name, folder / "curve.png"
@@ -294,6 +311,7 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
                 f"got {options.clients_per_round}"
             )
         options = depth.settle(options, problem)
+        problem = selecting.settle(options, problem)
         for method, rate in rates.items():
             alg = algorithm(dataclasses.replace(options, method=method), problem, rate)
             jax.eval_shape(alg.init, problem.params, resume.root_key(options))

@@ -84,7 +84,8 @@ def say_how_long(options: Options, problem: Problem, passes: float, base: Base) 
     few = {k: v[:EVALUATED] for k, v in problem.dev.items()}
     few = problem.prepare(few | {"weight": np.ones(len(next(iter(few.values()))), np.float32)})
     work = multiplications(problem.score, problem.params, few) / len(few["weight"])
-    batch = problem.clients.batches(problem.clients.names[:1], 0, options.batch_size)
+    everyone = problem.clients.selecting(None)
+    batch = everyone.batches(everyone.names[:1], 0, options.batch_size)
     one = jax.tree.map(lambda x: x[0, 0], problem.prepare(batch))
     passes *= options.clients_per_round
     a_round = passes * multiplications(problem.loss_fn, problem.params, one) / work * base.seconds

@@ -34,6 +34,9 @@ DEFAULTS_OF_OLD_ROWS = {
     "epsilon": None,
     "delta": 1e-5,
     "clip": None,
+    "select": None,
+    "budget": 0.1,
+    "renew": 20,
 }
 """Options that rows written before there were any lack."""
 RENAMED_METHODS = {"experiments.methods:hiso_all": "hiso(update_steps=all)"}
@@ -97,6 +100,8 @@ def variant(rows: list[Row]) -> Callable[[Row], str]:
 
     def name(row: Row) -> str:
         parts = [OWN] * bool(row.get("per_client_directions"))
+        if row.get("select"):
+            parts.append(f", {row['select']} {row['budget']:.0%} every {row['renew']}")
         if not (upper := row.get("upper_directions")):
             return "".join(parts + other(row, names))
         if upper == "auto":

@@ -12,7 +12,7 @@ from hiso_jax import federation
 from hiso_jax.federation import baselines, server
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import folders, promised
+from hiso_jax.train import folders, promised, selecting
 from hiso_jax.train.settings import Options
 
 MADE_OF = {
@@ -53,6 +53,7 @@ def open_run(
         )
     about = {"task": problem.name, "data": data_digest(problem)}
     about |= {} if problem.adapter is None else {"train": problem.adapter}
+    about |= selecting.recipe(problem)
     if not path.exists():
         terms = terms_of(options, problem)
         config = None if terms is None else terms.config
@@ -80,6 +81,8 @@ def _check_about(ledger: hj.Ledger, about: dict[str, Any]) -> None:
     # Earlier versions did not write it down; of what they trained, only prefixes began elsewhere.
     if before != own and (before is not None or (own or {}).get("kind") == "prefix"):
         raise hj.LedgerMismatch(f"{ledger.path}: what is trained is {before} there, {own} here")
+    if (before := there.get("select")) != (own := about.get("select")):
+        raise hj.LedgerMismatch(f"{ledger.path}: examples are chosen by {before} there, {own} here")
 
 
 def _answered(options: Options, problem: Problem, round: int) -> dict[str, float]:

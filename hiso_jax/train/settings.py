@@ -15,7 +15,7 @@ import jax
 
 from hiso_jax import directions
 from hiso_jax._engine import checks
-from hiso_jax.train import logs, report
+from hiso_jax.train import logs, report, selecting
 from hiso_jax.train.report import console
 
 COMPARED = ("hiso", "decomfl")
@@ -58,6 +58,13 @@ class Options:
     """Largest norm of a client's scalars of a round; needed with --epsilon."""
     batch_size: int = 4
     """Examples of a client in a local step."""
+    select: str | None = None
+    """Which of its examples a client learns from: uniform, balanced, k_center, k_means, active_ft,
+    vecaf, loss, entropy, margin, el2n, importance; by default from all."""
+    budget: float = 0.1
+    """Share of its examples that --select keeps."""
+    renew: int = 20
+    """Rounds between choices of --select, each a look at all examples of a client."""
     local_steps: int = 1
     """Local steps of a client (K)."""
     num_perturbations: int = 5
@@ -263,6 +270,7 @@ def check(options: Options) -> None:
     checks.number("--decay", options.decay, 0, 1)
     _check_upper(options)
     _check_private(options)
+    selecting.check(options)
     if options.learning_rate is not None:
         checks.number("--learning-rate", options.learning_rate, 0, 1e38)
     if options.compare and options.method != Options.method:
