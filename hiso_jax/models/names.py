@@ -15,7 +15,8 @@ TIED_BIASES = ("lm_head.decoder.bias", "cls.predictions.decoder.bias")
 TABLES = ("embed_tokens.weight", "word_embeddings.weight")
 BIASES = ("lm_head.bias", "cls.predictions.bias")
 _PREFIXES = ("model.", "bert.", "roberta.")
-_OWN = ("bias", "cls_token", "position_embeddings")  # parameters that are called alike in both
+# What is called alike in both.
+_OWN = ("bias", "cls_token", "position_embeddings", "running_mean", "running_var")
 _QUANTIZED = re.compile(
     r"(^|[._])(qweight|qzeros|scales|g_idx|SCB|weight_scale(_inv)?|(weight|input)_zero_point"
     r"|input_scale|weight_packed|weight_format|absmax|quant_map|quant_state)($|\.)|_blocks$"
