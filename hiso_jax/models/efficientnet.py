@@ -163,20 +163,36 @@ def _norm(own: Any, x: jax.Array) -> jax.Array:
     return x * scale + (part["bias"] - part["running_mean"] * scale)
 
 
-def _convolution(own: Any, x: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
+def _convolution(own: Any, x: jax.Array, stride: int = 1) -> jax.Array:
+    kernel = jnp.asarray(own["weight"])
+    if kernel.shape[2:] == (1, 1):
+        return x @ kernel[:, :, 0, 0].T
     kind = ("NHWC", "OIHW", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, jnp.asarray(own["weight"]), (stride, stride), "SAME",
-        dimension_numbers=kind, feature_group_count=groups,
-    )  # fmt: skip
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=kind)
+
+
+def _depthwise(own: Any, x: jax.Array, stride: int) -> jax.Array:
+    """Each channel by itself: shifted products, for XLA's own takes ten times as long on CPUs."""
+    kernel = jnp.asarray(own["weight"])[:, 0]
+    side = kernel.shape[-1]
+    sizes = [-(-size // stride) for size in x.shape[1:3]]
+    lacks = [
+        max((n - 1) * stride + side - size, 0) for n, size in zip(sizes, x.shape[1:3], strict=True)
+    ]
+    x = jnp.pad(x, [(0, 0), *((lack // 2, lack - lack // 2) for lack in lacks), (0, 0)])
+    (high, wide), total = ((n - 1) * stride + 1 for n in sizes), jnp.zeros(())
+    for i in range(side):
+        for j in range(side):
+            part = x[:, i : i + high : stride, j : j + wide : stride]
+            total = total + part * kernel[:, i, j][None, None, None]
+    return total
 
 
 def _block(own: Any, block: Block, x: jax.Array) -> jax.Array:
-    inner, inputs = block.inputs * block.expand, x
+    inputs = x
     if block.expand > 1:
         x = jax.nn.relu6(_norm(own["_bn0"], _convolution(own["_expand_conv"], x)))
-    x = _convolution(own["_depthwise_conv"], x, block.stride, inner)
-    x = jax.nn.relu6(_norm(own["_bn1"], x))
+    x = jax.nn.relu6(_norm(own["_bn1"], _depthwise(own["_depthwise_conv"], x, block.stride)))
     x = _norm(own["_bn2"], _convolution(own["_project_conv"], x))
     return x + inputs if block.stride == 1 and block.inputs == block.outputs else x
 

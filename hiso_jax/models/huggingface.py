@@ -230,6 +230,13 @@ def from_pretrained(
     return _model(config, graph, trees.merge(shapes, filled), folder, untouched, renamed, raw)
 
 
+def headless(model: Model) -> Model:
+    """An encoder without its head: `apply` gives hidden states."""
+    kept = {name: tree for name, tree in model.params.items() if name != "classifier"}
+    graph, _ = _build(model.config, headed=False)
+    return _model(model.config, graph, kept, model.source)
+
+
 @contextmanager
 def _of(folder: Path) -> Iterator[None]:
     """Put the folder's name before what is wrong with it."""
