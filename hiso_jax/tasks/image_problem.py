@@ -1,7 +1,7 @@
 """Images over clients, on any model of images, as a problem."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,19 +112,23 @@ BATCH = 64
 """Images whose frozen stages are computed at a time."""
 
 
-def features(found: Trained, images: np.ndarray) -> np.ndarray:
+def features(found: Trained) -> Callable[[np.ndarray], np.ndarray]:
     """What the frozen stages make of images [N, ...]: computed once, for no round changes it."""
+    params = found.model.params
 
     @jax.jit
     def below(params: Any, image: jax.Array) -> jax.Array:
         return found.model.run(params, pixels(found.model, image), 0, found.frozen)
 
-    params, out = found.model.params, []
-    for start in range(0, len(images), BATCH):
-        some = images[start : start + BATCH]
-        fill = [(0, BATCH - len(some))] + [(0, 0)] * (some.ndim - 1)  # one program for all
-        out.append(np.asarray(below(params, np.pad(some, fill)))[: len(some)])
-    return np.concatenate(out) if out else np.zeros((0,), np.float32)
+    def compute(images: np.ndarray) -> np.ndarray:
+        out = []
+        for start in range(0, len(images), BATCH):
+            some = images[start : start + BATCH]
+            fill = [(0, BATCH - len(some))] + [(0, 0)] * (some.ndim - 1)  # one program for all
+            out.append(np.asarray(below(params, np.pad(some, fill)))[: len(some)])
+        return np.concatenate(out)
+
+    return compute
 
 
 def problem(
@@ -197,11 +201,10 @@ def problem(
     ).at_most(most)
     if not frozen:
         return made
-    kept = lambda columns: columns | {STREAM: features(found, columns["image"])}  # noqa: E731
-    clients_ = made.clients
-    sizes = list(clients_.sizes.values())
+    compute, every = features(found), made.clients
+    kept = lambda columns: columns | {STREAM: compute(columns["image"])}  # noqa: E731
     return made._replace(
-        clients=Clients.joined(clients_.names, sizes, kept(clients_.columns)),
+        clients=Clients.joined(every.names, [*every.sizes.values()], kept(every.columns)),
         dev=kept(made.dev),
         test=kept(made.test),
     )

@@ -134,18 +134,19 @@ def build(options: Options) -> Problem:
         f"{name}, {shown}", used, found.parts, clients, images.names(found.classes),
         options.eval_examples,
     )  # fmt: skip
-    if options.model == vision.LITE0:
-        made = made._replace(save=_with_base(made.save))
+    if pretrained is not None:
+        made = made._replace(save=_saver(made.save, options.model == vision.LITE0))
     return made._replace(notes=(*found.notes, *made.notes))
 
 
-def _with_base(save: Any) -> Any:
-    """Write also what the run started from, for it lies in a package: for `hiso replay`."""
+def _saver(save: Any, packaged: bool) -> Any:
+    """Save into the folder ``model``; and what is in a package into ``base``, for `hiso replay`."""
 
     def both(folder: Path, params: Any) -> None:
         save(folder / "model", params)
-        start = vision.load(vision.LITE0)
-        start.save(folder / "base", start.params, ())
+        if packaged:
+            start = vision.load(vision.LITE0)
+            start.save(folder / "base", start.params, ())
 
     return both
 

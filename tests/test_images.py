@@ -1,0 +1,407 @@
+"""Images: what is read and what is refused, and the job from data to replayed weights."""
+
+import gzip
+import json
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from hiso_jax import models
+from hiso_jax._engine import trees
+from hiso_jax.ledger import rebuild
+from hiso_jax.models import efficientnet, vision
+from hiso_jax.tasks import image_problem, images
+from hiso_jax.train import compare, job
+from hiso_jax.train import images as images_job
+from tests.helpers import assert_same_bits, here, refuse
+
+RNG = np.random.default_rng(0)
+
+
+def pictures(count: int, size: int = 28) -> tuple[np.ndarray, np.ndarray]:
+    """Gray noise with a bright bar, where the label says."""
+    labels = np.arange(count) % 10
+    x = RNG.integers(0, 60, (count, size, size))
+    for row, label in zip(x, labels, strict=True):
+        row[:, 2 * label : 2 * label + 4] += 190
+    return x.astype(np.uint8), labels.astype(np.uint8)
+
+
+def write_idx(path: Path, x: np.ndarray) -> None:
+    head = struct.pack(">4B", 0, 0, 8, x.ndim) + struct.pack(f">{x.ndim}I", *x.shape)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wb") as file:
+        file.write(head + x.tobytes())
+
+
+@pytest.fixture(scope="module")
+def idx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    for stem, count, end in (("train", 240, ".gz"), ("t10k", 40, "")):
+        for kind, x in zip(("images-idx3", "labels-idx1"), pictures(count), strict=True):
+            write_idx(folder / f"{stem}-{kind}-ubyte{end}", x)
+    return folder
+
+
+def colored(label: int, size: tuple[int, int] = (20, 14)) -> Image.Image:
+    x = RNG.integers(0, 80, (size[1], size[0], 3))
+    x[..., label] += 170
+    return Image.fromarray(x.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes as people leave them: other modes, other kinds, what systems put beside them."""
+    root = tmp_path_factory.mktemp("pictures")
+    for label, name in enumerate(("apples", "pears")):
+        (root / name / "more").mkdir(parents=True)
+        for i in range(30):
+            colored(label).save(root / name / f"{i}.{('png', 'JPG', 'bmp')[i % 3]}",
+                                ("PNG", "JPEG", "BMP")[i % 3])  # fmt: skip
+        colored(label).save(root / name / "more" / "deeper.png")
+        (root / name / ".DS_Store").write_bytes(b"\0")
+        (root / name / "._0.png").write_bytes(b"\0\5\x16\7")
+        (root / name / "notes.txt").write_text("mine")
+    (root / ".cache").mkdir()
+    return root
+
+
+def test_idx_files(idx: Path, tmp_path: Path):
+    found = images.read(idx)
+    assert {n: p["image"].shape for n, p in found.parts.items()} == {
+        "train": (204, 28, 28, 1), "dev": (36, 28, 28, 1), "test": (40, 28, 28, 1)}  # fmt: skip
+    assert found.classes == tuple("0123456789")
+    held = np.concatenate([found.parts[n]["image"] for n in ("train", "dev")])
+    whole = images.read_idx(idx / "train-images-idx3-ubyte.gz")[..., None]
+    key = lambda x: sorted(row.tobytes() for row in x)  # noqa: E731
+    assert key(held) == key(whole)  # each once
+    path = tmp_path / "x-idx1-ubyte"
+    for content, text in (
+        (b"\0\0\x08\x01\0\0\0\x03ab", r"expected \(3,\) bytes, got 2"),
+        (b"\0\0\x0d\x01\0\0\0\x01a", "unsigned bytes, got 00000d01"),
+        (b"\0\0\x08\x03\0\0", "cut off within its sizes"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=text):
+            images.read_idx(path)
+    with pytest.raises(ValueError, match="--data: .* lacks train-images"):
+        images.read(tmp_path)
+    for name in idx.iterdir():
+        (tmp_path / name.name).write_bytes(name.read_bytes())
+    path.unlink()
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte", np.full(40, 10, np.uint8))
+    with pytest.raises(ValueError, match="labels from 0 to 9 .* up to 10"):
+        images.read(tmp_path)
+
+
+def test_cifar_in_both_forms(tmp_path: Path):
+    x, y = RNG.integers(0, 256, (6, 20, 3072), np.uint8), RNG.integers(0, 10, (6, 20), np.uint8)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "python").mkdir()
+    for name, flat, label in zip(names, x, y, strict=True):
+        (tmp_path / "binary" / f"{name}.bin").write_bytes(np.c_[label, flat].tobytes())
+        content = {b"data": flat, b"labels": label.tolist(), b"batch_label": b"some"}
+        (tmp_path / "python" / name).write_bytes(pickle.dumps(content, 2))
+    one, two = images.read(tmp_path / "binary"), images.read(tmp_path / "python")
+    assert_same_bits(one.parts, two.parts)
+    assert one.classes[3] == "cat" and one.parts["train"]["image"].shape == (85, 32, 32, 3)
+    np.testing.assert_array_equal(  # color by color in the file
+        one.parts["test"]["image"], x[5].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # fmt: skip
+
+    path = tmp_path / "python" / "data_batch_2"
+    for content, text in (
+        (pickle.dumps(print, 2), "print has no place in CIFAR-10"),
+        (pickle.dumps({b"data": x[0], b"labels": [11] * 20}, 2), "whole numbers from 0 to 9"),
+        (pickle.dumps({b"data": x[0][:, :9], b"labels": [1] * 20}, 2), r"uint8 \(20, 9\)"),
+        (path.read_bytes()[:200], "not a file of CIFAR-10"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=f"data_batch_2: not a file of CIFAR-10.*{text}|{text}"
+        ):
+            images.read(tmp_path / "python")
+    path.unlink()
+    with pytest.raises(ValueError, match="lacks data_batch_2 of CIFAR-10"):
+        images.read(tmp_path / "python")
+
+
+def test_a_folder_of_images_per_class(folder: Path):
+    found = images.read(folder, 12)
+    assert found.classes == ("apples", "pears")
+    assert sum(len(p["label"]) for p in found.parts.values()) == 62
+    for part in found.parts.values():
+        assert part["image"].shape[1:] == (12, 12, 3) and part["image"].dtype == np.uint8
+        bright = part["image"].astype(float).mean((1, 2)).argmax(-1)
+        np.testing.assert_array_equal(bright, part["label"])
+    assert found.notes == (f"{folder.name}: files that are no images were not read: 2 .txt",)
+
+
+def test_splits_of_their_own(tmp_path: Path):
+    for part, count in (("Training", 10), ("val", 4)):
+        for label, name in enumerate(("10", "2")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                colored(label).save(tmp_path / part / name / f"{i}.png")
+    found = images.read(tmp_path, 8)
+    assert found.classes == ("2", "10")  # as people sort numbers
+    assert {n: len(p["label"]) for n, p in found.parts.items()} == {
+        "train": 17, "dev": 8, "test": 3}  # fmt: skip
+    (tmp_path / "val" / "plums").mkdir()
+    colored(2).save(tmp_path / "val" / "plums" / "0.png")
+    with pytest.raises(ValueError, match="val: plums is no class of train, which has 2, 10"):
+        images.read(tmp_path, 8)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb(mode: str, tmp_path: Path):
+    gray = np.linspace(0, 255, 256).reshape(16, 16)
+    if mode == "I;16":
+        image = Image.fromarray((gray * 257).astype(np.uint16))
+    elif mode in "IF":
+        image = Image.fromarray((gray * 257).astype(np.int32 if mode == "I" else np.float32))
+    else:
+        image = Image.fromarray(gray.astype(np.uint8)).convert(mode)
+    path = tmp_path / f"some.{'tiff' if mode in ('CMYK', 'I', 'F') else 'png'}"
+    image.save(path)
+    got = images.picture(path, 16).astype(float)
+    assert got.shape == (16, 16, 3)
+    if mode == "1":  # of dots
+        gray = np.asarray(image, float) * 255
+    assert np.abs(got - gray[..., None]).max() < 5
+
+
+def test_what_is_transparent_is_white_and_turned_as_the_camera_says(tmp_path: Path):
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert (images.picture(tmp_path / "clear.png", 8) == 255).all()
+    x = np.zeros((8, 8, 3), np.uint8)
+    x[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(x).save(tmp_path / "turned.png", exif=exif)
+    got = images.picture(tmp_path / "turned.png", 8)
+    assert (got[:4] == 0).all() and (got[4:] == 255).all()
+
+
+def test_folders_that_are_none_are_refused(folder: Path, tmp_path: Path):
+    def refused(text: str, kind: Any = ValueError) -> None:
+        with pytest.raises(kind, match=text) as caught:
+            images.read(tmp_path / "d", 8)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 1500
+
+    refused("expected a folder of images, there is none", FileNotFoundError)
+    (tmp_path / "d").mkdir()
+    refused("two classes or more, each with images; found none")
+    (tmp_path / "d" / "one").mkdir()
+    refused("no image in one, only files with the suffixes .png")
+    colored(0).save(tmp_path / "d" / "one" / "a.png")
+    refused("found only 'one'")
+    (tmp_path / "d" / "two").mkdir()
+    colored(0).save(tmp_path / "d" / "two" / "a.png")
+    refused("2 images are too few")
+    for i in range(9):
+        colored(0).save(tmp_path / "d" / "one" / f"{i}.png")
+    cut = (tmp_path / "d" / "one" / "0.png").read_bytes()
+    (tmp_path / "d" / "two" / "cut.png").write_bytes(cut[: len(cut) // 2])
+    (tmp_path / "d" / "two" / "text.jpg").write_text("not an image")
+    (tmp_path / "d" / "two" / "empty.gif").write_bytes(b"")
+    refused(
+        "3 images cannot be read, take them out.*cut.png: .*empty.gif: not an image; .*text.jpg"
+    )
+    colored(0).save(tmp_path / "d" / "loose.png")
+    refused("a folder for each class, found images beside them: loose.png")
+
+
+OPTIONS = ("--clients", "4", "--clients-per-round", "2", "--batch-size", "4", "--rounds", "4",
+           "--num-perturbations", "3", "--eval-every", "2", "--learning-rate", "1e-2",
+           "--snapshot-every", "3")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import ViTConfig
+
+    config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_labels=3,
+                       intermediate_size=24, image_size=16, patch_size=8)  # fmt: skip
+    out = tmp_path_factory.mktemp("vit")
+    models.save_pretrained(models.from_config(config, jax.random.key(0)), out)
+    (out / "preprocessor_config.json").write_text(json.dumps(
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.4, 0.3]}))  # fmt: skip
+    return out
+
+
+def summary(out: Path) -> dict[str, Any]:
+    return json.loads((out / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("train, trained", [
+    pytest.param("all", None, marks=pytest.mark.slow),
+    ("head", 16 * 2 + 2),
+    pytest.param("last-2", 16 * 16 * 4 + 16 * 24 * 2 + 9 * 16 + 24 + 34, marks=pytest.mark.slow),
+    ("lora", 3 * 2 * 2 * 16 * 2 + 34),
+])  # fmt: skip
+def test_a_vit_is_trained_and_replayed(
+    train: str, trained: int | None, folder: Path, small_vit: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    own = ("--lora-rank", "2") if train == "lora" else ()
+    here("images", *OPTIONS, "--data", str(folder), "--model", str(small_vit), "--train", train,
+         *own, "--out", str(out))  # fmt: skip
+    assert (out / "report.html").exists() and (out / "split.png").exists()
+    if trained is not None:
+        assert summary(out)["trained_parameters"] == trained
+    made = rebuild.rebuild(out / "ledger.sqlite", small_vit, tmp_path / "made")
+    assert made.proved and made.digest == summary(out)["digest"]
+    assert "the classifier of 2 classes" in made.note
+    ours, theirs = (load_file(p / "model.safetensors") for p in (tmp_path / "made", out / "model"))
+    assert ours.keys() == theirs.keys()
+    for name, x in theirs.items():
+        np.testing.assert_array_equal(ours[name], x)
+    start = load_file(small_vit / "model.safetensors")
+    moved = {n for n, x in theirs.items() if n not in start or not np.array_equal(x, start[n])}
+    layers = {n.split(".")[3] for n in moved if "layer." in n}
+    assert layers == {"all": {"0", "1", "2"}, "head": set(), "last-2": {"2"}}.get(
+        train, {"0", "1", "2"})  # fmt: skip
+    again = vision.load(str(out / "model"))  # its own classes: no new classifier
+    assert again.classes == ("apples", "pears") and again.mean == (0.1, 0.2, 0.3)
+    found = image_problem.trained(again, "all", again.classes)
+    assert found.adapter is None and "classifier" in found.model.params
+
+
+def test_a_run_that_is_stopped_goes_on(
+    folder: Path, small_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = (*OPTIONS, "--data", str(folder), "--model", str(small_vit), "--train", "head")
+    here("images", *options, "--out", str(tmp_path / "whole"))
+    real = job.rounds
+
+    def two(*arguments: Any) -> Any:
+        for step in real(*arguments):
+            if step.round == 3:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(job, "rounds", two)
+    with pytest.raises(KeyboardInterrupt):
+        here("images", *options, "--out", str(tmp_path / "cut"))
+    monkeypatch.setattr(job, "rounds", real)
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    here("images", "--resume", str(tmp_path / "cut"))
+    kept = [{k: v for k, v in summary(tmp_path / name).items() if "seconds" not in k}
+            for name in ("whole", "cut")]  # fmt: skip
+    assert kept[0] == kept[1]
+    other = Image.open(folder / "apples" / "0.png").point(lambda x: 255 - x)
+    moved = tmp_path / "other"
+    for path in folder.rglob("*.*"):
+        if path.is_file():
+            (moved / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            (moved / path.relative_to(folder)).write_bytes(path.read_bytes())
+    other.save(moved / "apples" / "0.png")  # one image of 62
+    said = refuse("images", "--resume", str(tmp_path / "cut"), "--data", str(moved))
+    assert "not what the run began with" in said and "exit 1" in said
+
+
+def random_lite0() -> vision.Vision:
+    """With norms that keep what goes through it in size."""
+    leaves = {}
+    for name, shape in efficientnet.shapes(3).items():
+        x = RNG.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
+        if len(shape) == 1:
+            x = 0.1 * x + name.endswith(("weight", "running_var"))
+        leaves[name] = x.astype(np.float32)
+    return vision.of_lite0(efficientnet.nested(leaves), ("a", "b", "c"))
+
+
+@pytest.mark.slow
+def test_a_new_classifier_on_efficientnet(idx: Path, tmp_path: Path):
+    base, start = tmp_path / "base", random_lite0()
+    start.save(base, start.params, start.classes)
+    options = ("--data", str(idx), "--model", str(base), "--train", "head", "--size", "16")
+    for method in ("rms", "fedadam"):
+        here("images", *OPTIONS, *options, "--method", method, "--out", str(tmp_path / method))
+        found = summary(tmp_path / method)
+        assert found["trained_parameters"] == 12_810
+        assert np.isclose(found["loss_before"], np.log(10), rtol=1e-5)  # equal chances
+        assert found["digest"] and found["loss"] != found["loss_before"]
+    rebuild.rebuild(tmp_path / "rms" / "ledger.sqlite", base, tmp_path / "made")
+    ours, theirs = (efficientnet.load(tmp_path / p / "model.safetensors") for p in
+                    ("made", "rms/model"))  # fmt: skip
+    assert_same_bits(ours, theirs)
+    again = vision.load(str(tmp_path / "made"))
+    assert again.classes == tuple("0123456789")
+    for name, x in trees.named(start.params).items():
+        if not name.startswith("_fc"):
+            np.testing.assert_array_equal(trees.named(ours)[name], x)
+
+
+def test_of_efficientnet_only_weights_are_trained():
+    """The moments of batch norm are numbers of the checkpoint."""
+    model = random_lite0()
+    convolutions = 1 + 1 + sum(3 if b.expand > 1 else 2 for b in efficientnet.BLOCKS)
+    for train, leaves in (
+        ("all", 3 * convolutions + 2), ("head", 2), ("last-2", 3 + 2), ("last-3", 9 + 3 + 2),
+        ("norms", 2 * convolutions + 2), ("biases", convolutions + 2),
+    ):  # fmt: skip
+        found = image_problem.trained(model, train, ("x", "y"))
+        names = trees.select(found.model.params, found.mask)
+        assert len(names) == leaves and not [n for n in names if "running" in n]
+        assert {"classifier/kernel", "classifier/bias"} <= names.keys()
+        assert found.frozen == {"head": 18, "last-2": 17, "last-3": 16}.get(train, 0)
+    kept = image_problem.trained(model, "all", ("a", "b", "c"))  # its own classes
+    assert kept.adapter is None
+    assert len(trees.select(kept.model.params, kept.mask)) == 3 * convolutions + 2
+    with pytest.raises(ValueError, match="--train lora: targets: expected some of"):
+        image_problem.trained(model, "lora", ("x", "y"))
+
+
+@pytest.mark.parametrize("train", ["head", "last-2"])
+def test_frozen_stages_are_what_whole_passes_are(train: str, small_vit: Path):
+    x, y = pictures(5, 20)
+    columns = {"image": x[..., None], "label": (y % 2).astype(np.int32)}
+    parts = {"train": columns, "dev": columns, "test": columns}
+    found = image_problem.trained(vision.load(str(small_vit)), train, ("x", "y"))
+    make = lambda found: image_problem.problem(  # noqa: E731
+        "some", found, parts, [np.arange(2), np.arange(2, 5)], [("0", ""), ("1", "")]
+    )
+    frozen, whole = make(found), make(found._replace(frozen=0))
+    assert frozen.dev["stream"].shape == ((5, 16) if train == "head" else (5, 5, 16))
+    moved = trees.merge(frozen.params, {
+        n: np.asarray(x) + RNG.normal(size=x.shape).astype(np.float32)
+        for n, x in trees.select(frozen.params, frozen.trainable).items()})  # fmt: skip
+    weight = {"weight": np.ones(5, np.float32)}
+    losses = [float(jax.jit(p.loss_fn)(moved, p.dev | weight)) for p in (frozen, whole)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert abs(losses[0] - np.log(2)) > 1e-2
+
+
+def test_options_that_do_not_fit_are_refused(idx: Path, small_vit: Path, tmp_path: Path):
+    data = ("--data", str(idx))
+    for arguments, text in (
+        (("--train", "top"), "--train: expected all, head, norms, biases, lora or last-N, got 'top'"),
+        (("--train", "head"), "--train: the small network has nothing pretrained"),
+        (("--size", "4"), "--size: expected at least 8"),
+        (("--alpha", "0"), "--alpha"),
+        (("--model", str(tmp_path)), "expected a folder with config.json"),
+        (("--model", str(small_vit), "--size", "32"), "takes images of 16 pixels, got 32"),
+        (("--model", str(small_vit), "--train", "last-9"), "--train: expected last-1 to last-4"),
+        (("--model", str(small_vit), "--train", "lora", "--lora-targets", "q_proj"),
+         "--train lora: targets: expected some of"),
+        (("--learning-rate", "1e-3", "--method", "sgd"), "--method"),
+    ):  # fmt: skip
+        said = refuse("images", *data, *arguments, "--out", str(tmp_path / "run"))
+        assert text in said and "exit 1" in said, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_small_network_learns(idx: Path):
+    options = images_job.Options(data=idx, clients=4, clients_per_round=4, rounds=60, eval_every=60,
+                                 num_perturbations=8, learning_rate=0.1, method="rms")  # fmt: skip
+    row = compare.one("images", options)
+    assert row["test"] > 0.3 and row["passes_per_round"] == 9  # chance is 0.1
