@@ -381,6 +381,30 @@ def test_frozen_stages_are_what_whole_passes_are(train: str, small_vit: Path):
     assert abs(losses[0] - np.log(2)) > 1e-2
 
 
+def test_upper_directions_with_a_new_classifier(small_vit: Path):
+    x, y = pictures(5, 20)
+    columns = {"image": x[..., None], "label": (y % 2).astype(np.int32)}
+    found = image_problem.trained(vision.load(str(small_vit)), "all", ("x", "y"))
+    parts = {"train": columns, "dev": columns, "test": columns}
+    own = image_problem.problem("some", found, parts, [np.arange(5)], [("0", ""), ("1", "")])
+    assert own.upper is not None
+    batch = columns | {"weight": np.ones(5, np.float32)}
+    deep, cut = own.upper(3), own.upper(2, 3)
+    assert cut.leaves["classifier/kernel"] == 0 and "model/vit/layernorm/bias" in cut.leaves
+    assert cut.leaves["model/vit/encoder/layer/output/dense/kernel"] == 2
+    leaves = trees.named(own.params)
+    moved = trees.merge(own.params, {
+        n: jax.numpy.asarray(leaves[n]).at[row:].add(0.3) for n, row in cut.leaves.items()})  # fmt: skip
+    assert cut.between is not None
+    kept = cut.between(own.params, jax.jit(deep.trunk)(own.params, batch))
+    wanted = jax.jit(own.loss_fn)(moved, batch)
+    np.testing.assert_allclose(cut.head(moved, kept), wanted, rtol=1e-4)
+    assert abs(float(wanted) - np.log(2)) > 1e-2
+    for wrong in (0, 4):
+        with pytest.raises(ValueError, match="--upper-layers: expected 1 to 3"):
+            own.upper(wrong)
+
+
 def test_options_that_do_not_fit_are_refused(idx: Path, small_vit: Path, tmp_path: Path):
     data = ("--data", str(idx))
     for arguments, text in (
