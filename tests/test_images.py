@@ -394,7 +394,8 @@ def test_upper_directions_with_a_new_classifier(small_vit: Path):
     assert cut.leaves["model/vit/encoder/layer/output/dense/kernel"] == 2
     leaves = trees.named(own.params)
     moved = trees.merge(own.params, {
-        n: jax.numpy.asarray(leaves[n]).at[row:].add(0.3) for n, row in cut.leaves.items()})  # fmt: skip
+        n: jax.numpy.asarray(leaves[n]).at[row:].add(RNG.normal(size=leaves[n].shape)[row:])
+        for n, row in cut.leaves.items()})  # fmt: skip
     assert cut.between is not None
     kept = cut.between(own.params, jax.jit(deep.trunk)(own.params, batch))
     wanted = jax.jit(own.loss_fn)(moved, batch)

@@ -132,7 +132,7 @@ def load(path: Path) -> trees.Params:
                 raise ValueError(
                     f"{path}: {name!r} has shape {there[name].shape}, expected {shape}"
                 )
-        opened = dict.fromkeys(there, file)
+        opened: dict[str, TensorFile] = {name: file for name in there}
         leaves = {
             name.replace(".", "/"): jnp.asarray(filling.whole(opened, name), jnp.float32)
             for name in wanted

@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,11 +89,11 @@ def of_idx(folder: Path) -> Images:
                 f"--data: {folder} lacks {stem}-images-idx3-ubyte or {stem}-labels-idx1-ubyte, "
                 f"each gzipped or not, and not both; there are {[path.name for path in there]}"
             )
-        whole[part] = tuple(read_idx(path) for path in there)
+        whole[part] = read_idx(there[0]), read_idx(there[1])
     return of_arrays(whole, str(folder))
 
 
-def of_arrays(whole: dict[str, tuple[np.ndarray, np.ndarray]], where: str) -> Images:
+def of_arrays(whole: Mapping[str, tuple[Any, Any]], where: str) -> Images:
     """Gray images [N, 28, 28] and their labels from 0 to 9, of train and test.
 
     Raises:
