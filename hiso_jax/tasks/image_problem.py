@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiso_jax._engine import checks
+from hiso_jax._engine import checks, trees
 from hiso_jax.federation import Arrays, Clients
 from hiso_jax.models import efficientnet, subsets, vision
 from hiso_jax.models.adapters import STREAM
@@ -56,7 +56,7 @@ def trained(
     if kind == "last" and number > model.stages:
         raise ValueError(f"--train: expected last-1 to last-{model.stages}, got {train}")
     model = vision.without_head(model) if new else model
-    layered = any("/layer/" in n for n in model.rows(2))
+    layered = any(map(subsets.stacked, trees.named(model.params)))
     adapter: dict[str, Any] = {"kind": kind, "classes": list(classes)}
     if kind == "lora":
         try:
@@ -78,16 +78,13 @@ def trained(
     }.get(kind, lambda n: n in head)
     if grown:
         moves = lambda n: n in head or (f"{kind}/" in n and "base/" not in n)  # noqa: E731
+    still = efficientnet.MOMENTS
     mask = jax.tree_util.tree_map_with_path(
-        lambda path, _: moves(_name(path)) and not _name(path).endswith(efficientnet.MOMENTS),
+        lambda path, _: moves(name := trees.leaf_name(path)) and not name.endswith(still),
         model.params,
     )
     frozen = model.stages - number if kind in ("head", "last") else 0
     return Trained(model, mask, frozen, adapter if new or grown else None)
-
-
-def _name(path: Any) -> str:
-    return "/".join(str(part.key) for part in path)
 
 
 def pixels(model: Vision, image: Any) -> jax.Array:
