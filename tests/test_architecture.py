@@ -147,6 +147,7 @@ def test_what_is_imported_is_declared():
             elif isinstance(node, ast.ImportFrom) and node.module:
                 found.add(node.module.split(".")[0])
         third = found - sys.stdlib_module_names - {"hiso_jax"}
+        third = {{"PIL": "pillow"}.get(name, name) for name in third}
         brought = extra.get(folder_of(name_of(path)), set())
         watching = {"tensorboardX"} if path.stem == "logs" else set()
         dp = {"dp_accounting"} if folder_of(name_of(path)) == "privacy" else set()

@@ -226,18 +226,6 @@ def test_attackers_lie_and_the_median_bears_it(tmp_path: Path):
     assert table[1][0] == "5" and float(table[1][1]) > 1
 
 
-def test_idx_files_that_are_none_are_named(tmp_path: Path):
-    path = tmp_path / "x-idx1-ubyte"
-    path.write_bytes(b"\0\0\x08\x01\0\0\0\x03ab")
-    with pytest.raises(ValueError, match=r"expected \(3,\) bytes, got 2"):
-        mnist.read_idx(path)
-    path.write_bytes(b"\0\0\x0d\x01\0\0\0\x01a")
-    with pytest.raises(ValueError, match="unsigned bytes, got 00000d01"):
-        mnist.read_idx(path)
-    with pytest.raises(SystemExit, match="--data: .* lacks train-images"):
-        mnist.read(tmp_path)
-
-
 @pytest.mark.parametrize("task", compare.TASKS)
 def test_every_task_has_a_grid_of_rows_that_differ(task: str):
     options = compare.Compare(task=task, seeds=2, vary=("upper_directions=0,3",))  # type: ignore

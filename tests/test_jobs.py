@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hiso_jax.models import cnn
 from hiso_jax.train import digits
 from tests.helpers import assert_same_bits, finish, here, refuse, start
 
@@ -18,7 +19,7 @@ def test_the_digits_and_first_weights_are_those_of_the_libraries():
     theirs = load_digits()
     np.testing.assert_array_equal(digits.table(), np.c_[theirs.data, theirs.target])
     for shape in ((3, 3, 1, 16), (96, 10)):
-        inits = (digits.lecun_normal, nnx.initializers.lecun_normal())
+        inits = (cnn.lecun_normal, nnx.initializers.lecun_normal())
         assert_same_bits(*(init(jax.random.key(1), shape) for init in inits))
 
 
@@ -45,7 +46,7 @@ def test_divergence_is_said(tmp_path: Path):
 
 
 @pytest.mark.parametrize("job, option", [
-    ("finetune", "--rounds"), ("digits", "--per-client-directions"), ("mnist", "--alpha"),
+    ("finetune", "--rounds"), ("digits", "--per-client-directions"), ("mnist", "--alpha"), ("images", "--size"),
     ("compare", "--vary"), ("results", "--where"), ("robustness", "--shares"),
     ("curvature", "--decay"),
 ])  # fmt: skip

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 from hiso_jax import models
 from hiso_jax._engine import trees
 from tests.helpers import LFS, load, random_folder, refused
+from tests.test_vit import SMALL as SMALL_VIT
+from tests.test_vit import pixels
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity': pip install torch==2.13.0")
 transformers = pytest.importorskip("transformers")
@@ -48,6 +50,11 @@ ENCODERS: dict[str, Any] = {
     "BERT": ("Bert", BASE | dict(intermediate_size=44, type_vocab_size=2)),
     "RoBERTa": ("Roberta", BASE | dict(intermediate_size=44, type_vocab_size=1)),
 }
+VITS: dict[str, dict[str, Any]] = {
+    "ViT": {},
+    "ViT, not square, gray, no biases": dict(
+        image_size=[16, 24], patch_size=[4, 8], num_channels=1, qkv_bias=False),
+}  # fmt: skip
 
 
 def reference(case: tuple[str, dict[str, Any]], folder: Path, causal: bool = True) -> Any:
@@ -145,6 +152,45 @@ def test_encoder(name: str, headed: bool, tmp_path: Path):
         found = difference(ours, wanted, inputs)
         print(f"{name}, padded {side}: {found:.1e} of states up to {wanted.abs().max():.1f}")
         assert found < 1e-5
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_vit(name: str, tmp_path: Path):
+    config = transformers.ViTConfig(**SMALL_VIT | VITS[name], attn_implementation="eager")
+    torch.manual_seed(0)
+    theirs = transformers.ViTForImageClassification(config).eval()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            centre = 1.0 if "norm" in key and key.endswith("weight") else 0.0
+            parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "in")
+    ours, given = load(tmp_path / "in"), pixels(config)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(given.transpose(0, 3, 1, 2))).logits.numpy()
+    got = np.asarray(jax.jit(ours.apply)(ours.params, given))
+    found, largest = np.abs(got - wanted).max(), np.abs(wanted).max()
+    print(f"{name}: {found:.1e} of logits up to {largest:.1f}")
+    assert wanted.std() > 0.1 and found < 1e-5 * largest
+
+    models.save_pretrained(ours, tmp_path / "out")
+    back = type(theirs).from_pretrained(tmp_path / "out")
+    before, after = theirs.state_dict(), back.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert load_file(tmp_path / "in/model.safetensors").keys() == (
+        load_file(tmp_path / "out/model.safetensors").keys())  # fmt: skip
+
+    bare = transformers.ViTModel(config)  # with a pooler, which is kept, and without a classifier
+    bare.load_state_dict(theirs.vit.state_dict(), strict=False)
+    bare.save_pretrained(tmp_path / "bare")
+    headless = load(tmp_path / "bare")
+    assert not headless.has_head and headless.untouched.keys() == {
+        "pooler.dense.weight", "pooler.dense.bias"}  # fmt: skip
+    hidden = headless.apply(headless.params, given)
+    np.testing.assert_array_equal(hidden, headless.hidden(headless.params, given))
+    np.testing.assert_allclose(ours.head(ours.params, hidden), got, atol=1e-5 * largest)
+    with pytest.raises(ValueError, match="came without a classifier"):
+        headless.head(headless.params, hidden)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 import hiso_jax as hj
-from experiments import mnist
 from hiso_jax import models, split
 from hiso_jax._engine import trees
 from hiso_jax.algorithm import algorithm
-from hiso_jax.models import subsets
+from hiso_jax.models import cnn, subsets, vision
+from hiso_jax.tasks import image_problem
 from hiso_jax.train import digits, methods
 from hiso_jax.train.work import multiplications
 from tests.helpers import (
@@ -191,14 +191,15 @@ def test_what_lies_above_the_layers():
 
 @pytest.mark.parametrize(
     "make, layers",
-    [(digits.Cnn, 1), pytest.param(mnist.Cnn, 1, marks=pytest.mark.slow), (mnist.Cnn, 2)],
+    [(digits.Cnn, 1), pytest.param(cnn.Cnn, 1, marks=pytest.mark.slow), (cnn.Cnn, 2)],
 )
 def test_the_last_layers_of_a_network(make: Any, layers: int):
     side = 8 if make is digits.Cnn else 28
     columns = {"image": RNG.normal(size=(30, side, side, 1)).astype(np.float32),
                "label": np.arange(30, dtype=np.int32) % 10}  # fmt: skip
     parts = {"train": columns, "dev": columns, "test": columns}
-    problem = digits.images("some", make(nnx.Rngs(0)), parts, 3, 1.0, 0)
+    network = vision.of_network(make(nnx.Rngs(0)), side)
+    problem = image_problem.scratch("some", network, parts, 3, 1.0, 0)
     assert problem.upper is not None
     cut = problem.upper(layers)
     assert len(cut.leaves) == 2 * layers

@@ -213,7 +213,7 @@ def rebuild(
             file.check_length()
         if folder:
             config = huggingface.read_config(base)
-            pieces = folder_pieces(replay.leaves, opened, config["num_hidden_layers"])
+            pieces = folder_pieces(replay.leaves, opened, config.get("num_hidden_layers", 0))
         else:
             pieces = flat_pieces(replay.leaves, opened)
         size = sum(leaf.size for leaf in replay.leaves.values())

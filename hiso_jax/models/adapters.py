@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from hiso_jax import models
 from hiso_jax._engine import files, trees
-from hiso_jax.models import subsets
+from hiso_jax.models import subsets, vision
 
 STREAM = "stream"
 """Column of a batch with its activations between two layers."""
@@ -133,6 +133,8 @@ def finish(adapter: dict[str, Any], base: Path, made: Path) -> str:
     Returns:
       What was done, for people.
     """
+    if "classes" in adapter:
+        return vision.finish(adapter, made)
     kind = adapter["kind"]
     extra = load_file(made / "extra.safetensors")
     own = {n.removeprefix(f"{kind}/"): x for n, x in extra.items()}

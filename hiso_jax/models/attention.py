@@ -9,9 +9,13 @@ import numpy as np
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
-    """Attend from q [B, T, N, H] to k and v [B, S, M, H] where mask [B, 1, T, S] is True."""
+    """Attend from q [B, T, N, H] to k and v [B, S, M, H], where mask [B, 1, T, S] is True."""
     dtype = q.dtype
     if dtype == jnp.float16:  # CPUs and TPUs refuse its products with float32 sums
         q, k, v = (part.astype(jnp.float32) for part in (q, k, v))

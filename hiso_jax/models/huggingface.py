@@ -16,7 +16,7 @@ from flax import nnx
 
 from hiso_jax._engine import exact, files, trees
 from hiso_jax._engine.tensorfile import QUANTIZED, Tensor, TensorFile
-from hiso_jax.models import bert, configs, decoder, filling, folders, names, tokenizers
+from hiso_jax.models import bert, configs, decoder, filling, folders, names, tokenizers, vit
 from hiso_jax.models.folders import SMALL_FILES as SMALL_FILES
 from hiso_jax.models.folders import folder_of, open_tensors
 from hiso_jax.models.folders import gguf_of as gguf_of
@@ -24,7 +24,8 @@ from hiso_jax.models.folders import read_config as read_config
 from hiso_jax.models.folders import weight_files as weight_files
 from hiso_jax.models.names import find, is_stacked, is_turned, tensor_names
 
-_FAMILIES: dict[str, Any] = {"bert": bert.Bert, "roberta": bert.Bert} | dict.fromkeys(
+_ENCODERS: dict[str, Any] = {"bert": bert.Bert, "roberta": bert.Bert, "vit": vit.ViT}
+_FAMILIES: dict[str, Any] = _ENCODERS | dict.fromkeys(
     ("opt", "llama", "qwen2", "qwen3", "gemma3_text", "smollm3"), decoder.Decoder
 )
 
@@ -35,6 +36,9 @@ class Model(NamedTuple):
     Tokens that its tables have no rows for raise ValueError, and so do more of them than it has
     positions (`hiso_jax.models.positions`); inside jit only their number is known. What the mask
     says is padding never matters.
+
+    A ViT takes ``pixels [B, H, W, C]``, normalized as it was trained, in the place of tokens and
+    mask; its `apply` gives logits [B, labels], its `head` those of hidden states [B, T, D].
 
     Attributes:
       config: the transformers config.
@@ -73,8 +77,11 @@ class Model(NamedTuple):
     @property
     def has_head(self) -> bool:
         """Whether `head` gives logits: of decoders always, of encoders if they came with one."""
-        encoder = _FAMILIES[self.config.model_type] is bert.Bert
-        return not encoder or bool({"cls", "lm_head"} & self.params.keys())
+        encoder = self.config.model_type in _ENCODERS
+        return not encoder or bool({"cls", "lm_head", "classifier"} & self.params.keys())
+
+
+_DRAWN = ("/kernel", "/embedding", "/projection/weight", "/cls_token", "/position_embeddings")
 
 
 def _supported(kind: Any) -> None:
@@ -159,7 +166,7 @@ def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
 
     def draw(path: Any, like: Any) -> jax.Array:
         name = trees.leaf_name(path)
-        if name.endswith(("/kernel", "/embedding")):
+        if name.endswith(_DRAWN):
             own = jax.random.fold_in(key, np.uint32(trees.leaf_hash(name)))
             # Drawn flat: the same numbers, for a quarter of the compile time.
             drawn = jax.random.normal(own, (like.size,)).reshape(like.shape)
@@ -178,7 +185,7 @@ def from_pretrained(
     """Load a model from a Hugging Face folder or hub id (config.json, safetensors), or from GGUF.
 
     One tensor is read at a time: the peak is one copy of the parameters and a little.
-    Families: OPT, Llama, Qwen2, Qwen3, Gemma 3 (text), SmolLM3; BERT and RoBERTa encoders.
+    Families: OPT, Llama, Qwen2, Qwen3, Gemma 3 (text), SmolLM3; BERT and RoBERTa encoders; ViT.
     Of GGUF files: Llama, Qwen2, Qwen3, Gemma 3 (text), dequantized.
 
     Whether an encoder has a head is told by its tensors.
@@ -208,9 +215,10 @@ def from_pretrained(
         _supported(raw["model_type"])
     config = configs.load_config(folder)
     with open_tensors(folder) as there:
-        encoder = _FAMILIES[config.model_type] is bert.Bert
+        kind = config.model_type
+        own = {"headed": names.has_head(there, kind)} if kind in _ENCODERS else {}
         with _of(folder):
-            graph, shapes = _build(config, **({"headed": names.has_head(there)} if encoder else {}))
+            graph, shapes = _build(config, **own)
             plan = _plan(config, shapes, there)
         filled = filling.fill(trees.named(shapes), plan, there, dtype, progress and folder.name)
         used = {tensor for own in plan.values() for tensor in own}
@@ -220,6 +228,13 @@ def from_pretrained(
     pairs = (pair for leaf in plan for pair in zip(wanted[leaf], plan[leaf], strict=True))
     renamed = {name: own for name, own in pairs if name != own}
     return _model(config, graph, trees.merge(shapes, filled), folder, untouched, renamed, raw)
+
+
+def headless(model: Model) -> Model:
+    """An encoder without its head: `apply` gives hidden states."""
+    kept = {name: tree for name, tree in model.params.items() if name != "classifier"}
+    graph, _ = _build(model.config, headed=False)
+    return _model(model.config, graph, kept, model.source)
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from typing import Any
 
 # Buffers that old checkpoints hold and no model reads; the pooler is not part of the encoder.
 UNUSED = re.compile(
-    r"(^|\.)(pooler\.|seq_relationship\.|position_ids$|rotary_emb\.inv_freq$|masked_bias$)"
+    r"(^|\.)(pooler\.|seq_relationship\.|position_ids$|rotary_emb\.inv_freq$|masked_bias$"
+    r"|embeddings\.mask_token$)"
 )
 # Copies of the embeddings under the names of heads that are tied to them.
 TIED = ("lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight")
@@ -14,6 +15,8 @@ TIED_BIASES = ("lm_head.decoder.bias", "cls.predictions.decoder.bias")
 TABLES = ("embed_tokens.weight", "word_embeddings.weight")
 BIASES = ("lm_head.bias", "cls.predictions.bias")
 _PREFIXES = ("model.", "bert.", "roberta.")
+# What is called alike in both.
+_OWN = ("bias", "cls_token", "position_embeddings", "running_mean", "running_var")
 _QUANTIZED = re.compile(
     r"(^|[._])(qweight|qzeros|scales|g_idx|SCB|weight_scale(_inv)?|(weight|input)_zero_point"
     r"|input_scale|weight_packed|weight_format|absmax|quant_map|quant_state)($|\.)|_blocks$"
@@ -47,7 +50,7 @@ def tensor_names(leaf: str, layers: int) -> list[str]:
       (['pooler.dense.weight'], ['a.layers.0.norm.bias', 'a.layers.1.norm.bias'])
     """
     *module, last = leaf.split("/")
-    name = ".".join([*module, last if last == "bias" else "weight"])
+    name = ".".join([*module, last if last in _OWN else "weight"])
     if not is_stacked(leaf):
         return [name]
     return [re.sub(r"\.(layers?)\.", rf".\1.{i}.", f".{name}", count=1)[1:] for i in range(layers)]
@@ -63,7 +66,7 @@ def find(name: str, there: Container[str]) -> str | None:
       >>> find("embeddings.LayerNorm.weight", {"bert.embeddings.LayerNorm.gamma"})
       'bert.embeddings.LayerNorm.gamma'
     """
-    short = name.removeprefix("model.")
+    short = name.removeprefix("model.").removeprefix("vit.")
     own = [name, short, *(prefix + name for prefix in _PREFIXES)]
     own += [re.sub(r"(norm[^.]*)\.weight$", r"\1.gamma", n, flags=re.I) for n in own]
     own += [re.sub(r"(norm[^.]*)\.bias$", r"\1.beta", n, flags=re.I) for n in own]
@@ -84,12 +87,16 @@ def is_stacked(leaf: str) -> bool:
     return "/layer/" in leaf or "/layers/" in leaf
 
 
-def has_head(there: Collection[str]) -> bool:
-    """Whether an encoder's checkpoint has its masked-language-model head, or parts of it.
+def has_head(there: Collection[str], kind: str = "bert") -> bool:
+    """Whether an encoder's checkpoint has its head, or parts of it.
+
+    Of a ViT that is its classifier, of others the masked-language-model head.
 
     Told by the tensors: what a config says of the class that saved it is often missing, or
     names a class (``BertForPreTraining``) that has this head among others.
     """
+    if kind == "vit":
+        return any(name.startswith("classifier.") for name in there)
     return any(_HEAD.search(name) for name in there)
 
 

@@ -43,7 +43,7 @@ def stacked(name: str) -> bool:
     return bool(re.search("/layers?/", name))
 
 
-ABOVE = r"final_layer_norm|project_out|^model/norm|lm_head|^cls"
+ABOVE = r"final_layer_norm|project_out|^model/norm|lm_head|^cls|^classifier|^vit/layernorm"
 """Pattern of the names of leaves that lie above a model's layers."""
 
 

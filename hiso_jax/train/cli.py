@@ -8,6 +8,7 @@ COMMANDS = {
     "finetune": "fine-tune a language model over clients that send a few bytes per round",
     "llm": "fine-tune SmolLM2 (134.5 M parameters) like that, with FedAdam beside it",
     "digits": "the same in twenty seconds: a small network on handwritten digits",
+    "images": "train on MNIST, CIFAR-10 or folders of images: a small CNN, EfficientNet or a ViT",
     "watch": "the figures of a run in a terminal, as they come",
     "replay": "rebuild a fine-tuned model from its base and a ledger, and prove it",
     "compare": "run a grid of methods, learning rates and seeds",

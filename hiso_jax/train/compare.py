@@ -57,7 +57,7 @@ class Compare:
     --processes; there are some in experiments/grids."""
     dry_run: bool = False
     """Only say how many runs are missing."""
-    task: Literal["finetune", "sst2", "llm", "digits", "mnist"] = "digits"
+    task: Literal["finetune", "sst2", "llm", "digits", "images", "mnist"] = "digits"
     """The job whose options are used."""
     method: tuple[str, ...] = job.COMPARED
     """Methods, as of the job's --method: hiso, "hiso(update_steps=all)"."""
@@ -76,7 +76,7 @@ class Compare:
     vary: tuple[str, ...] = ()
     """Other options of the job, each with the values to run: num_perturbations=5,20."""
     data: Path | None = None
-    """File or folder of the data, for sst2 and mnist."""
+    """File or folder of the data, for sst2, images and mnist."""
     columns: tuple[str, ...] = ()
     """Names of its columns, if it has no header line."""
     processes: int = 1

@@ -20,6 +20,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "sst2": ("hiso_jax.train.finetune", dict(task="sst2", length=32, batch_size=8)),
     "llm": ("hiso_jax.train.llm", {}),
     "digits": ("hiso_jax.train.digits", {}),
+    "images": ("hiso_jax.train.images", {}),
     "mnist": ("experiments.mnist", {}),
 }
 """Modules of jobs, with `Options` and `build`, and what options they have here."""
