@@ -53,6 +53,8 @@ def excess(terms: privacy.Terms, epsilon: float) -> tuple[float, float]:
     return float(told - np.exp(epsilon) * wrong), float(error)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_the_attack_stays_below_the_claim_and_is_above_it_with_half_the_noise(name: str):
     mechanism = MECHANISMS[name]

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = dict(shape="opt-1m", batch=2, length=8, num_perturbations=2, repeats=1)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_round(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(one, "COPIED", 2**20)
     one.main(one.Options(**SMALL, local_steps=2, json=True))

@@ -198,6 +198,8 @@ def reviews(tmp_path: Path) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_text_task_on_a_model_with_data_at_the_sites_only(
     tiny: Path, reviews: dict[str, Path], tmp_path: Path
 ):

@@ -103,6 +103,8 @@ def test_a_record_of_nan_moves_nothing_in_any_block():
     assert_same_bits((state.params, state.rule), (after.params, after.rule))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_memory_of_a_round_is_that_of_a_layer():
     """Compiled, not measured: beyond a forward pass less than a third of a copy, at any C."""
     config = OPTConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=24, ffn_dim=512,

@@ -23,6 +23,8 @@ def small(model: Path, out: Path, **options: object) -> llm.Options:
     return llm.Options(model=str(model), out=out, **few | options)  # pyright: ignore
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_two_methods_and_what_is_left(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """FedAdam ran on the same clients; answers before and after; all on lines without a terminal."""
     output = io.StringIO()

@@ -118,6 +118,8 @@ def test_bad_meshes():
         meshes.make(0)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_train_together(tmp_path: Path):
     """Two processes of two devices: each its own clients, both the same digest."""
     with socket.socket() as free:

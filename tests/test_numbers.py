@@ -34,6 +34,8 @@ def root() -> jax.Array:
     return jax.random.key(0, impl="threefry2x32")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_float64_reaches_the_same_bits_everywhere():
     """A round, advance, replay, block by block: with leaves of three types side by side."""
     with jax.enable_x64(True):
@@ -194,12 +196,16 @@ def expected() -> list[str]:
     return what_comes_out()
 
 
-# All that leave programs programs at once in the quick tests; each by itself in the slow ones.
+# All that leave programs programs at once in every CI; each by itself in the slow tests.
 TOGETHER = tuple(flag for flag in FLAGS if flag != "disable_jit")
 ALONE = [pytest.param((flag,), marks=pytest.mark.slow) for flag in FLAGS]
 
 
-@pytest.mark.parametrize("flags", [TOGETHER, *ALONE], ids="-".join)
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(TOGETHER, marks=(pytest.mark.slow, pytest.mark.ci)), *ALONE],
+    ids="-".join,
+)
 def test_no_flag_of_jax_changes_a_bit(flags: tuple[str, ...], expected: list[str]):
     with contextlib.ExitStack() as stack:
         for flag in flags:

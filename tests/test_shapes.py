@@ -37,6 +37,8 @@ def checked(function: Any) -> Any:
     return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_calls_of_every_kind():
     settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

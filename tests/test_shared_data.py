@@ -130,6 +130,8 @@ def test_a_decoder_on_real_tasks(task: str, folder: str, options: tuple[str, ...
     assert summary["rounds"] == 3 and np.isfinite(summary["loss"])
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_mnist_over_a_hundred_clients():
     """As the paper splits it: unlike shares of labels, ten clients a round, it learns."""
     options = mnist.Options(data=shared("mnist"), method="rms", learning_rate=0.064, rounds=60,
