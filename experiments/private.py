@@ -139,7 +139,12 @@ class Plain(private.Simulated):
         self._clip = clip
 
     def __call__(
-        self, round: int, names: list[str], scalars: np.ndarray, weights: np.ndarray
+        self,
+        round: int,
+        names: list[str],
+        scalars: np.ndarray,
+        weights: np.ndarray,
+        own: Any = None,
     ) -> private.Summed:
         """The record of a round."""
         if self._clip is not None:
