@@ -61,9 +61,9 @@ FURTHER = 3
 class Private:
     """Accuracy at several epsilons: tuned runs, a row each, and a table of them."""
 
-    mnist: Path = Path("../shared/data/mnist")
-    """Folder with MNIST's four IDX files."""
-    sst2: Path = Path("../shared/data/sst2")
+    mnist: Path | None = None
+    """Folder with MNIST's four IDX files; by default they come from the hub."""
+    sst2: Path | None = None
     """Folder with train.tsv, dev.tsv and test.tsv, ``sentence<TAB>label``."""
     tasks: tuple[str, ...] = ("mnist", "sst2")
     """Which tasks."""
@@ -139,7 +139,12 @@ class Plain(private.Simulated):
         self._clip = clip
 
     def __call__(
-        self, round: int, names: list[str], scalars: np.ndarray, weights: np.ndarray
+        self,
+        round: int,
+        names: list[str],
+        scalars: np.ndarray,
+        weights: np.ndarray,
+        own: Any = None,
     ) -> private.Summed:
         """The record of a round."""
         if self._clip is not None:

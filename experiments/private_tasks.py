@@ -53,7 +53,7 @@ def pooled(images: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(1)
-def _digits(data: Path) -> dict[str, Arrays]:
+def _digits(data: Path | None) -> dict[str, Arrays]:
     whole = mnist.read(data)
     order = np.random.default_rng(0).permutation(len(whole["train"]["label"]))
     picks = {"dev": order[: mnist.DEV], "train": np.sort(order[mnist.DEV :])}
@@ -95,7 +95,7 @@ def _embedded(embed: Any, model: Any, tokenizer: Any, sentences: list[str]) -> n
     return out
 
 
-def build(task: str, data: dict[str, Path], clients: int) -> problem.Problem:
+def build(task: str, data: dict[str, Path | None], clients: int) -> problem.Problem:
     """A task over so many clients.
 
     Args:
@@ -107,11 +107,14 @@ def build(task: str, data: dict[str, Path], clients: int) -> problem.Problem:
     Raises:
       SystemExit: MNIST's files are not there.
       FileNotFoundError: SST-2's, or the encoder, are not.
+      ValueError: no folder of SST-2 is given.
     """
     if task == "mnist":
         parts = _digits(data[task])
         own = splits.dirichlet(parts["train"]["label"], clients, ALPHA)
+    elif (folder := data[task]) is None:
+        raise ValueError("--sst2: needed, the folder with train.tsv, dev.tsv and test.tsv")
     else:
-        parts = _sentences(data[task])
+        parts = _sentences(folder)
         own = splits.iid(len(parts["train"]["label"]), clients)
     return linear(task, parts, own)

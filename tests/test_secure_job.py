@@ -47,7 +47,7 @@ def test_a_masked_run_is_that_of_exact_sums_whatever_the_secrets(tmp_path: Path)
 
 
 PROBLEM = digits.digits(5)
-OPTIONS: dict[str, Any] = dict(rounds=4, clients=5, clients_per_round=4, eval_every=4, dropout=0.1,
+OPTIONS: dict[str, Any] = dict(rounds=3, clients=5, clients_per_round=4, eval_every=3, dropout=0.1,
                                snapshot_every=2, sampling="balanced", clip=2.0)  # fmt: skip
 
 
@@ -130,15 +130,15 @@ def test_a_private_job_that_crashes_in_every_round_ends_as_one_that_did_not(
 def test_a_budget_that_is_spent_ends_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
-    """Whatever was calibrated: here the noise is half of it."""
+    """Whatever was calibrated: here the noise is less."""
     monkeypatch.setattr(report, "draw", lambda *_: None)
     real = privacy.calibrate
-    monkeypatch.setattr(privacy, "calibrate", lambda *given, **more: real(*given, **more) / 2)
+    monkeypatch.setattr(privacy, "calibrate", lambda *given, **more: 0.7 * real(*given, **more))
     assert run(tmp_path / "a", epsilon=8.0, dropout=0.0) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "the budget is 8" in said and "of 4 rounds" in said
+    assert "the budget is 8" in said and "of 3 rounds" in said
     with hj.Ledger.open(tmp_path / "a/ledger.sqlite", read_only=True) as ledger:
-        assert 0 < ledger.rounds < 4 and private.accountant_of(ledger).epsilon() <= 8.0
+        assert 0 < ledger.rounds < 3 and private.accountant_of(ledger).epsilon() <= 8.0
     assert (tmp_path / "a/model.safetensors").exists()
 
 
