@@ -1,5 +1,7 @@
 """Clients that choose what they learn from: batches, determinism, resumed and crashed runs, costs."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import hiso_jax as hj
 from hiso_jax import federation
 from hiso_jax.federation import Chosen, Clients, Select, selecting
 from hiso_jax.tasks import problem as problems
-from tests.helpers import PROBLEMS, assert_same_bits, trunk
+from hiso_jax.train import digits, job, report
+from hiso_jax.train import selecting as jobs
+from tests.helpers import PROBLEMS, assert_same_bits, outcome, refuse, trunk
 
 RNG = np.random.default_rng(0)
 DATA = {
@@ -271,38 +275,117 @@ def test_what_cannot_be_chosen_by_is_refused():
         own.batches(["c0"], 1, 2)
 
 
-def test_noise_of_a_round_is_what_draws_have():
-    """`experiments.selection`, against a hundred thousand rounds drawn."""
-    from experiments import selection as script
-
-    rng, of, clients, batch = np.random.default_rng(0), 5, 2, 3
-    scalars = [rng.normal(i, 1 + i, (2, 4 + 2 * i)) for i in range(of)]
-    found = script.noise(scalars, np.full(of, 1 / of), clients, of, batch)
-    rounds = []
-    for own in scalars:
-        order = rng.random((100_000, own.shape[1])).argsort(1)[:, :batch]
-        rounds.append(own[:, order].mean(-1))  # [2, rounds]
-    who = rng.random((100_000, of)).argsort(1)[:, :clients]
-    drawn = np.stack(rounds)[who.T, :, np.arange(100_000)].mean(0)  # [rounds, 2]
-    mean = np.mean([own.mean(1) for own in scalars], 0)
-    np.testing.assert_allclose(found["mean_square"], (mean**2).mean())
-    total = found["within"] + found["between"]
-    np.testing.assert_allclose(total, ((drawn - mean) ** 2).mean(), rtol=0.03)
-    off = np.stack([own.mean(1) for own in scalars])[who].mean(1) - mean
-    np.testing.assert_allclose(found["between"], (off**2).mean(), rtol=0.03)
+# Jobs: the programs are those of test_crashes.
+OPTIONS: dict[str, Any] = dict(rounds=7, clients=5, clients_per_round=2, eval_every=3, renew=3,
+                               snapshot_every=2, dropout=0.5, select="vecaf(steps=3)", budget=0.3)  # fmt: skip
+PROBLEM = digits.digits(5)
 
 
-def test_a_uniform_subset_has_the_error_of_one():
-    from experiments import selection as script
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw", "draw_split"):
+            patch.setattr(report, name, lambda *_: None)
+        build, built = job.algorithm, {}
+        # One program for all runs of a method and as many rounds.
+        patch.setattr(job, "algorithm", lambda options, *rest: built.setdefault(
+            (options.method, options.rounds), build(options, *rest)))  # fmt: skip
+        yield
 
-    data = [DATA[name] for name in DATA]
-    scalars = [RNG.normal(size=(20, len(columns["x"]))) for columns in data]
-    error = lambda select: script.errors(select, seen, data, scalars, draws=40)  # noqa: E731
-    uniform = clients("uniform").select
-    seen = [{} for _ in data]
-    assert uniform is not None and abs(error(uniform) - 1) < 0.2
-    # Whoever takes the highest of one direction is far off along it.
-    worst = clients("loss").select
-    scalars = [x[:1] for x in scalars]
-    seen = [{"loss": x[0].astype(np.float32)} for x in scalars]
-    assert worst is not None and error(worst) > 3
+
+def run(out: Path, **options: Any) -> int:
+    try:
+        given = digits.Options(out=out, **OPTIONS | options)
+        job.run(given, PROBLEM, digits.LEARNING_RATES | {"fedavg": 0.1})
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+class Crash(BaseException):
+    """What nothing in a job handles."""
+
+
+@pytest.mark.parametrize("method", ["hiso", "fedavg"])
+def test_a_crashed_job_goes_on_to_the_same_bits(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Within a period and where one begins; a ledger leads to the same choice without its file."""
+    assert run(tmp_path / "whole", method=method) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    kept = sum(int(0.3 * n + 0.5) for n in PROBLEM.clients.sizes.values())
+    assert f"learn from {kept} of 1,257 examples, by vecaf(steps=3), anew every 3 rounds" in said
+    wanted = outcome(tmp_path / "whole")
+    assert wanted["select"]["method"] == "vecaf" and wanted["look_passes_per_round"] > 0
+    real, crashed, when = jobs.keep, set(), {2, 4, 5}
+
+    def keep(options: Any, problem: Any, done: int) -> None:
+        if done in crashed or done not in when:
+            return real(options, problem, done)
+        crashed.add(done)
+        if done % 2:
+            real(options, problem, done)
+        raise Crash
+
+    monkeypatch.setattr(jobs, "keep", keep)
+    out = tmp_path / "crashed"
+    while True:
+        resume = out if (out / "options.json").exists() else None
+        if resume and method == "hiso" and len(crashed) % 2:
+            shutil.rmtree(out / "chosen", ignore_errors=True)
+        try:
+            assert run(out, method=method, resume=resume) == 0
+            break
+        except Crash:
+            continue
+    assert crashed == when
+    assert outcome(out) == wanted
+
+
+def test_a_ledger_has_the_recipe_and_never_the_examples(tmp_path: Path):
+    assert run(tmp_path, rounds=4) == 0
+    header = hj.Ledger.open(tmp_path / "ledger.sqlite").header
+    assert header["about"]["select"] == {
+        "method": "vecaf", "budget": 0.3, "renew": 3, "by": "loss", "steps": 3}  # fmt: skip
+    assert "picks" not in json.dumps(header)
+    options = json.loads((tmp_path / "options.json").read_text())
+    options["options"].update(budget=0.5, rounds=5)
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    # What goes on with another recipe is another run.
+    assert run(tmp_path, rounds=5, budget=0.5, resume=tmp_path) == 1
+
+
+def test_a_recipe_is_refused_at_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for options, said in (
+        (("--select", "vecav"), "--select: expected one of uniform, balanced"),
+        (("--select", "vecaf(seed=1)"), "--select: vecaf has no 'seed'"),
+        (("--select", "vecaf(steps=0)"), "--select: vecaf: steps: expected an int >= 1"),
+        (("--select", "vecaf", "--budget", "0"), "--budget: expected a finite number > 0"),
+        (("--select", "loss", "--renew", "0"), "--renew: expected an int >= 1"),
+        (("--budget", "0.5"), "--budget: of --select, which is not given"),
+        (("--select", "vecaf(eta=0.1)"), "vecaf needs texts of examples, the task gives"),
+    ):
+        assert said in refuse("digits", *options), options
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="--select: clients look at their examples in one process"):
+        jobs.check(digits.Options(select="loss", distributed="auto"))
+    bare = PROBLEM._replace(examples=None, name="a task")
+    with pytest.raises(ValueError, match="a task tells nothing of its examples; expected uniform"):
+        jobs.settle(digits.Options(select="loss"), bare)
+    assert jobs.settle(digits.Options(select="uniform"), bare).clients.select is not None
+
+
+def test_rows_of_selections_are_told_apart():
+    from hiso_jax.train import options, results
+
+    base = options.settings(digits.Options())
+    assert base["select"] is None
+    rows = [options.settings(digits.Options(**own)) | {"metric": 1} for own in (
+        {}, {}, {"select": "vecaf", "budget": 0.25}, {"select": "loss", "renew": 50})]  # fmt: skip
+    name = results.variant(rows)
+    assert [name(row) for row in rows] == ["", "", ", vecaf 25% every 20", ", loss 10% every 50"]
+    fresh = {
+        k: v for k, v in results.DEFAULTS_OF_OLD_ROWS.items() if k in ("select", "budget", "renew")
+    }
+    assert len(fresh) == 3 and fresh == {k: base[k] for k in fresh}  # of rows from before
