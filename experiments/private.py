@@ -327,7 +327,7 @@ def draw(options: Private, rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against epsilon, a panel a task and a color a number of clients."""
     found = list(_found(options, rows))
     tasks = list(dict.fromkeys(cell.task for cell, *_ in found))
-    picture = report.blank(5 * len(tasks), 3.6)
+    picture = report.blank(5 * len(tasks), 4.4)
     for axis, task in zip(np.atleast_1d(picture.subplots(1, len(tasks))), tasks, strict=True):
         for color, size in zip(("C0", "C1", "C2"), SIZES[task], strict=False):
             for kind, style in (("central", "-"), ("local", ":")):
@@ -344,7 +344,8 @@ def draw(options: Private, rows: list[dict[str, Any]], path: Path) -> None:
                  ylabel="test accuracy (%)", title=TITLES[task])  # fmt: skip
         axis.set_xticks(sorted(options.epsilons), [f"{e:g}" for e in sorted(options.epsilons)])
         axis.minorticks_off()
-        axis.legend(title="clients, noise on", fontsize="small")
+        axis.legend(title="clients, noise on", fontsize="small", ncols=3, loc="upper center",
+                    bbox_to_anchor=(0.5, -0.18))  # fmt: skip
     report.framed(picture).savefig(path, dpi=120)
 
 
