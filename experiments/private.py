@@ -51,7 +51,7 @@ TITLES = {"mnist": "MNIST, 14 x 14 pixels, linear", "sst2": "SST-2, head on a fr
 CLIPS = {"mnist": (2.0, 8.0), "sst2": (16.0, 64.0)}
 """Of the first look: half of the clients' scalars are longer than the second at the beginning.
 Without noise there is that one, or none at all."""
-STEPS = (0.32, 1.28, 5.12, 20.48)
+STEPS = {"mnist": (0.32, 1.28, 5.12, 20.48), "sst2": (0.08, 0.32, 1.28, 5.12, 20.48)}
 """Clip times learning rate, of the first look."""
 FURTHER = 3
 """Times that the search goes on where the best rate is the lowest or highest of those tried."""
@@ -252,7 +252,7 @@ def tune(options: Private, cell: Cell, add: Any, rows: list[dict[str, Any]]) -> 
     low, high = CLIPS[cell.task]
     # Rates of runs without a clip are those of the second one: it lets most go by.
     clips = [(low, low), (high, high)] if cell.epsilon else [(high, high), (None, high)]
-    seen = run(0, [dict(clip=c, learning_rate=s / by) for c, by in clips for s in STEPS])
+    seen = run(0, [dict(clip=c, learning_rate=s / by) for c, by in clips for s in STEPS[cell.task]])
     top = best(seen)
     seen += run(0, [top | {"learning_rate": top["learning_rate"] * f} for f in (0.5, 2.0)])
     for _ in range(FURTHER):
@@ -327,7 +327,7 @@ def draw(options: Private, rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against epsilon, a panel a task and a color a number of clients."""
     found = list(_found(options, rows))
     tasks = list(dict.fromkeys(cell.task for cell, *_ in found))
-    picture = report.blank(5 * len(tasks), 3.6)
+    picture = report.blank(5 * len(tasks), 4.4)
     for axis, task in zip(np.atleast_1d(picture.subplots(1, len(tasks))), tasks, strict=True):
         for color, size in zip(("C0", "C1", "C2"), SIZES[task], strict=False):
             for kind, style in (("central", "-"), ("local", ":")):
@@ -344,7 +344,8 @@ def draw(options: Private, rows: list[dict[str, Any]], path: Path) -> None:
                  ylabel="test accuracy (%)", title=TITLES[task])  # fmt: skip
         axis.set_xticks(sorted(options.epsilons), [f"{e:g}" for e in sorted(options.epsilons)])
         axis.minorticks_off()
-        axis.legend(title="clients, noise on", fontsize="small")
+        axis.legend(title="clients, noise on", fontsize="small", ncols=3, loc="upper center",
+                    bbox_to_anchor=(0.5, -0.18))  # fmt: skip
     report.framed(picture).savefig(path, dpi=120)
 
 
