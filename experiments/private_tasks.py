@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import mnist
 from hiso_jax import models
 from hiso_jax._engine import files
 from hiso_jax.federation import Arrays, Clients
 from hiso_jax.models import adapters
-from hiso_jax.tasks import problem, splits
+from hiso_jax.tasks import images, problem, splits
 from hiso_jax.train import finetune
 
 ALPHA = 1.0
@@ -47,19 +46,16 @@ def linear(name: str, parts: dict[str, Arrays], own: list[np.ndarray]) -> proble
     )
 
 
-def pooled(images: np.ndarray) -> np.ndarray:
-    """Means of 2 x 2 pixels: float32 [N, 196] of [N, 28, 28, 1]."""
-    return images.reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(-1, 196)
+def pooled(pixels: np.ndarray) -> np.ndarray:
+    """Means of 2 x 2 pixels: float32 [N, 196] of bytes [N, 28, 28, 1]."""
+    normal = (pixels / 255 - 0.1307).astype(np.float32) / 0.3081
+    return normal.reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(-1, 196)
 
 
 @functools.lru_cache(1)
 def _digits(data: Path | None) -> dict[str, Arrays]:
-    whole = mnist.read(data)
-    order = np.random.default_rng(0).permutation(len(whole["train"]["label"]))
-    picks = {"dev": order[: mnist.DEV], "train": np.sort(order[mnist.DEV :])}
-    columns = {n: {"x": pooled(c["image"]), "label": c["label"]} for n, c in whole.items()}
-    cut = {n: {k: v[own] for k, v in columns["train"].items()} for n, own in picks.items()}
-    return cut | {"test": columns["test"]}
+    parts = (images.of_hub() if data is None else images.of_idx(data)).parts
+    return {n: {"x": pooled(c["image"]), "label": c["label"]} for n, c in parts.items()}
 
 
 @functools.lru_cache(1)
