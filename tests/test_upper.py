@@ -272,4 +272,4 @@ def test_a_job_with_upper_directions_goes_on(tmp_path: Any):
     finish(start("digits", "--resume", str(cut)))
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
     out = finish(start("digits", "--upper-directions", "11", "--out", str(tmp_path / "no")), code=1)
-    assert "--upper-directions: expected a finite number >= 0 and <= 10, got 11" in out
+    assert "--upper-directions: expected at most --num-perturbations 10 in all, got (11,)" in out
