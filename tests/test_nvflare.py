@@ -351,7 +351,7 @@ KILLS = int(os.environ.get("HISO_KILLS", "100"))
 def test_random_kills_lose_no_round(flare: Flare, monkeypatch: pytest.MonkeyPatch):
     """Of jobs and of machines, the server's too; ``hiso nvflare run`` stays with it, started once."""
     monkeypatch.setattr(session, "MOST_QUICK", 10**6)
-    monkeypatch.setattr(session, "LOOK", 3.0)
+    monkeypatch.setattr(session, "LOOK", 8.0)
     rng, rounds, done = np.random.default_rng(0), 10 * KILLS, []
     clock = lambda: f"{time.strftime('%H:%M:%S')} {len(flare.rows())} rounds:"  # noqa: E731
     flare.prepare("site-1", "slow 0.5")

@@ -27,6 +27,7 @@ LOST = 10.0
 """Seconds for which the server says that a job runs, and has no process of it."""
 NO_ANSWER = ("no_reply", "error")
 """What NVFlare says of a site that did not tell which jobs it has."""
+FOR_THEM = "ended for who is back"
 COMPLETED, ABORTED = "FINISHED:COMPLETED", "FINISHED:ABORTED"
 
 
@@ -153,7 +154,8 @@ def run(options: Options, say: Callable[[str], Any] = print, pause: float = 2.0)
             say(f"{job}: {status}")
             if status in (COMPLETED, ABORTED):
                 return status == COMPLETED
-            quick = quick + 1 if time.monotonic() - begin < QUICK else 0
+            if status != FOR_THEM:
+                quick = quick + 1 if time.monotonic() - begin < QUICK else 0
             if quick == MOST_QUICK:
                 say(f"{quick} jobs in a row ended within {QUICK:.0f} s; the log of the server says "
                     "why")  # fmt: skip
@@ -183,14 +185,15 @@ def _end_of(
         if status == "RUNNING" and not ended and time.monotonic() - looked >= LOOK:
             inside, outside = lead.members(job, plan.sites)
             in_vain -= inside
-            if again := sorted((back & outside) - in_vain):
+            # Where nobody is inside, the job has come to its end, or will for want of answers.
+            if inside and (again := sorted((back & outside) - in_vain)):
                 say(f"{job}: ends, so that {', '.join(again)} can take part again")
                 in_vain |= set(again)
                 lead.abort(job)
                 ended = True
             back, looked = outside, time.monotonic()
         time.sleep(pause)
-    return "ended for who is back" if ended and status == ABORTED else status
+    return FOR_THEM if ended and status == ABORTED else status
 
 
 def _wait_for(
