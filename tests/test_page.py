@@ -83,6 +83,8 @@ def test_a_page_is_whole(run: Path):
     for expected in ("00ff", "HiSo (update_steps=all)", "50.0%", "71 B", NASTY, "hiso replay"):
         assert expected in tags.text, expected
     assert tags.text.count(NASTY) >= 7  # title, heading, label, answers, prompt
+    assert tags.seen.count("td") and "class=number" in path.read_text()  # of labels, not of unlike
+    assert "<td>0.1</td>" in path.read_text() and "<td>6</td>" in path.read_text()
     assert page.page(run) == path.read_text()  # the same run, the same page
     assert not list(run.glob("*.part*"))
 

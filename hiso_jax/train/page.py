@@ -134,6 +134,11 @@ def _json(path: Path | None) -> Any:
     return json.loads(path.read_text()) if path is not None and path.is_file() else None
 
 
+def _text(value: Any, digits: int = 6) -> str:
+    """A value in a column of unlike ones, which stand to the left."""
+    return f"{value:,.{digits}g}" if isinstance(value, float) else str(value)
+
+
 def _results(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     metric = summary["metric"]
     show = lambda value: report.figure(metric, value)  # noqa: E731
@@ -144,12 +149,12 @@ def _results(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [
         (f"test {metric} before", show(summary[f"{metric}_before"])),
         (f"test {metric} after", show(summary[metric])),
-        ("rounds", summary["rounds"]),
-        ("clients", summary["clients"]),
+        ("rounds", f"{summary['rounds']:,}"),
+        ("clients", f"{summary['clients']:,}"),
         ("parameters trained", f"{summary['trained_parameters']:,} of {summary['parameters']:,}"),
         *((label, report.size(summary[key])) for label, key in named),
-        ("forward passes per round", summary.get("passes_per_round", "")),
-        ("seconds per round", summary["seconds_per_round"]),
+        ("forward passes per round", _text(summary.get("passes_per_round", ""))),
+        ("seconds per round", _text(summary["seconds_per_round"], 3)),
     ]
 
 
@@ -194,7 +199,7 @@ def page(folder: Path) -> str:
         "every round's digest is compared:</p>",
         "<pre>hiso replay ledger.safetensors BASE_FOLDER OUT_FOLDER</pre>",
         "<h2>Settings</h2>",
-        table(sorted(settings.items())),
+        table((name, _text(value)) for name, value in sorted(settings.items())),
     ]
     return document(f"{name}: {summary['task']}", parts)
 
