@@ -31,8 +31,8 @@ svg, img { max-width: 100%; height: auto; }
 code, pre { background: #f4f4f4; padding: 0.1rem 0.3rem; font-size: 0.9em; }
 pre { padding: 0.7rem; overflow-x: auto; }
 .scroll { overflow-x: auto; }
-.pictures { display: flex; flex-wrap: wrap; }
-.pictures svg { flex: 1 1 18rem; min-width: 0; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
+.pictures svg { width: 100%; }
 """
 CLIENTS = 60
 """Clients that are drawn by name; of more, only how often they took part."""
@@ -99,9 +99,11 @@ def rounds_of(rows: Sequence[Mapping[str, Any]]) -> str:
     taken = [row for row in rows if "seconds" in row]
     pictures = []
     for name in ("loss", "seconds"):
+        values = [math.nan if row[name] is None else row[name] for row in taken]
+        if taken and all(map(math.isnan, values)):
+            continue  # nobody is told, under --epsilon
         picture = report.blank(6, 2.6)
         axis = picture.subplots()
-        values = [math.nan if row[name] is None else row[name] for row in taken]
         axis.plot([row["round"] for row in taken], values, linewidth=0.8)
         axis.set(xlabel="round", ylabel="loss of those who took part" if name == "loss" else name)
         if name == "seconds" and len(taken) > 1:  # the first one is mostly compilation
