@@ -12,7 +12,7 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 BIN := $(VENV)/bin
 UV  := $(shell command -v uv 2>/dev/null)
 ifdef UV
-  CREATE  := uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+  CREATE  := uv venv --quiet --seed --allow-existing --python $(PYTHON) $(VENV)
   INSTALL := uv pip install --quiet --python $(BIN)/python
 else
   CREATE  := $(PYTHON) -m venv $(VENV)

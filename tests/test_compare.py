@@ -1,6 +1,7 @@
 """Comparisons: resumable, fair, and drawn from rows that anyone can read."""
 
 import dataclasses
+import io
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from rich.console import Console
 
 import hiso_jax as hj
 from experiments import blocks, mnist, robustness
@@ -18,7 +20,7 @@ from experiments.curvature import gain
 from hiso_jax import federation
 from hiso_jax._engine import trees
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import compare, digits, finetune, grids, results
+from hiso_jax.train import compare, digits, finetune, grids, report, results
 from tests.helpers import finish, start
 
 GRID = ("--task", "digits", "--method", "decomfl", "fedavg", "--learning-rate", "0.04",
@@ -103,6 +105,20 @@ def test_the_table_says_what_the_rows_say(tmp_path: Path):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(SystemExit, match="--baseline: expected one of decomfl, hiso, got 'rms'"):
         results.main(results.Results(rows=(path,), baseline="rms"))
+
+
+@pytest.mark.parametrize("methods", [("decomfl", "rms"), tuple("abcdefghijkl")])
+def test_a_narrow_terminal_cuts_nothing_off(methods: tuple[str, ...], monkeypatch: Any):
+    narrow = Console(width=80, file=io.StringIO())
+    monkeypatch.setattr(report, "console", narrow)
+    header, lines = results.summary(
+        [row(name, 1.0, s, [0.1, 0.5]) for name in methods for s in (0, 1)]
+    )
+    narrow.print(results.ruled(header, lines))
+    shown = narrow.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "\u2026" not in shown and max(map(len, shown.splitlines())) <= 80
+    if len(methods) == 2:
+        assert "learning rate" in shown and "50.0% ± 0.0%" in shown  # each on one line
 
 
 def test_own_directions_are_a_curve_of_their_own():

@@ -217,6 +217,8 @@ def test_bad_files_are_refused_at_the_door(tmp_path: Path, old: str, new: str, s
 def test_the_command_line(tmp_path: Path):
     path, out = tmp_path / "own.toml", tmp_path / "rows.jsonl"
     path.write_text(FILE)
+    said = refuse("compare", "--grid", str(tmp_path / "won.toml"))
+    assert said.startswith("--grid: ") and "won.toml is not there" in said and "exit 1" in said
     said = refuse("compare", "--grid", str(path), "--seeds", "2")
     assert said.startswith("--seeds: ") and said.endswith("exit 1")
     assert "no other option beside --grid" in said

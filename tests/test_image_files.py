@@ -161,6 +161,7 @@ def test_folders_that_are_none_are_refused(folder: Path, tmp_path: Path):
         colored(0).save(tmp_path / "d" / "one" / f"{i}.png")
     cut = (tmp_path / "d" / "one" / "0.png").read_bytes()
     (tmp_path / "d" / "two" / "cut.png").write_bytes(cut[: len(cut) // 2])
+    refused("1 image cannot be read, take it out or fetch it again: .*cut.png")
     (tmp_path / "d" / "two" / "text.jpg").write_text("not an image")
     (tmp_path / "d" / "two" / "empty.gif").write_bytes(b"")
     refused(

@@ -1,6 +1,8 @@
 """What people see of the jobs: how they end, and their help. As real processes: `test_resume`."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import jax
@@ -9,7 +11,7 @@ import pytest
 from flax import nnx
 
 from hiso_jax.models import cnn
-from hiso_jax.train import digits
+from hiso_jax.train import cli, digits
 from tests.helpers import assert_same_bits, finish, here, refuse, start
 
 
@@ -53,3 +55,12 @@ def test_divergence_is_said(tmp_path: Path):
 def test_help(job: str, option: str):
     output = refuse(job, "--help")
     assert option in output and "exit 0" in output
+
+
+def test_the_command_is_no_place_for_advice_about_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["hiso", "watch", "nowhere"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ.pop("TRANSFORMERS_NO_ADVISORY_WARNINGS") == "1"

@@ -83,8 +83,17 @@ def test_a_page_is_whole(run: Path):
     for expected in ("00ff", "HiSo (update_steps=all)", "50.0%", "71 B", NASTY, "hiso replay"):
         assert expected in tags.text, expected
     assert tags.text.count(NASTY) >= 7  # title, heading, label, answers, prompt
+    assert tags.seen.count("td") and "class=number" in path.read_text()  # of labels, not of unlike
+    assert "<td>0.1</td>" in path.read_text() and "<td>6</td>" in path.read_text()
+    assert "display: grid" in path.read_text()  # a picture alone in its line is not a wider one
     assert page.page(run) == path.read_text()  # the same run, the same page
     assert not list(run.glob("*.part*"))
+
+
+def test_a_loss_that_nobody_is_told_is_not_drawn(run: Path):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    untold = [row | {"loss": None} if "loss" in row else row for row in rows]
+    assert [page.rounds_of(x).count("<svg") for x in (rows, untold)] == [2, 1]
 
 
 def test_without_what_not_every_run_has(run: Path):

@@ -121,6 +121,7 @@ def test_options_that_would_be_passed_over(options: tuple[str, ...], place: Path
     ([row | {"mood": "up"} for row in REVIEWS], OWN, "--label: column 'mood' has one class only"),
     ([row | {"mood": f"m{i}"} for i, row in enumerate(REVIEWS)], OWN, "120 different values in 120 rows"),
     ([row | {"mood": ""} for row in REVIEWS], OWN, "no row of train has a label, column 'mood'"),
+    ([row | {"review": " "} for row in REVIEWS], OWN, "no row of train has a text, column 'review'"),
     (REVIEWS[:2], OWN, "2 rows with labels are too few"),
     ([row | {"who": ""} for row in REVIEWS],
      (*OWN, "--split", "column", "--client-column", "who"), "column 'who' is empty in all rows"),

@@ -106,6 +106,11 @@ def test_a_wrong_base_is_refused_and_nothing_is_written(shipped: dict[str, Any],
         output = refuse("replay", str(folder / "ledger.sqlite"),
                         str(tmp_path / f"{name}.safetensors"), str(tmp_path / "out" / name))  # fmt: skip
         assert message in output and "exit 1" in output
+    sent = str(folder / "ledger.safetensors")  # read into memory, but named as it was given
+    output = refuse(
+        "replay", sent, str(tmp_path / "flipped.safetensors"), str(tmp_path / "out/sent")
+    )
+    assert f"{sent}: it belongs to another base model" in output
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 

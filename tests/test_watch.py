@@ -246,3 +246,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, what: str):
         (path / "options.json").write_text('{"job": "dig')
     with pytest.raises(ValueError, match=r"RUN: .*expected the folder of a job"):
         watch.watch(path)
+
+
+def test_a_loss_that_nobody_is_told_is_unknown(tmp_path: Path):
+    line = watch.line(watch.Part(tmp_path, rows(2)), {"rounds": 8})
+    assert "round 2/8  loss unknown  dev 20.0%" in line and "None" not in line

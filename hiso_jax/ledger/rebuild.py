@@ -157,7 +157,9 @@ def open_ledger(path: Path) -> Ledger:
     with open(path, "rb") as file:
         if file.read(16).startswith(b"SQLite"):
             return Ledger.open(path, read_only=True)
-    return Ledger.import_(path)
+    ledger = Ledger.import_(path)
+    ledger.path = str(path)  # for messages, to which ":memory:" would be no name
+    return ledger
 
 
 class Rebuilt(NamedTuple):

@@ -35,7 +35,8 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{path}: expected a folder with config.json, found a file; give the "
                          f"folder it is in, {Path(path).parent}")  # fmt: skip
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise FileNotFoundError(f"{path}: expected a folder with config.json, or a hub id org/name")
+        raise FileNotFoundError(f"{path}: expected a folder with config.json, a .gguf file, or a "
+                                "hub id org/name")  # fmt: skip
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

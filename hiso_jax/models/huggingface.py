@@ -206,7 +206,7 @@ def from_pretrained(
       ...     models.from_pretrained("no/such/folder")
       ... except FileNotFoundError as error:
       ...     print(error)
-      no/such/folder: expected a folder with config.json, or a hub id org/name
+      no/such/folder: expected a folder with config.json, a .gguf file, or a hub id org/name
     """
     dtype, folder = _dtype(dtype), folder_of(path)
     folder = gguf_of(folder) or folder

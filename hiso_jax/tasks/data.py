@@ -107,6 +107,10 @@ def read(
             what = f"rows {'has' if gone == 1 else 'have'} no {task.label}, left out"
             notes.append(f"{name}: {gone} of {len(rows)} {what}")
         _check_rows(f"{where}: {name}", kept, task)
+        read_by = task.columns if kept else []
+        if read_by and all(_is_empty(row[c]) for row in kept for c in read_by):
+            columns = ", ".join(map(repr, read_by))
+            raise ValueError(f"{where}: no row of {name} has a text, column {columns}")
         parts[name] = kept
     return Data(_complete(where, parts, seed, notes), tuple(notes))
 
@@ -223,6 +227,10 @@ def check_text(where: str, value: Any) -> None:
             value.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{where}: half of a pair of UTF-16 in {value!r:.60}") from None
+
+
+def _is_empty(value: Any) -> bool:
+    return checks.is_missing(value) or not str(value).strip()
 
 
 def _check_rows(where: str, rows: Rows, task: Task) -> None:

@@ -272,8 +272,9 @@ def of_folders(folder: Path, size: int) -> Images:
         parts[part] = {"image": images, "label": np.array([y for _, y in pairs], np.int32)}
     if unreadable:
         more = f"; and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
-        raise ValueError(f"--data: {len(unreadable)} images cannot be read, take them out or fetch "
-                         f"them again: {'; '.join(unreadable[:3])}{more}")  # fmt: skip
+        many, them = ("image", "it") if len(unreadable) == 1 else ("images", "them")
+        raise ValueError(f"--data: {len(unreadable)} {many} cannot be read, take {them} out or "
+                         f"fetch {them} again: {'; '.join(unreadable[:3])}{more}")  # fmt: skip
     if (count := len(parts["train"]["label"])) < 8 and len(parts) < 3:
         raise ValueError(f"--data: {folder}: {count} images are too few to take dev and test from")
     return Images(_complete(parts), tuple(classes), tuple(notes))

@@ -49,6 +49,8 @@ def main() -> None:
     # For `--method module:function`. A console script, unlike `python -m`, does not look in the
     # working folder; last on the path, so that a file there never hides a package.
     sys.path.append(os.getcwd())
+    # Or transformers says that without torch there are no models, of which none here is its.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         job = importlib.import_module(ELSEWHERE.get(name, f"hiso_jax.train.{name}"))
     except ModuleNotFoundError as error:

@@ -28,7 +28,8 @@ STYLE = """
 body { max-width: 80rem; }
 td { white-space: nowrap; } td:first-child { white-space: normal; min-width: 13rem; }
 td svg { width: 2.4rem; height: 0.8rem; vertical-align: middle; }
-.pictures svg { flex: 1 1 20rem; max-width: 34rem; }
+.pictures { grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+.pictures svg { max-width: 34rem; }
 button { margin: 0.6rem 0; }
 """
 

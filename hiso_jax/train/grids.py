@@ -124,6 +124,8 @@ def read(path: Path, data: Path | None = None, out: Path | None = None) -> Grid:
       ValueError: something in the file is none; names file, entry and key.
       OSError: it cannot be read.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"--grid: {path} is not there")
     try:
         content = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -162,7 +162,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
                 if done % options.snapshot_every == 0 or done == options.rounds:
                     snapshots.save(folder / "snapshots", alg, state)
                 status = (
-                    f"loss {loss:.3f}  dev {report.figure(metric, last_dev)}  "
+                    f"{report.loss_of(loss)}  dev {report.figure(metric, last_dev)}  "
                     f"{_pace(np.median(seconds[-20:]))}  "
                     f"up {report.size(up)}  down {report.size(down)}"
                 )

@@ -31,8 +31,8 @@ svg, img { max-width: 100%; height: auto; }
 code, pre { background: #f4f4f4; padding: 0.1rem 0.3rem; font-size: 0.9em; }
 pre { padding: 0.7rem; overflow-x: auto; }
 .scroll { overflow-x: auto; }
-.pictures { display: flex; flex-wrap: wrap; }
-.pictures svg { flex: 1 1 18rem; min-width: 0; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
+.pictures svg { width: 100%; }
 """
 CLIENTS = 60
 """Clients that are drawn by name; of more, only how often they took part."""
@@ -99,9 +99,11 @@ def rounds_of(rows: Sequence[Mapping[str, Any]]) -> str:
     taken = [row for row in rows if "seconds" in row]
     pictures = []
     for name in ("loss", "seconds"):
+        values = [math.nan if row[name] is None else row[name] for row in taken]
+        if taken and all(map(math.isnan, values)):
+            continue  # nobody is told, under --epsilon
         picture = report.blank(6, 2.6)
         axis = picture.subplots()
-        values = [math.nan if row[name] is None else row[name] for row in taken]
         axis.plot([row["round"] for row in taken], values, linewidth=0.8)
         axis.set(xlabel="round", ylabel="loss of those who took part" if name == "loss" else name)
         if name == "seconds" and len(taken) > 1:  # the first one is mostly compilation
@@ -134,6 +136,11 @@ def _json(path: Path | None) -> Any:
     return json.loads(path.read_text()) if path is not None and path.is_file() else None
 
 
+def _text(value: Any, digits: int = 6) -> str:
+    """A value in a column of unlike ones, which stand to the left."""
+    return f"{value:,.{digits}g}" if isinstance(value, float) else str(value)
+
+
 def _results(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     metric = summary["metric"]
     show = lambda value: report.figure(metric, value)  # noqa: E731
@@ -144,12 +151,12 @@ def _results(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [
         (f"test {metric} before", show(summary[f"{metric}_before"])),
         (f"test {metric} after", show(summary[metric])),
-        ("rounds", summary["rounds"]),
-        ("clients", summary["clients"]),
+        ("rounds", f"{summary['rounds']:,}"),
+        ("clients", f"{summary['clients']:,}"),
         ("parameters trained", f"{summary['trained_parameters']:,} of {summary['parameters']:,}"),
         *((label, report.size(summary[key])) for label, key in named),
-        ("forward passes per round", summary.get("passes_per_round", "")),
-        ("seconds per round", summary["seconds_per_round"]),
+        ("forward passes per round", _text(summary.get("passes_per_round", ""))),
+        ("seconds per round", _text(summary["seconds_per_round"], 3)),
     ]
 
 
@@ -194,7 +201,7 @@ def page(folder: Path) -> str:
         "every round's digest is compared:</p>",
         "<pre>hiso replay ledger.safetensors BASE_FOLDER OUT_FOLDER</pre>",
         "<h2>Settings</h2>",
-        table(sorted(settings.items())),
+        table((name, _text(value)) for name, value in sorted(settings.items())),
     ]
     return document(f"{name}: {summary['task']}", parts)
 

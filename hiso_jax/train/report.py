@@ -102,6 +102,16 @@ def figure(metric: str, value: float | None) -> str:
     return f"{value:.2f}" if percent(metric) == 1 else f"{value:.1%}"
 
 
+def loss_of(value: float | None) -> str:
+    """The loss of a round's clients; none is known where nobody answered, or under --epsilon.
+
+    Example:
+      >>> [loss_of(x) for x in (0.25, float("nan"), None)]
+      ['loss 0.250', 'loss unknown', 'loss unknown']
+    """
+    return "loss unknown" if value is None or math.isnan(value) else f"loss {value:.3f}"
+
+
 def blank(width: float, height: float) -> Any:
     """An empty picture."""
     # Imported here, for it takes as long as jax; and no pyplot: no display, no state.

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib import color_sequences
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator, NullFormatter
+from rich.markup import escape
 from rich.table import Table
 
 from hiso_jax.train import report
@@ -227,11 +228,22 @@ def table(rows: list[Row]) -> Table | str:
 
 
 def ruled(header: list[str], lines: list[list[str]]) -> Table:
-    """A table for the terminal."""
-    out = Table(*header)
-    for line in lines:
-        out.add_row(*line)
+    """A table for the terminal; one that is too wide for it is turned, where that is narrower."""
+    rows = [header, *lines]
+    turned = [list(column) for column in zip(*rows, strict=True)]
+    if report.console.width < _width(rows) > _width(turned):
+        rows = turned
+    out = Table()
+    for name in rows[0]:
+        out.add_column(escape(name), overflow="fold")  # a part of a number says another number
+    for line in rows[1:]:
+        out.add_row(*map(escape, line))
     return out
+
+
+def _width(rows: list[list[str]]) -> int:
+    """Of a table that breaks no cell, with its rules."""
+    return 1 + sum(3 + max(map(len, column)) for column in zip(*rows, strict=True))
 
 
 def show(header: list[str], lines: list[list[str]]) -> None:

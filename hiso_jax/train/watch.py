@@ -131,10 +131,10 @@ def line(part: Part, options: dict[str, Any]) -> str:
         return f"round 0/{options['rounds']}  dev {dev}  compiling"
     last = taken[-1]
     each = float(np.median([row["seconds"] for row in taken[-20:]]))
-    loss = "not a number" if last["loss"] is None else f"{last['loss']:.3f}"
     left = options["rounds"] - last["round"]
     about = f"  about {duration(each * left)} left" * (left > 0 and part.summary is None)
-    return (f"round {last['round']}/{options['rounds']}  loss {loss}  dev {dev}  "
+    return (f"round {last['round']}/{options['rounds']}  {report.loss_of(last['loss'])}  "
+            f"dev {dev}  "
             f"{duration(each)} per round  up {report.size(last['uplink_bytes'])}  "
             f"down {report.size(last['downlink_bytes'])}{about}")  # fmt: skip
 
