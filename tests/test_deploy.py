@@ -274,6 +274,7 @@ def test_run_submits_again_until_all_is_done(tmp_path: Path, monkeypatch: pytest
 
     out = job.write(dataclasses.replace(OPTIONS, out=tmp_path / "job"))
     monkeypatch.setattr(session, "Lead", Stub)
+    monkeypatch.setattr(session, "LOST", 0.0)
     assert session.run(session.Options(out, tmp_path), said.append, 0.0)
     assert len([text for text in said if "submitted as" in text]) == 3
     ends = iter(["FINISHED:ABORTED"])

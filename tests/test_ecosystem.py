@@ -137,6 +137,8 @@ def equinox() -> tuple[Any, Any]:
     return params, lambda params, x: jax.vmap(eqx.combine(params, static))(x)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("make", [dense, linen, nnx_state, equinox])
 def test_parameters_of_every_kind_are_trained(make: Callable[[], tuple[Any, Any]], tmp_path: Any):
     """A round moves them; their structure stays; the ledger rebuilds them, and optax moves them."""

@@ -53,6 +53,8 @@ def summary(out: Path) -> dict[str, Any]:
     return json.loads((out / "summary.json").read_text())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("train, trained", [
     pytest.param("all", None, marks=pytest.mark.slow),
     ("head", 16 * 2 + 2),

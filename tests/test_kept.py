@@ -81,6 +81,8 @@ def test_a_loss_that_turns_nan_ends_with_what_was_good(tmp_path: Path, capsys: A
     assert all(np.isfinite(x).all() for x in weights.values())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("change, said", [
     (lambda p: p._replace(test={k: v[1:] for k, v in p.test.items()}), "the data of dev or test are"),
     (lambda p: p._replace(dev=p.test), "the data of dev or test are"),

@@ -306,6 +306,8 @@ class Crash(BaseException):
     """What nothing in a job handles."""
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("method", ["hiso", "fedavg"])
 def test_a_crashed_job_goes_on_to_the_same_bits(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

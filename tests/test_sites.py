@@ -249,7 +249,7 @@ RUN = parties.site("site-2", ALGORITHM).run
 FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
     "another base": (other_base, "another base model: its digest is .* leaves with other values: w"),
     "another algorithm": (other_algorithm, "smoothing is 0.001 there and 0.002 here"),
-    "another version": (other_version, r"another version of hiso-jax: 0\.1\.0 there, 0\.0\.9 here"),
+    "another version": (other_version, r"another version of hiso-jax: [\d.]+ there, 0\.0\.9 here"),
     "NaN": (other_data, "scalars: client 'site-2': expected finite ones, got"),
     "no data": (no_data, "^FileNotFoundError on its machine, whose log says more$"),
     "10 MB": (lambda: Forger(wire.pack(wire.Reply(0, np.zeros(2), np.zeros(2_500_000)), RUN)),

@@ -192,6 +192,8 @@ def test_f1_and_perplexity_are_those_of_the_libraries():
     assert float(loss_fn({}, batch)) == pytest.approx(float(sums["loss"] / sums["count"]), rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("train", [
     *(pytest.param(n, marks=pytest.mark.slow) for n in ("norms", "biases")),
     "lora", "last-1", "prefix-3",
