@@ -4,6 +4,9 @@ import dataclasses
 import io
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +285,35 @@ def test_a_perplexity_is_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     results.draw(rows, "plays", tmp_path / "none.png")
     axis = drawn[0].axes[0]
     assert axis.get_ylabel() == "dev loss" and list(axis.lines[0].get_ydata()) == [0.9, 0.5]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_workers_end_with_a_killed_comparison(tmp_path: Path):
+    """Not after the run that they are in, whose row nobody waits for."""
+    command = ["-m", "experiments.compare", "--task", "digits", "--method", "decomfl",
+               "--learning-rate", "0.02", "--seeds", "1", "--vary", "rounds=1000000",
+               "--out", str(tmp_path / "rows.jsonl")]  # fmt: skip
+    parent = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    if not children.exists():
+        parent.kill()
+        pytest.skip("needs /proc")
+
+    def worker() -> str | None:
+        every = children.read_text().split()
+        return next(
+            (n for n in every if "spawn_main" in Path(f"/proc/{n}/cmdline").read_text()), None
+        )
+
+    end = time.monotonic() + 120
+    while (number := worker()) is None and time.monotonic() < end:
+        time.sleep(0.2)
+    assert number is not None
+    time.sleep(5)  # it has begun by then
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 20
+    while Path(f"/proc/{number}").exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not Path(f"/proc/{number}").exists()

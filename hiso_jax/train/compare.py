@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -190,8 +191,17 @@ def _start(known: list[Row], name: Row) -> float | None:
     return next(found, None)
 
 
+def _end_with_parent() -> None:
+    """Wait for the end of the process that wants the rows, and end: a run may take an hour more."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _own_processors(numbers: Any, share: int) -> None:
     """Keep a worker to its share of the processors, so that runs do not wait for each other."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     every = sorted(os.sched_getaffinity(0))
     first = numbers.get() * share % len(every)  # there may be more workers than processors
     os.sched_setaffinity(0, every[first : first + share])
