@@ -30,7 +30,7 @@ from experiments import private_tasks
 from hiso_jax import federation, privacy
 from hiso_jax._engine import checks
 from hiso_jax.federation import private
-from hiso_jax.train import report, results
+from hiso_jax.train import curves, report, results
 from hiso_jax.train import rows as files
 
 
@@ -299,7 +299,7 @@ def table(options: Private, rows: list[dict[str, Any]]) -> list[list[str]]:
             cell.task, f"{cell.size.clients:,}", f"{cell.size.asked:,}", cell.kind,
             f"{cell.epsilon:g}" if cell.epsilon else "none", clip,
             f"{top['learning_rate']:g}" + " (edge)" * last,
-            str(len(tests)), results.spread(tests, "{:.1f}".format), below,
+            str(len(tests)), curves.spread(tests, "{:.1f}".format), below,
         ])  # fmt: skip
     return lines
 
@@ -310,7 +310,7 @@ def pivot(options: Private, rows: list[dict[str, Any]]) -> list[list[str]]:
     header = ["task", "clients, a round", "noise on", "none", *(f"{e:g}" for e in epsilons)]
     cells_: dict[tuple[str, Size, str], dict[float, str]] = {}
     for cell, _, tests, _ in _found(options, rows):
-        shown = results.spread(100 * tests, "{:.1f}".format)
+        shown = curves.spread(100 * tests, "{:.1f}".format)
         cells_.setdefault((cell.task, cell.size, cell.kind), {})[cell.epsilon] = shown
     where = {"central": "the sum", "local": "each client's"}
     lines = [

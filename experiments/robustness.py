@@ -21,7 +21,7 @@ import hiso_jax as hj
 from hiso_jax import aggregators, federation, privacy
 from hiso_jax._engine import checks
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import report, results
+from hiso_jax.train import curves, report, results
 from hiso_jax.train import rows as files
 from hiso_jax.train.digits import digits
 
@@ -204,7 +204,7 @@ def table(options: Robustness, rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _spread(values: list[float]) -> str:
-    return results.spread(np.array(values), "{:.1%}".format)
+    return curves.spread(np.array(values), "{:.1%}".format)
 
 
 def _taken_part(options: Robustness) -> int:

@@ -23,7 +23,7 @@ from experiments.curvature import gain
 from hiso_jax import federation
 from hiso_jax._engine import trees
 from hiso_jax.tasks.problem import Problem
-from hiso_jax.train import compare, digits, finetune, grids, report, results
+from hiso_jax.train import compare, curves, digits, finetune, grids, report, results
 from tests.helpers import finish, start
 
 GRID = ("--task", "digits", "--method", "decomfl", "fedavg", "--learning-rate", "0.04",
@@ -38,7 +38,7 @@ def test_a_grid_is_run_once_and_grown(tmp_path: Path, capsys: pytest.CaptureFixt
     path = tmp_path / "rows.jsonl"
     first = finish(start("compare", *GRID, "--out", str(path), environment=dict(os.environ)))
     assert "DeComFL" in first and "FedAvg" in first
-    rows = results.read(path)
+    rows = curves.read(path)
     page = path.with_suffix(".html").read_text()
     assert str(path.with_suffix(".html")) in first and page.count('type="checkbox"') == 2
     assert sorted((r["method"], r["learning_rate"]) for r in rows) == [
@@ -53,7 +53,7 @@ def test_a_grid_is_run_once_and_grown(tmp_path: Path, capsys: pytest.CaptureFixt
                               seeds=1, vary=("rounds=6", "eval_every=3"), out=path)  # fmt: skip
     assert len(compare.run(options)) == 2
     again = path.read_text().splitlines(keepends=True)
-    assert again[0] == lines[0] and len(results.read(path)) == 2
+    assert again[0] == lines[0] and len(curves.read(path)) == 2
     cut, redone = json.loads(lines[1]), json.loads(again[-1])
     assert redone["method"] == cut["method"]
     assert redone["curve"] == cut["curve"]  # the same run, in another process
@@ -70,7 +70,7 @@ def test_a_grid_is_run_once_and_grown(tmp_path: Path, capsys: pytest.CaptureFixt
     more = dataclasses.replace(options, method=("decomfl",), learning_rate=(0.08,))
     with pytest.raises(SystemExit, match="another model, or other data"):
         compare.run(more)
-    assert len(results.read(path)) == 2
+    assert len(curves.read(path)) == 2
 
 
 def row(method: str, rate: float, seed: int, figures: list[float], diverged: bool = False) -> dict:
@@ -97,7 +97,7 @@ def test_the_table_says_what_the_rows_say(tmp_path: Path):
     assert lines[1][5:] == ["1", "30", "30", "180", "150"]
     worse = [r for r in rows if r["method"] == "decomfl" or r["learning_rate"] == 4.0]
     assert results.summary(worse)[1][-1][6:] == ["never", "never", "", ""]
-    diverged = next(c for c in results.curves(rows) if c.method == "decomfl" and c.diverged)
+    diverged = next(c for c in curves.curves(rows) if c.method == "decomfl" and c.diverged)
     assert np.isinf(diverged.loss)
     # The other way round: HiSo's own best of 90 %, and what it and others pay for that.
     header, lines = results.summary(rows, baseline="hiso")
@@ -128,7 +128,7 @@ def test_own_directions_are_a_curve_of_their_own():
     rows = [
         row("decomfl", 1.0, 0, [0.1, 0.5]) | {"per_client_directions": own} for own in (False, True)
     ]
-    assert [c.method for c in results.curves(rows)] == ["decomfl", "decomfl, per-client directions"]
+    assert [c.method for c in curves.curves(rows)] == ["decomfl", "decomfl, per-client directions"]
     assert results.summary(rows)[1][1][0] == "DeComFL, per-client directions"
 
 
@@ -137,7 +137,7 @@ def test_what_most_rows_have_is_that_of_plain_rows():
     rows = [row("decomfl", 1.0, seed, [0.1, 0.5]) for seed in range(3)]
     rows = [{"num_perturbations": 10, "upper_directions": 10, "upper_layers": 1} | r for r in rows]
     rows.append({"num_perturbations": 5} | row("decomfl", 1.0, 0, [0.1, 0.4]))
-    names = {c.method for c in results.curves(rows)}
+    names = {c.method for c in curves.curves(rows)}
     assert names == {"decomfl, 10 of 10 in the last layer", "decomfl"}
 
 
@@ -146,7 +146,7 @@ def test_runs_of_other_options_are_not_mixed():
     rows = [{"decay": 0.95} | row("hiso", 1.0, seed, [0.1, 0.5]) for seed in range(3)]
     rows += [{"decay": 0.9} | row("hiso", 1.0, 0, [0.1, 0.7])]
     rows += [{"decay": 0.95} | row("decomfl", 2.0, 0, [0.1, 0.25])]
-    assert [c.method for c in results.curves(rows)] == ["hiso", "hiso, decay=0.9", "decomfl"]
+    assert [c.method for c in curves.curves(rows)] == ["hiso", "hiso, decay=0.9", "decomfl"]
     header, lines = results.pivot(rows)
     assert header == ["", "HiSo", "DeComFL"]
     assert lines == [
@@ -258,8 +258,8 @@ def test_every_task_has_a_grid_of_rows_that_differ(task: str):
 def test_upper_directions_are_a_curve_of_their_own():
     plain = row("decomfl", 1.0, 0, [0.1, 0.5]) | {"num_perturbations": 5}
     upper = plain | {"num_perturbations": 10, "upper_directions": 8, "upper_layers": 2}
-    named = results.variant([results.DEFAULTS_OF_OLD_ROWS | r for r in (plain, plain, upper)])
-    assert named(results.DEFAULTS_OF_OLD_ROWS | plain) == ""
+    named = curves.variant([curves.DEFAULTS_OF_OLD_ROWS | r for r in (plain, plain, upper)])
+    assert named(curves.DEFAULTS_OF_OLD_ROWS | plain) == ""
     assert named(upper) == ", 8 of 10 in the last 2 layers"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hiso_jax.train import comparison, results
+from hiso_jax.train import comparison, curves
 from tests.test_page import NASTY, Tags, screenshot
 
 METHODS = ("hiso", "decomfl", "rms", f"mine:{NASTY}")
@@ -28,7 +28,7 @@ def rows(task: str = "digits", methods: tuple[str, ...] = METHODS) -> list[dict[
                     num_perturbations=5, metric="accuracy", curve=curve, test_loss=end, test=0.8,
                     diverged=broken, passes_per_round=6, bytes_per_round=20, seconds=3.0,
                 ))  # fmt: skip
-    return [results.DEFAULTS_OF_OLD_ROWS | row for row in out]
+    return [curves.DEFAULTS_OF_OLD_ROWS | row for row in out]
 
 
 def test_the_page_is_whole(tmp_path: Path):

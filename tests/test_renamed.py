@@ -11,7 +11,7 @@ import hiso_jax as hj
 from hiso_jax.federation import Traffic
 from hiso_jax.rules import Rule
 from hiso_jax.tasks.prompts import Task
-from hiso_jax.train import compare, digits, results, settings
+from hiso_jax.train import compare, curves, digits, settings
 from tests.helpers import quadratic_loss
 
 
@@ -74,4 +74,4 @@ def test_options_on_the_command_line_and_in_files(tmp_path: Path, capsys: pytest
     (tmp_path / "options.json").write_text(json.dumps(saved))
     assert settings.read(tmp_path)["options"] == {"per_client_directions": True}
     (tmp_path / "rows.jsonl").write_text('{"method": "rms", "own_directions": true}\n')
-    assert results.read(tmp_path / "rows.jsonl")[0]["per_client_directions"] is True
+    assert curves.read(tmp_path / "rows.jsonl")[0]["per_client_directions"] is True

@@ -379,15 +379,15 @@ def test_a_recipe_is_refused_at_the_door(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_rows_of_selections_are_told_apart():
-    from hiso_jax.train import options, results
+    from hiso_jax.train import curves, options
 
     base = options.settings(digits.Options())
     assert base["select"] is None
     rows = [options.settings(digits.Options(**own)) | {"metric": 1} for own in (
         {}, {}, {"select": "vecaf", "budget": 0.25}, {"select": "loss", "renew": 50})]  # fmt: skip
-    name = results.variant(rows)
+    name = curves.variant(rows)
     assert [name(row) for row in rows] == ["", "", ", vecaf 25% every 20", ", loss 10% every 50"]
     fresh = {
-        k: v for k, v in results.DEFAULTS_OF_OLD_ROWS.items() if k in ("select", "budget", "renew")
+        k: v for k, v in curves.DEFAULTS_OF_OLD_ROWS.items() if k in ("select", "budget", "renew")
     }
     assert len(fresh) == 3 and fresh == {k: base[k] for k in fresh}  # of rows from before

@@ -28,6 +28,7 @@ from hiso_jax._engine import checks
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.train import (
     comparison,
+    curves,
     depth,
     grids,
     job,
@@ -217,7 +218,7 @@ def run(options: Compare) -> list[Row]:
         grid = plan(options)
     except (TypeError, ValueError) as error:
         sys.exit(str(error))
-    known = results.read(grid.out)
+    known = curves.read(grid.out)
     found = grids.Found(grid, known)
     if options.dry_run:
         count(grid, found)

@@ -14,10 +14,10 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from hiso_jax._engine import files
-from hiso_jax.train import page, report, results
+from hiso_jax.train import curves, page, report
+from hiso_jax.train.curves import Curve
 from hiso_jax.train.methods import title
 from hiso_jax.train.page import Markup
-from hiso_jax.train.results import Curve
 from hiso_jax.train.rows import Row
 
 SHOWN = 8
@@ -96,8 +96,8 @@ def _swatch(look: dict[str, str]) -> str:
 
 def _section(task: str, rows: list[Row], mark: str) -> tuple[str, str]:
     """A task's table and pictures, and the style rules by which methods are left out."""
-    every = results.curves(rows)
-    best, metric = results.tuned(every), rows[0]["metric"]
+    every = curves.curves(rows)
+    best, metric = curves.tuned(every), rows[0]["metric"]
     names = sorted(best, key=lambda name: best[name].loss)
     # Of very many, those that are looked for are shown; the others are a click away.
     shown = {*names[:SHOWN], "hiso", "decomfl"} if len(names) > SHOWN + 2 else {*names}
@@ -109,13 +109,13 @@ def _section(task: str, rows: list[Row], mark: str) -> tuple[str, str]:
         label = f'<label><input type="checkbox" id="{mark}{number}"{checked}> ' + (
             f"{_swatch(_look(number))} {html.escape(title(name))}</label>"
         )
-        at_edge = " (edge)" * results.edge(curve, results.compared(every))
+        at_edge = " (edge)" * curves.edge(curve, curves.compared(every))
         lines.append([
             Markup(label),
             f"{curve.learning_rate:g}{at_edge}",
-            results.spread(curve.losses[:, -1], "{:.3f}".format),
-            results.spread(curve.figures[:, -1], show),
-            results.spread(curve.tests, show),
+            curves.spread(curve.losses[:, -1], "{:.3f}".format),
+            curves.spread(curve.figures[:, -1], show),
+            curves.spread(curve.tests, show),
             len(curve.tests),
             sum(c.diverged for c in every if c.method == name),
             round(curve.passes, 2),
