@@ -13,6 +13,7 @@ from flax import nnx
 
 from hiso_jax._engine import lazy
 from hiso_jax.models import attention, inputs
+from hiso_jax.models.layers import stack_of
 
 
 class _Embeddings(nnx.Module):
@@ -94,12 +95,7 @@ class _Layer(nnx.Module):
 
 class _Encoder(nnx.Module):
     def __init__(self, config: Any, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=config.num_hidden_layers)
-        @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> _Layer:
-            return _Layer(config, rngs)
-
-        self.layer = stack(rngs)
+        self.layer = stack_of(_Layer, config, rngs)
 
     def __call__(
         self, x: jax.Array, mask: jax.Array, begin: int = 0, end: int | None = None

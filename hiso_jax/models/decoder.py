@@ -15,7 +15,7 @@ from flax import nnx
 
 from hiso_jax._engine import lazy
 from hiso_jax.models import attention, inputs
-from hiso_jax.models.layers import LlamaLayer, OptLayer, RMSNorm, Step, layer_norm
+from hiso_jax.models.layers import LlamaLayer, OptLayer, RMSNorm, Step, layer_norm, stack_of
 
 
 class Cache(NamedTuple):
@@ -48,12 +48,7 @@ class _Body(nnx.Module):
             offset = int(config.model_type == "gemma3_text")
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, offset)
 
-        @nnx.split_rngs(splits=config.num_hidden_layers)
-        @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> nnx.Module:
-            return make(config, rngs)
-
-        self.layers = stack(rngs)
+        self.layers = stack_of(make, config, rngs)
         self.scale = config.hidden_size**0.5 if config.model_type == "gemma3_text" else None
         self.config = config
 

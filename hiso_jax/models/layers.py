@@ -22,6 +22,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def stack_of(make: Callable[[Any, nnx.Rngs], nnx.Module], config: Any, rngs: nnx.Rngs) -> Any:
+    """``config.num_hidden_layers`` layers as one, whose leaves are [layers, ...]."""
+
+    @nnx.split_rngs(splits=config.num_hidden_layers)
+    @nnx.vmap
+    def stack(rngs: nnx.Rngs) -> nnx.Module:
+        return make(config, rngs)
+
+    return stack(rngs)
+
+
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """The function of a config's name.
 

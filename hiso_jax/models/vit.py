@@ -12,6 +12,7 @@ from flax import nnx
 
 from hiso_jax._engine import lazy
 from hiso_jax.models import attention
+from hiso_jax.models.layers import stack_of
 
 
 def sides(size: Any) -> tuple[int, int]:
@@ -108,12 +109,7 @@ class _Layer(nnx.Module):
 
 class _Encoder(nnx.Module):
     def __init__(self, config: Any, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=config.num_hidden_layers)
-        @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> _Layer:
-            return _Layer(config, rngs)
-
-        self.layer = stack(rngs)
+        self.layer = stack_of(_Layer, config, rngs)
 
     def __call__(self, x: jax.Array, begin: int = 0, end: int | None = None) -> jax.Array:
         graph, stacked = nnx.split(self.layer)
