@@ -119,6 +119,8 @@ def test_methods_are_checked_and_yours_is_found():
             methods.check(wrong)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_job_with_a_baseline_resumes_to_the_same_weights(tmp_path: Path):
     """Cut off after its last snapshot, as a kill would leave it."""
     options = ("--method", "fedadam", "--learning-rate", "0.02", "--rounds", "30",

@@ -30,6 +30,8 @@ GRID = ("--task", "digits", "--method", "decomfl", "fedavg", "--learning-rate", 
         "--seeds", "1", "--vary", "rounds=6", "eval_every=3", "--processes", "2")  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_grid_is_run_once_and_grown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """By the command and its two workers; then by this process and a worker, from where it was cut.
 

@@ -234,6 +234,8 @@ def test_loading_holds_one_copy(name: str, dtype: str, tmp_path: Path):
     assert grown <= 1.15 * size
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_torch_is_not_needed(tmp_path: Path):
     path = ggufs.write(tmp_path / "a.gguf", "qwen2", Kind.Q8_0, said=pieces())
     program = (

@@ -89,6 +89,8 @@ def test_a_vit_is_trained_and_replayed(
     assert found.adapter is None and "classifier" in found.model.params
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_that_is_stopped_goes_on(
     folder: Path, small_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

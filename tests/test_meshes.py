@@ -70,7 +70,10 @@ def problem() -> dict[str, Any]:
     return dict(alg=alg, ids=ids, state=state, plain=jax.jit(alg.round)(state, ids))
 
 
-@pytest.mark.parametrize("rows,width", [pytest.param(8, 1, marks=pytest.mark.slow), (4, 2)])
+@pytest.mark.parametrize("rows,width", [
+    pytest.param(8, 1, marks=pytest.mark.slow),
+    pytest.param(4, 2, marks=[pytest.mark.slow, pytest.mark.ci]),
+])  # fmt: skip
 def test_only_scalars_cross_between_rows(problem: dict[str, Any], rows: int, width: int):
     alg, mesh = problem["alg"], meshes.make(rows, width)
     state = meshes.place_state(mesh, problem["state"])

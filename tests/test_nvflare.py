@@ -58,6 +58,8 @@ def assert_same_run(flare: Flare, wanted: hj.Ledger, name: str = "hiso") -> None
     )
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_three_sites_and_a_simulation_write_one_ledger(flare: Flare):
     """Two of three take part in a round; who was away ends with the others."""
     rounds, count = 5, 2

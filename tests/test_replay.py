@@ -114,6 +114,8 @@ def test_a_wrong_base_is_refused_and_nothing_is_written(shipped: dict[str, Any],
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_on_a_hugging_face_folder_is_shipped(tiny: Path, tmp_path: Path):
     """A job of three rounds; then base and 1 kB make the same weights again."""
     reviews, run = tmp_path / "reviews.csv", tmp_path / "run"

@@ -117,6 +117,8 @@ def test_a_job_leaves_its_folder(short: tuple[Path, str]):
     assert [row["round"] for row in rows(folder)] == list(range(SHORT + 1))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_killed_and_on(tmp_path: Path, short: tuple[Path, str]):
     """Runs that are begun with the same options reach the same bits, whatever happens to them."""
     undisturbed, log = outcome(short[0]), tmp_path / "metrics.jsonl"

@@ -66,7 +66,9 @@ def run(out: Path, **options: Any) -> int:
 
 @pytest.mark.parametrize("options", [
     pytest.param(dict(secure=True, clip=None), id="masked", marks=pytest.mark.slow),
-    pytest.param(dict(secure=True, epsilon=8.0), id="distributed"),
+    pytest.param(
+        dict(secure=True, epsilon=8.0), id="distributed", marks=[pytest.mark.slow, pytest.mark.ci]
+    ),
     pytest.param(dict(epsilon=8.0), id="central", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_private_job_that_crashes_in_every_round_ends_as_one_that_did_not(
