@@ -189,6 +189,8 @@ class TestExactness:
         for name in exactness.PROGRAMS:
             assert exactness.check_program(name)["equal"], name
 
+    @pytest.mark.slow
+    @pytest.mark.ci
     def test_a_changed_operation_is_named(self, monkeypatch: pytest.MonkeyPatch, fresh: None):
         right = hj.exact.rsqrt
 

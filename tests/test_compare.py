@@ -229,6 +229,8 @@ def test_bad_options_are_named():
         compare.run(compare.Compare(method=("nothing",), out=Path("/tmp/never.jsonl")))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_attackers_lie_and_the_median_bears_it(tmp_path: Path):
     scalars = np.random.default_rng(0).normal(size=(10, 1, 3)).astype(np.float32)
     key = robustness.jax.random.key(0)

@@ -241,6 +241,8 @@ def test_options_that_do_not_fit_are_refused(idx: Path, small_vit: Path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_small_network_learns(idx: Path):
     options = images_job.Options(data=idx, clients=4, clients_per_round=4, rounds=60, eval_every=60,
                                  num_perturbations=8, learning_rate=0.1, method="rms")  # fmt: skip

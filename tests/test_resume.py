@@ -97,6 +97,8 @@ def wait_for(process: subprocess.Popen[str], log: Path, count: int) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_job_leaves_its_folder(short: tuple[Path, str]):
     folder, output = short
     assert "test accuracy after" in output and "FedAvg would have moved" in output

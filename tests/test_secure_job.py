@@ -19,6 +19,8 @@ from hiso_jax.train import digits, job, report
 from tests.helpers import here, outcome, refuse
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_masked_run_is_that_of_exact_sums_whatever_the_secrets(tmp_path: Path):
     """Its records differ from those of float sums by less than the grid's step."""
     options = ("--rounds", "4", "--eval-every", "4", "--dropout", "0.2", "--snapshot-every", "1")

@@ -298,7 +298,7 @@ def test_what_fills_up_changes_no_center():
     w = np.where(np.arange(70) < 60, 1.0, 0.0)  # so the last ten do not count either
     both = [centers.centroids(x[:n], x[None, :8], w[:n], steps=20)[0] for n in (60, 70)]
     np.testing.assert_allclose(*both, atol=2e-5)
-    exact = jax.value_and_grad(centers.objective)
+    exact = jax.jit(jax.value_and_grad(centers.objective))
     small = exact(x[:8], x[:60], jnp.ones(60), jnp.ones(8, bool))
     filled = np.concatenate([x[:8], np.eye(5, dtype=np.float32)])
     large = exact(filled, x[:60], jnp.ones(60), jnp.arange(13) < 8)

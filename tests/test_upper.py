@@ -133,7 +133,7 @@ def test_everything_in_the_upper_part_is_the_plain_algorithm():
 @pytest.mark.parametrize(
     "kind, late",
     [
-        pytest.param("opt", True, id="opt-late"),
+        pytest.param("opt", True, id="opt-late", marks=[pytest.mark.slow, pytest.mark.ci]),
         pytest.param("opt", False, id="opt", marks=pytest.mark.slow),
         pytest.param("llama", True, id="llama-late", marks=pytest.mark.slow),
         pytest.param("bert", True, id="bert-late", marks=pytest.mark.slow),
