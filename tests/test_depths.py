@@ -69,10 +69,10 @@ class TestAuto:
         (found,) = depth.look(options, problem)
         names = problem.clients.sample(4, 0, 0, "uniform")
         batches = problem.clients.batches(names, 0, options.batch_size)
-        square = {True: 0.0, False: 0.0}
+        square, gradient = {True: 0.0, False: 0.0}, jax.jit(jax.grad(problem.loss_fn))
         for c in range(4):
             own = jax.tree.map(lambda x, c=c: x[c, 0], batches)
-            slope = trees.named(jax.grad(problem.loss_fn)(problem.params, own))
+            slope = trees.named(gradient(problem.params, own))
             for name, x in slope.items():
                 square[name in problem.upper(1).leaves] += float((x**2).sum()) / 4  # type: ignore
         assert found.layers == 1 and 0 < found.share < 0.1

@@ -14,6 +14,7 @@ from hiso_jax import selection
 from hiso_jax.selection import centers, cover
 
 KEY = jax.random.key(3)
+SLOPE = jax.jit(jax.value_and_grad(centers.objective), static_argnums=6)
 LOSSES = np.random.default_rng(1).gamma(1.0, size=20)
 LABELS = np.arange(20) % 3
 FEATURES = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
@@ -249,9 +250,7 @@ def test_objective_and_adam_are_the_published_ones(kind):
     f = centers.unit(FEATURES.astype(np.float64))
     theta, w = f[:4].copy() * np.array([[1.0], [2.0], [0.5], [1.0]]), LOSSES + 0.1
     args = (jnp.asarray(f, jnp.float32), jnp.asarray(w, jnp.float32), jnp.ones(4, bool))
-    value, slope = jax.value_and_grad(centers.objective)(
-        jnp.asarray(theta, jnp.float32), *args, 0.07, 1.5, kind
-    )
+    value, slope = SLOPE(jnp.asarray(theta, jnp.float32), *args, 0.07, 1.5, kind)
     cost, wanted = transcribed(theta, f, w, 0.07, 1.5, kind)
     np.testing.assert_allclose(value, cost, rtol=1e-5)
     np.testing.assert_allclose(slope, wanted, rtol=1e-3, atol=1e-4)
@@ -274,7 +273,7 @@ def test_a_larger_loss_pulls_more_and_as_published_less():
 
     def pull(weight, kind):
         weights = jnp.asarray([weight, 1.0])
-        slope = jax.grad(centers.objective)(theta, f, weights, jnp.ones(1, bool), 0.5, 1.0, kind)
+        slope = SLOPE(theta, f, weights, jnp.ones(1, bool), 0.5, 1.0, kind)[1]
         return float(slope[0, 1] - slope[0, 0])
 
     ours = [pull(w, "weighted") for w in (0.1, 1.0, 5.0)]
@@ -298,10 +297,9 @@ def test_what_fills_up_changes_no_center():
     w = np.where(np.arange(70) < 60, 1.0, 0.0)  # so the last ten do not count either
     both = [centers.centroids(x[:n], x[None, :8], w[:n], steps=20)[0] for n in (60, 70)]
     np.testing.assert_allclose(*both, atol=2e-5)
-    exact = jax.jit(jax.value_and_grad(centers.objective))
-    small = exact(x[:8], x[:60], jnp.ones(60), jnp.ones(8, bool))
+    small = SLOPE(x[:8], x[:60], jnp.ones(60), jnp.ones(8, bool))
     filled = np.concatenate([x[:8], np.eye(5, dtype=np.float32)])
-    large = exact(filled, x[:60], jnp.ones(60), jnp.arange(13) < 8)
+    large = SLOPE(filled, x[:60], jnp.ones(60), jnp.arange(13) < 8)
     np.testing.assert_allclose(small[0], large[0], rtol=1e-6)
     np.testing.assert_allclose(small[1], large[1][:8], atol=1e-5)
     np.testing.assert_array_equal(large[1][8:], 0)
