@@ -142,7 +142,13 @@ def test_a_budget_that_is_spent_ends_a_job(
     said = " ".join(capsys.readouterr().out.split())
     assert "the budget is 8" in said and "of 3 rounds" in said
     with hj.Ledger.open(tmp_path / "a/ledger.sqlite", read_only=True) as ledger:
-        assert 0 < ledger.rounds < 3 and private.accountant_of(ledger).epsilon() <= 8.0
+        spent = private.accountant_of(ledger).epsilon()
+        assert 0 < ledger.rounds < 3 and spent <= 8.0
+    assert json.loads((tmp_path / "a/summary.json").read_text())["epsilon_spent"] == spent
+    shown = f"{spent:.3g}"
+    assert f"epsilon spent, delta 1e-05 │ {shown}" in said
+    page = (tmp_path / "a/report.html").read_text()
+    assert f"epsilon spent, delta 1e-05</td><td>{shown}</td>" in page
     assert (tmp_path / "a/model.safetensors").exists()
 
 

@@ -102,6 +102,7 @@ class Trained(NamedTuple):
     seconds: list[float]  # of the rounds of this process
     sizes: tuple[int, int]  # bytes of the records, and of the compact ledger
     broken: str  # why the rounds ended early, if a NaN or a budget was the reason
+    epsilon: float | None  # given away, under --epsilon
 
 
 def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measure.Base) -> Trained:
@@ -176,7 +177,17 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
             report.fail(error)
             broken = str(error)
         sizes = ledger.records().nbytes, ledger.export(folder / "ledger.safetensors")
-    return Trained(state, done, rows, traffic, seconds, sizes, broken)
+        epsilon = _epsilon(options, ledger)
+    return Trained(state, done, rows, traffic, seconds, sizes, broken, epsilon)
+
+
+def _epsilon(options: Options, ledger: Any) -> float | None:
+    """What the recorded rounds have given away of the client that was asked most."""
+    if options.epsilon is None:
+        return None
+    from hiso_jax.federation import private
+
+    return private.accountant_of(ledger).epsilon()
 
 
 def _pace(seconds: Any) -> str:
@@ -246,6 +257,8 @@ def train(
         seconds_per_round=steady,
         compile_seconds=max(seconds[0] - steady, 0.0) if seconds else 0.0,
     )
+    if found.epsilon is not None:
+        summary |= {"epsilon_spent": found.epsilon, "delta": options.delta}
     summary |= {"stopped": found.broken} if found.broken else {}
     summary |= {"failed": failed} if failed else {}
     if options.select is not None:

@@ -148,11 +148,16 @@ def _results(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
              ("received by a client", "downlink_bytes_per_client"),
              ("the whole run as a file", "shipped_bytes"),
              ("FedAvg would have moved, per client", "fedavg_bytes_per_client"))  # fmt: skip
+    spent = []
+    if "epsilon_spent" in summary:
+        spent.append((f"epsilon spent, delta {summary['delta']:g}",
+                      _text(summary["epsilon_spent"], 3)))  # fmt: skip
     return [
         (f"test {metric} before", show(summary[f"{metric}_before"])),
         (f"test {metric} after", show(summary[metric])),
         ("rounds", f"{summary['rounds']:,}"),
         ("clients", f"{summary['clients']:,}"),
+        *spent,
         ("parameters trained", f"{summary['trained_parameters']:,} of {summary['parameters']:,}"),
         *((label, report.size(summary[key])) for label, key in named),
         ("forward passes per round", _text(summary.get("passes_per_round", ""))),

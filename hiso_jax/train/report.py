@@ -186,6 +186,8 @@ def table(summaries: list[dict[str, Any]]) -> Table:
             lines[f"test {name} before, after"] = lambda s, name=name: (
                 f"{figure(name, s[f'{name}_before'])}, {figure(name, s[name])}"
             )
+    if "epsilon_spent" in first:
+        lines[f"epsilon spent, delta {first['delta']:g}"] = lambda s: f"{s['epsilon_spent']:.3g}"
     lines |= {
         "sent by a client": lambda s: size(s["uplink_bytes_per_client"]),
         "received by a client": lambda s: size(s["downlink_bytes_per_client"]),
