@@ -163,7 +163,8 @@ def _programs(options: Private, task: str, clients: int) -> tuple[Any, ...]:
     problem = private_tasks.build(task, {"mnist": options.mnist, "sst2": options.sst2}, clients)
     alg = hj.decomfl(problem.loss_fn, 1.0, num_perturbations=options.num_perturbations,
                      distribution="rademacher")  # fmt: skip
-    axes: Any = hj.State(*(0, None, None, 0))  # what is stacked
+    one: Any = None  # for all
+    axes = hj.State(0, one, one, 0)  # what is stacked
     probe = jax.jit(jax.vmap(lambda state, batches: alg.probe(state, batches), (axes, None)))
     advance = jax.jit(jax.vmap(alg.advance, (axes, 0, 0), axes))
     return problem, alg, probe, advance, jax.jit(problem.score)

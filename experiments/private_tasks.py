@@ -73,7 +73,8 @@ def _sentences(data: Path) -> dict[str, Arrays]:
     made = {n: _embedded(embed, model, tokenizer, [s for s, _ in own]) for n, own in lines.items()}
     FEATURES.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_write(FEATURES) as part, open(part, "wb") as file:
-        np.savez(file, mark=np.array(mark), **made)
+        every: dict[str, Any] = {"mark": np.array(mark), **made}
+        np.savez(file, **every)
     return {n: {"x": made[n], "label": labels[n]} for n in lines}
 
 

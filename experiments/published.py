@@ -7,4 +7,6 @@ import hiso_jax as hj
 
 def constant(loss_fn: Any, learning_rate: Any, **options: Any) -> hj.Algorithm:
     """Momentum on the server at the peak rate all along, for ``--method experiments.published:constant``."""
-    return hj.scalar_algorithm(loss_fn, float(learning_rate(0)), rule=hj.rules.momentum(), **options)
+    return hj.scalar_algorithm(
+        loss_fn, float(learning_rate(0)), rule=hj.rules.momentum(), **options
+    )

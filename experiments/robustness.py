@@ -154,13 +154,11 @@ def _points(options: Robustness) -> list[dict[str, Any]]:
 
 
 def _one(options: Robustness, point: dict[str, Any], seed: int) -> float:
-    count, tamper, aggregator = options.clients_per_round, None, aggregators.mean()
+    count, aggregator = options.clients_per_round, aggregators.mean()
+    tamper: Tamper | None = None
     if point["what"] == "privacy":
-
-        def tamper(scalars: jax.Array, key: jax.Array) -> jax.Array:
-            noise = point["noise"]
-            return privacy.privatize(scalars, key, clip=point["clip"], noise_multiplier=noise)
-
+        noise = dict(clip=point["clip"], noise_multiplier=point["noise"])
+        tamper = functools.partial(privacy.privatize, **noise)
     else:
         aggregator = AGGREGATORS[point["aggregator"]](point["share"], count)
         if point["share"]:
