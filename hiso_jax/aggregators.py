@@ -1,8 +1,9 @@
-"""Many clients' scalars [C, K, P] in, one record [K, P] out: all that the server sees.
+"""Many clients' scalars [C, K, P] in, one record [K, S] out: all that the server sees.
 
-An aggregator is a pure function ``(scalars [C, K, P], weights [C]) -> record [K, P]``. A client
-of weight 0 is absent: its scalars are finite but must not matter. One of your own is such a
-function; a ledger needs its name: the function's own, or ``Aggregator(function, "name")``.
+An aggregator is a pure function ``(scalars [C, K, P], weights [C]) -> record [K, S]``, where S is
+P, and C P of `concatenate`. A client of weight 0 is absent: its scalars are finite but must not
+matter. One of your own is such a function; a ledger needs its name: the function's own, or
+``Aggregator(function, "name")``.
 """
 
 import ast
@@ -29,7 +30,7 @@ class Aggregator:
     """A function of scalars and weights, with a name.
 
     Attributes:
-      function: ``(scalars [C, K, P], weights [C]) -> record [K, P]``.
+      function: ``(scalars [C, K, P], weights [C]) -> record [K, S]``.
       config: what a ledger writes down, ``"trimmed_mean(0.1)"``; None if it has no name.
     """
 

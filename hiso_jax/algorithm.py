@@ -1,6 +1,6 @@
 """A federated run as a fold over scalars: probe, aggregate, advance, replay.
 
-    scalars = probe(state, batches)     # clients: see private data, change nothing
+    scalars = probe(state, batches)     # clients (`evaluate`): see private data, change nothing
     record  = aggregate(scalars)        # server: sees scalars only
     state   = advance(state, record)    # everyone: sees no data; the only thing that moves
 
@@ -25,15 +25,16 @@ from hiso_jax.steps import Moved
 
 
 class Spec(NamedTuple):
-    """An algorithm as data. Every field is a choice of its own; none knows of another.
+    """An algorithm as data, of which `algorithm` makes functions. Every field is a choice.
 
-    `hiso_jax.scalar_algorithm` makes one of its arguments; `algorithm` makes functions of it.
+    `hiso_jax.scalar_algorithm` also gives second differences, per-client and upper directions the
+    estimator and the aggregator that go with them.
 
     Example:
       >>> import hiso_jax as hj
       >>> alg = hj.decomfl(lambda params, batch: ((params["w"] - batch) ** 2).mean(), 0.1)
-      >>> alg.spec.record, alg.spec.directions.distribution
-      ((1, 5), 'near_normal')
+      >>> alg.spec.record
+      (1, 5)
       >>> central = alg.spec._replace(estimator=hj.estimators.make("central", 5, 1e-3))
       >>> algorithm(central).config["estimator"]
       'central'
@@ -104,7 +105,7 @@ def client(
     spec: Spec, state: State, laid: Laid, noise: directions.Noise, slot: Index, batches: Batch
 ) -> tuple[Float[Array, "K"], Float[Array, "K P"]]:
     """Losses and scalars of one client's local steps; the steps are forgotten."""
-    first = spec.directions.first(slot)
+    first = spec.directions.first(slot)  # 0, but with directions of each client's own
     numbered = lambda name, k, p, *where: noise(name, k, first + p, *where)  # noqa: E731
 
     def measure(k: Index, params: Params, batch: Batch) -> estimators.Measured:
@@ -128,7 +129,7 @@ def client(
 def evaluate(
     spec: Spec, state: State, batches: Batch, slot: int = 0
 ) -> tuple[Float[Array, "C K"], Float[Array, "C K P"]]:
-    """Losses and scalars of clients, those that were asked from `slot` on."""
+    """Losses and scalars of clients; `slot` is the first one's place among the asked."""
     checks.batches(spec.loss_fn, state.params, batches, spec.steps)
     count = len(jax.tree.leaves(batches)[0])
     spec.directions.check_slots(slot, count)
@@ -185,6 +186,7 @@ def replay(
 
 def algorithm(spec: Spec) -> Algorithm:
     """The functions of a spec, as they are handed on."""
+    spec.estimator.check(spec.rule.second)
     probe = lambda state, batches, slot=0: evaluate(spec, state, batches, slot)[1]  # noqa: E731
     return Algorithm(
         init=partial(init, spec),
@@ -193,8 +195,5 @@ def algorithm(spec: Spec) -> Algorithm:
         advance=partial(advance, spec),
         round=partial(round, spec),
         replay=partial(replay, spec),
-        learning_rate=spec.rate,
-        config=spec.config,
-        trainable=spec.layout.select,
-        spec=spec,
-    )
+        learning_rate=spec.rate, config=spec.config, trainable=spec.layout.select, spec=spec,
+    )  # fmt: skip

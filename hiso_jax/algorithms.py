@@ -161,8 +161,7 @@ def federated_hiso(
     Args:
       loss_fn, learning_rate: as in `scalar_algorithm`.
       decay, epsilon, update_steps: as in `hiso_jax.rules.hiso`.
-      **options: `local_steps`, `num_perturbations`, `smoothing`, `estimator`, `aggregator`,
-        `distribution`, `trainable`, `nonfinite`, as in `scalar_algorithm`.
+      **options: the others of `scalar_algorithm`, without `rule`.
 
     Example:
       >>> import hiso_jax as hj, jax, jax.numpy as jnp

@@ -211,7 +211,7 @@ class Directions(NamedTuple):
 
     @property
     def config(self) -> dict[str, Any]:
-        """As data; options that are not used are left out."""
+        """As data, without what is not used; ledgers say ``own_directions`` for per-client ones."""
         options = {"seed_pool": self.pool, "own_directions": self.clients}
         options |= {"upper": None if self.still is None else self.still.config}
         always = {"num_perturbations": self.per_client, "distribution": self.distribution}

@@ -29,14 +29,18 @@ class Estimator(NamedTuple):
     """How the losses of a client become its scalars.
 
     Attributes:
-      scalars: ``(loss_fn, params, batch, direction) -> (value, scalars [S P])``.
-      per_direction: S, scalars of a direction; second ones come after all first ones.
+      scalars: ``(loss_fn, params, batch, direction) -> (value, scalars [P] or [2 P])``.
+      per_direction: scalars of a direction, 1 or 2; second ones come after all first ones.
       config: as data: ``estimator``, None if it has no name, and ``smoothing``.
     """
 
     scalars: Callable[[LossFn, trees.Params, trees.Batch, Direction], Measured]
     per_direction: int
     config: Mapping[str, Any]
+
+    def check(self, second: bool) -> None:
+        """Raise ValueError unless a direction gives two scalars just where a rule takes two."""
+        _fits(self.per_direction, second, self.config.get("estimator"))
 
 
 def forward_difference(
@@ -236,10 +240,14 @@ def get(estimator: str | Difference, second: bool = False) -> Difference:
         raise ValueError(
             f"estimator: expected one of {tuple(ESTIMATORS)} or a function, got {estimator!r}"
         )
-    if second != (scalars_per_direction(estimator) == 2):
+    _fits(scalars_per_direction(estimator), second, estimator)
+    return estimator if callable(estimator) else ESTIMATORS[estimator]
+
+
+def _fits(per_direction: int, second: bool, estimator: Any) -> None:
+    if second != (per_direction == 2):
         raise ValueError('estimator: expected "three_point" for a rule that takes second '
                          f"differences and for nothing else, got {estimator!r}")  # fmt: skip
-    return estimator if callable(estimator) else ESTIMATORS[estimator]
 
 
 def reconstruct(

@@ -70,14 +70,15 @@ class Algorithm(NamedTuple):
     Attributes:
       init: ``(params, key) -> State``.
       probe: ``(state, batches, slot=0) -> scalars [C, K, P]``; batch leaves are [C, K, ...].
-        With `per_client_directions` the clients are those that were asked from number `slot` on.
-      aggregate: ``(scalars [C, K, P], weights [C] or None) -> record [K, P]``.
-      advance: ``(state, record [K, P], learning_rate=None) -> State``. The rate of a schedule
+        `slot` is the first client's place among those asked; with per-client directions it matters.
+      aggregate: ``(scalars [C, K, P], weights [C] or None) -> record [K, S]``; S is P, or C P with
+        per-client directions.
+      advance: ``(state, record [K, S], learning_rate=None) -> State``. The rate of a schedule
         is itself computed; a party whose schedule might round differently, or that has none,
         is given the value.
       round: ``(state, batches, weights=None) -> (State, Metrics)``: all of the above in
         one program; the one to jit in a simulation.
-      replay: ``(state, records [R, K, P], learning_rates=None) -> State``: the fold of `advance`.
+      replay: ``(state, records [R, K, S], learning_rates=None) -> State``: the fold of `advance`.
       learning_rate: ``round -> float32``, what `advance` takes by default.
       config: every hyper-parameter by name, as data: what a `hiso_jax.Ledger` writes down.
       trainable: ``params -> Leaves``: the leaves that are trained, by name.

@@ -21,8 +21,8 @@ Where `carried` is false, clients with several local steps need no copy of the s
 
 What makes replay exact, and possible in blocks of a leaf: every function works element by
 element on the leaves (numbers that belong to no element come from `scalars` alone), and
-uses `hiso_jax.exact` for products, roots and sums of scalars. `config` names the rule and its
-arguments, so that a ledger can build it again; it is a function of `RULES`.
+uses `hiso_jax.exact` for products, quotients, roots and sums of scalars. `config` names the rule
+and its arguments, so that a ledger can build it again; its ``rule`` is a key of `RULES`.
 """
 
 from collections.abc import Callable, Mapping

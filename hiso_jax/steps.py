@@ -20,7 +20,7 @@ from hiso_jax._engine.shapes import Array, Bool, Float, Index
 Cast = Callable[[trees.Leaves], trees.Leaves]
 """Wide arrays (see `hiso_jax.exact.wide`) -> arrays of the leaves' own dtypes."""
 Noise = Callable[[Index], estimators.Direction]
-"""Local step -> perturbation -> u of the leaves."""
+"""Local step -> perturbation -> u of the leaves: a `hiso_jax.directions.Noise` at one block."""
 Moved = tuple[trees.Leaves, rules.RuleState]
 """Leaves, and the rule's state with them."""
 

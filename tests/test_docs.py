@@ -89,7 +89,8 @@ def public() -> dict[str, object]:
     """What people import: names of the package, and of its modules that say what is public."""
     found: dict[str, object] = {}
     modules = {
-        name: getattr(hiso_jax, name) for name in ("federation", "ledger", "models", "secure")
+        name: getattr(hiso_jax, name)
+        for name in ("federation", "ledger", "models", "secure", "selection")
     }
     for name in hiso_jax.__all__:
         thing = getattr(hiso_jax, name)

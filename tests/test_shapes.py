@@ -2,7 +2,8 @@
 
 That takes time, and the library needs neither, so it is done in a process of its own in which
 jaxtyping's hook is installed before hiso_jax is imported. There programs are only traced. Other
-tests can be run under the hook as well: `pytest -p tests.test_shapes tests/test_transform.py`.
+tests can be run under the hook as well:
+`python -m pytest -p tests.test_shapes tests/test_transform.py`.
 """
 
 import gc

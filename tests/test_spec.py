@@ -83,6 +83,15 @@ def test_choices_are_exchanged_one_by_one():
     )
 
 
+def test_a_rule_and_an_estimator_that_do_not_fit_are_refused():
+    spec = hj.decomfl(quadratic_loss, 0.1, num_perturbations=4).spec
+    with pytest.raises(ValueError, match="estimator: expected \"three_point\" .* got 'forward'"):
+        algorithm(spec._replace(rule=rules.hizoo()))
+    twice = estimators.make("three_point", 4, 1e-3, second=True)
+    with pytest.raises(ValueError, match="got 'three_point'"):
+        algorithm(spec._replace(estimator=twice))
+
+
 @pytest.mark.parametrize("make, options, said", [
     (hj.mezo, dict(num_perturbations=8), "num_perturbations: MeZO has 1, got 8"),
     (hj.mezo, dict(local_steps=4), "local_steps: MeZO has 1, got 4"),

@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
 
 class Still(NamedTuple):
-    """What stays still along which directions of a client.
+    """Which leaves some of a client's directions move alone; all others stay still.
 
     Attributes:
       parts: in the order of the directions; those before the first part's move everything.

@@ -183,7 +183,8 @@ def _advice(
         return ". Lower the learning rate or the smoothing"
     kind = "NaN" if all(np.isnan(first[name]) for name in broken) else "NaN or infinite"
     # Other estimators take no loss at the parameters themselves.
-    place = "near" if algorithm.config.get("estimator") == "central" else "at"
+    at = algorithm.config.get("estimator") in ("forward", "three_point")
+    place = "at" if at else "near"
     earlier = ", and at the learning rate of the rounds before" if round else ""
     return (
         f": the loss of clients {broken} is {kind} {place} the model's own parameters, before "

@@ -162,7 +162,7 @@ class Server:
         return True
 
     def close(self, minimum: int = 1) -> np.ndarray:
-        """Aggregate the replies by weight, advance, and commit; return the record [K, P].
+        """Aggregate the replies by weight, advance, and commit; return the record [K, S].
 
         The record is NaN, and moves nothing, if nobody replied. If it cannot be written the
         round stays open with all its replies.
@@ -194,7 +194,7 @@ class Server:
         return name not in self._replies and len(self._places.get(name, ())) <= 1
 
     def _combine(self, minimum: int) -> tuple[np.ndarray, dict[str, float], dict[str, Any] | None]:
-        """The record [K, P] of the replies, their weights by name, and what it releases."""
+        """The record [K, S] of the replies, their weights by name, and what it releases."""
         record = np.full(self.ledger.shape, np.nan, np.float32)
         # In the order of asking, not of arrival: sums depend on it.
         names = [name for name in self._asked if name in self._replies]

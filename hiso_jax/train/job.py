@@ -370,7 +370,7 @@ def _say_how_it_ended(options: Options, summaries: list[dict[str, Any]]) -> None
     console.print(report.table(summaries))
     report.say(
         "Written to ", f"{options.out}/", ": report.html, curve.png, split.png, metrics.jsonl, "
-        "summary.json, ledger.sqlite, ledger.safetensors, weights"
+        "summary.json, ledger.sqlite, ledger.safetensors, and the model"
     )  # fmt: skip
     broken = [s for s in summaries if s.get("stopped")]
     for summary in (s for s in summaries if s.get("failed")):
