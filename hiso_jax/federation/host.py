@@ -16,10 +16,10 @@ import numpy as np
 
 from hiso_jax._engine import checks
 from hiso_jax.federation import wire
+from hiso_jax.federation.past import Past
 from hiso_jax.federation.server import Server
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.ledger import header as headers
-from hiso_jax.ledger.store import Records
 
 log = logging.getLogger(__name__)
 RESETS = 2
@@ -59,8 +59,7 @@ class Host:
         later one.
 
     Raises:
-      ValueError: `base` is missing, or the ledger has rounds without a digest, as one has that
-        was made of a compact file: nobody could be told what to hold.
+      ValueError: `base` is missing, or the ledger has rounds without a digest; see `Past`.
 
     Example: see `Site`.
     """
@@ -72,20 +71,13 @@ class Host:
         weights: dict[str, float] | None = None,
         base: Any = None,
     ):
-        base = server.base if base is None else base
-        if base is None:
-            raise ValueError("base: needed, the digest of the fresh state; the server was given a "
-                             "later state")  # fmt: skip
-        if None in server.ledger.records().digests:
-            raise ValueError(f"server: {server.ledger.path} has rounds without a digest; go on "
-                             "with the ledger.sqlite of the run")  # fmt: skip
+        self._past = Past(server, base)
         self.server, self._send, self._weights = server, send, dict(weights or {})
         header = server.ledger.header
         # Of the version that runs here, whatever version began the ledger.
         software = header["software"] | {"hiso-jax": headers.version("hiso-jax")}
         self.header = header | {"software": software}
         self.run = wire.identity(self.header)
-        self._base = np.asarray(base)
         self._room = snapshots.size(server.algorithm, server.state)
         self._held: dict[str, int] = {}  # name -> round that the client is known to be at
         self._reset: dict[str, int] = {}  # name -> times that it had to begin again
@@ -95,8 +87,6 @@ class Host:
         self._done: set[str] = set()
         self._last = False
         self._enough: int | None = None  # so many answers begin to count time
-        self._known: tuple[int, np.ndarray] | None = None
-        self._records: tuple[tuple[int, int], Records] | None = None
         self._changed = threading.Condition()
         self.counts: dict[str, Count] = {}
 
@@ -186,7 +176,7 @@ class Host:
     @property
     def digest(self) -> np.ndarray:
         """Of the state that the open round is measured at, uint32 [2]."""
-        return self._digest(self.server.round)
+        return self._past.digest(self.server.round)
 
     @property
     def faults(self) -> dict[str, str]:
@@ -278,7 +268,7 @@ class Host:
         server = self.server
         ask = wire.Ask(
             round=server.round,
-            digest=self._digest(server.round),
+            digest=self._past.digest(server.round),
             first=server.round,
             records=np.zeros((0, *server.ledger.shape), np.float32),
             slot=self._asked[name],
@@ -287,7 +277,7 @@ class Host:
         )
         if held is None or held == server.round:
             return ask
-        records = self._missed(held)
+        records = self._past.missed(held)
         if records.nbytes > self._room or len(records.scalars) > wire.MOST_ROUNDS:
             return ask._replace(snapshot=snapshots.pack(server.algorithm, server.state))
         return ask._replace(first=held, records=records.scalars, rates=records.learning_rates)
@@ -321,7 +311,7 @@ class Host:
         elif isinstance(message, wire.Apart):
             self._held.pop(name, None)
             self._send_back(name)
-            self._fault(name, wire.where_apart(message, self.server.round, self._text))
+            self._fault(name, wire.where_apart(message, self.server.round, self._past.text))
         elif isinstance(message, wire.Other):
             headers.match(self.header, message.header)
             ours, theirs = (h["software"].get("hiso-jax") for h in (self.header, message.header))
@@ -336,12 +326,12 @@ class Host:
         round = self.server.round
         if message.round > round:
             return self._fault(name, f"a reply to round {message.round}, which is to come")
-        if (message.digest != self._digest(round)).any():
+        if (message.digest != self._past.digest(round)).any():
             self._held.pop(name, None)
             return self._fault(
                 name,
                 f"measured at another state: after {round} rounds its digest is "
-                f"{digests.text(message.digest)} there and {self._text(round)} here",
+                f"{digests.text(message.digest)} there and {self._past.text(round)} here",
             )
         self._held[name] = round
         self._reset.pop(name, None)
@@ -372,12 +362,12 @@ class Host:
                 f"it has gone through {round} rounds, the ledger has {self.server.round}: it is "
                 "of a run that this ledger, a copy from before, does not know",
             )
-        elif (message.digest != self._digest(round)).any():
+        elif (message.digest != self._past.digest(round)).any():
             self._send_back(name)
             self._fault(
                 name,
                 f"the model that it begins with is not the run's: after {round} rounds its digest "
-                f"is {digests.text(message.digest)} there and {self._text(round)} here",
+                f"is {digests.text(message.digest)} there and {self._past.text(round)} here",
             )
         elif self._held.get(name) == round:  # it was sent all that it needs, and did not move
             self._fault(name, f"it stays at round {round}")
@@ -391,23 +381,6 @@ class Host:
         if self._reset.get(name, 0) < RESETS:
             self._reset[name] = self._reset.get(name, 0) + 1
             self._apart.add(name)
-
-    def _digest(self, number: int) -> np.ndarray:
-        """Digest of the run's state after so many rounds; the last is asked for by every client."""
-        if self._known is None or self._known[0] != number:
-            self._known = number, digests.parse(self._text(number))
-        return self._known[1]
-
-    def _missed(self, held: int) -> Records:
-        """The records since a round; most clients have missed the same."""
-        if self._records is None or self._records[0] != (held, self.server.round):
-            self._records = (held, self.server.round), self.server.ledger.records(held)
-        return self._records[1]
-
-    def _text(self, number: int) -> str:
-        if not number:
-            return digests.text(self._base)
-        return self.server.ledger.digest(number - 1) or ""
 
     def _fault(self, name: str, why: str) -> None:
         log.error("round %d: client %r does not count: %s", self.server.round, name, why)
