@@ -229,8 +229,8 @@ def figures(found: Spectrum) -> dict[str, float]:
 
     ``trace`` and ``absolute`` are sums of eigenvalues and of their sizes, each with its standard
     error; ``largest`` is the largest in size, with its sign, and ``least`` the most negative;
-    ``rank`` is absolute over largest; ``negative`` the share of `absolute` below zero; ``half`` and
-    ``most``: so many eigenvalues, the largest, have half and 90 % of `absolute` (of their sum).
+    ``rank`` is absolute over largest; ``negative`` the share of `absolute` below zero; ``half``
+    says how many eigenvalues, the largest in size, have half of `absolute`.
 
     Example:
       >>> f = figures(exactly(np.diag([4.0, 2, 1, -1])))
@@ -244,14 +244,13 @@ def figures(found: Spectrum) -> dict[str, float]:
     order = np.argsort(-sizes)
     sums = np.cumsum(np.append(0, (every.weights * sizes)[order]))
     counts = np.cumsum(np.append(0, every.weights[order]))
-    share = lambda part: np.interp(part * sums[-1], sums, counts)  # noqa: E731
     size = np.abs(largest) or np.nan  # of a matrix of zeros there is no rank
     plain = dict(
         trace=trace[0], trace_error=trace[1], absolute=absolute[0], absolute_error=absolute[1],
         largest=largest, largest_error=every.errors[at], least=min(every.nodes.min(), 0.0),
         rank=absolute[0] / size, rank_error=absolute[1] / size,
         negative=found.total(lambda x: np.maximum(-x, 0))[0] / (absolute[0] or np.nan),
-        half=share(0.5), most=share(0.9),
+        half=np.interp(sums[-1] / 2, sums, counts),
     )  # fmt: skip
     return {name: float(value) for name, value in plain.items()}
 

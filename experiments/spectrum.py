@@ -13,10 +13,11 @@ A look is one row of a file; what is there is not computed again.
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ class Spectra:
     columns: tuple[str, ...] = ()
     """Names of its columns, if it has no header line."""
     vary: tuple[str, ...] = ()
-    """Other options of the job, name=value: model=runs/vit/model, batch_size=32."""
+    """Other options of the job, name=value or name=[...]: batch_size=2, verbalizer=["no","yes"]."""
     examples: int = 1024
     """Training examples whose mean loss it is."""
     piece: int = 128
@@ -156,26 +157,26 @@ def measured(given: Spectra, look: Derivatives, state: hj.State) -> Row:
         row["exact"] = lanczos.figures(lanczos.exactly(lanczos.dense(hessian, hessian.size)))
     if isinstance(state.rule, rules.HisoState) and int(state.round):
         white = Hessian(look, state.params, state.rule.curvature)
-        row["white"] = lanczos.figures(white.spectrum(given))
+        own: Row = dict(lanczos.figures(white.spectrum(given)))
         assert white.scale is not None
-        row["white"]["even"] = row["white"]["absolute"] / float((white.scale**2).mean())
+        own["even"] = own["absolute"] / float((white.scale**2).mean())
         if given.whole:
-            whole = lanczos.exactly(lanczos.dense(white, white.size))
-            row["white"]["exact"] = lanczos.figures(whole)
+            own["exact"] = lanczos.figures(lanczos.exactly(lanczos.dense(white, white.size)))
+        row["white"] = own
     return short(row | {"seconds": time.perf_counter() - began})
 
 
 class Point:
     """One training run: its options, and the names of its looks."""
 
-    def __init__(self, given: Spectra, settings: job.Options, problem: Problem):
-        how = ("examples", "search", "steps", "probes", "whole")
-        own = options.settings(settings)
+    def __init__(self, given: Spectra, run: job.Options, problem: Problem):
+        how = ("examples", "search", "steps", "probes")
+        own = options.settings(run)
         rest = {k: v for k, v in own.items() if k not in ("method", "learning_rate")}
         about = dict(problem=problem.name, **{name: getattr(given, name) for name in how})
         # Nothing of a run matters to where it begins.
         start = {k: v for k, v in rest.items() if k not in compare.COMMON}
-        self.settings = settings
+        self.run = run
         self.names: dict[int, Row] = {}
         for round in sorted(given.rounds):
             kind = (own["method"], own["learning_rate"], rest) if round else (None, None, start)
@@ -189,11 +190,11 @@ class Point:
 
 def states(point: Point, problem: Problem, wanted: list[int]) -> Iterator[hj.State]:
     """The states of a run after these rounds."""
-    alg = job.algorithm(point.settings, problem, point.settings.learning_rate or 0.0)
-    state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(point.settings.seed))
+    alg = job.algorithm(point.run, problem, point.run.learning_rate or 0.0)
+    state = alg.init(jax.tree.map(jnp.copy, problem.params), jax.random.key(point.run.seed))
     if 0 in wanted:
         yield state
-    for step in job.rounds(point.settings, problem, alg, state) if max(wanted) else ():
+    for step in job.rounds(point.run, problem, alg, state) if max(wanted) else ():
         if step.round in wanted:
             yield step.state
         if step.round == max(wanted):
@@ -210,11 +211,22 @@ def points(given: Spectra, problem: Problem, start: job.Options) -> list[Point]:
     return [Point(given, run, problem) for run in runs]
 
 
+def settings(given: Spectra) -> job.Options:
+    """The options of the runs, but for method and rate."""
+    start = options.defaults(given.task, given.data, given.columns)
+    hints, own = get_type_hints(type(start)), {}
+    for text in given.vary:
+        name, _, value = text.partition("=")
+        if value.startswith("[") and name in hints:
+            own[name] = options.fit(hints[name], json.loads(value))
+        else:
+            own |= {n: v[0] for n, v in compare.varied(type(start), (text,)).items()}
+    return dataclasses.replace(start, rounds=max(1, *given.rounds), **own)
+
+
 def look_at(given: Spectra) -> None:
     """Train, look and write what is missing in the file."""
-    start = options.defaults(given.task, given.data, given.columns)
-    own = {n: v[0] for n, v in compare.varied(type(start), given.vary).items()}
-    start = dataclasses.replace(start, rounds=max(1, *given.rounds), **own)
+    start = settings(given)
     problem = compare.build(given.task, start)
     look, known = Derivatives(problem, given.examples, given.piece), rows.read(given.out)
     with rows.append(given.out) as add:
@@ -244,18 +256,18 @@ def plus(value: float, error: float | None) -> str:
     return f"{value:.3g}" + (f" ± {error:.2g}" if error else "")
 
 
-HEAD = ["", "loss", "dev", "trace", "sizes' sum", "largest", "rank", "half in", "90 % in",
-        "below 0", "zeta", "at mean 1"]  # fmt: skip
+HEAD = ["", "loss", "dev", "largest", "trace", "over largest", "sizes' sum", "rank", "half in",
+        "below zero", "zeta", "at mean 1"]  # fmt: skip
 
 
 def line(row: Row) -> list[str]:
     """A row of the table."""
     white = row.get("white")
     return [
-        title(row), f"{row['loss']:.3f}", f"{row['metric']:.1%}",
-        plus(row["trace"], row["trace_error"]), plus(row["absolute"], row["absolute_error"]),
-        f"{row['largest']:.3g}", plus(row["rank"], row["rank_error"]), f"{row['half']:.0f}",
-        f"{row['most']:,.0f}", f"{row['negative']:.1%}",
+        title(row), f"{row['loss']:.3f}", f"{row['metric']:.1%}", f"{row['largest']:.3g}",
+        plus(row["trace"], row["trace_error"]), f"{row['trace'] / abs(row['largest']):.3g}",
+        plus(row["absolute"], row["absolute_error"]), plus(row["rank"], row["rank_error"]),
+        f"{row['half']:.3g}", f"{row['negative']:.1%}",
         plus(white["absolute"], white["absolute_error"]) if white else "",
         f"{white['even']:.3g}" if white else "",
     ]  # fmt: skip
@@ -279,12 +291,14 @@ def draw(found: list[Row], path: Path) -> None:
         own = [row for row in found if row["problem"] == network]
         top = max(abs(row["largest"]) for row in own)
         at = np.logspace(np.log10(top) - 6, np.log10(top) + 0.6, 400)
+        most = 1.0
         for i, row in enumerate(own):
             name = methods.title(row["method"]) if row["round"] else "start"
             sides = lanczos.density(spectrum_of(row), at)
+            most = max(most, *(side.max() for side in sides))
             for side, style, label in zip(sides, ("-", ":"), (name, None), strict=True):
                 axis.plot(at, side, style, color=f"C{i}", label=label, linewidth=1.2)
-        axis.set(xscale="log", yscale="log", ylim=(0.3, None), xlabel="size of an eigenvalue",
+        axis.set(xscale="log", yscale="log", ylim=(0.3, 3 * most), xlabel="size of an eigenvalue",
                  ylabel="eigenvalues a factor of ten")  # fmt: skip
         axis.set_title(f"{network}, {own[0]['parameters']:,} parameters", fontsize=9)
         axis.legend(frameon=False, fontsize=7)
@@ -300,6 +314,8 @@ def main(given: Spectra) -> None:
     found = rows.read(given.out)
     if not found:
         raise ValueError(f"--out: {given.out} has no rows")
+    networks = list(dict.fromkeys(row["problem"] for row in found))
+    found.sort(key=lambda row: networks.index(row["problem"]))
     results.show(HEAD, [line(row) for row in found])
     if given.picture:
         draw(found, given.picture)
