@@ -280,24 +280,30 @@ def spectrum_of(row: Row) -> lanczos.Spectrum:
     return lanczos.Spectrum(np.array(row["values"]), np.array(row["errors"]), probes)
 
 
+def kind_of(row: Row) -> str:
+    """What brought the model there, for a legend."""
+    return methods.title(row["method"]) if row["round"] else "start"
+
+
 def draw(found: list[Row], path: Path) -> None:
     """How many eigenvalues there are of each size, a panel a network."""
     networks = list(dict.fromkeys(row["problem"] for row in found))
     across = min(3, len(networks))
     down = -(-len(networks) // across)
     picture = report.blank(4.6 * across, 3.4 * down)
+    kinds = list(dict.fromkeys(kind_of(row) for row in found))
     for number, network in enumerate(networks):
         axis = picture.add_subplot(down, across, number + 1)
         own = [row for row in found if row["problem"] == network]
         top = max(abs(row["largest"]) for row in own)
-        at = np.logspace(np.log10(top) - 6, np.log10(top) + 0.6, 400)
+        at = np.logspace(np.log10(top) - 4, np.log10(top) + 0.6, 300)  # lower ones blur
         most = 1.0
-        for i, row in enumerate(own):
-            name = methods.title(row["method"]) if row["round"] else "start"
+        for row in own:
+            color = f"C{kinds.index(kind_of(row))}"
             sides = lanczos.density(spectrum_of(row), at)
             most = max(most, *(side.max() for side in sides))
-            for side, style, label in zip(sides, ("-", ":"), (name, None), strict=True):
-                axis.plot(at, side, style, color=f"C{i}", label=label, linewidth=1.2)
+            for side, style, label in zip(sides, ("-", ":"), (kind_of(row), None), strict=True):
+                axis.plot(at, side, style, color=color, label=label, linewidth=1.2)
         axis.set(xscale="log", yscale="log", ylim=(0.3, 3 * most), xlabel="size of an eigenvalue",
                  ylabel="eigenvalues a factor of ten")  # fmt: skip
         axis.set_title(f"{network}, {own[0]['parameters']:,} parameters", fontsize=9)
