@@ -306,7 +306,8 @@ def draw(found: list[Row], path: Path) -> None:
                 axis.plot(at, side, style, color=color, label=label, linewidth=1.2)
         axis.set(xscale="log", yscale="log", ylim=(0.3, 3 * most), xlabel="size of an eigenvalue",
                  ylabel="eigenvalues a factor of ten")  # fmt: skip
-        axis.set_title(f"{network}, {own[0]['parameters']:,} parameters", fontsize=9)
+        shown = network.partition(" (")[0]  # which has their number, rounded
+        axis.set_title(f"{shown}\n{own[0]['parameters']:,} parameters", fontsize=9)
         axis.legend(frameon=False, fontsize=7)
     report.framed(picture)
     with files.atomic_write(path) as part:
