@@ -229,6 +229,9 @@ def look_at(given: Spectra) -> None:
     start = settings(given)
     problem = compare.build(given.task, start)
     look, known = Derivatives(problem, given.examples, given.piece), rows.read(given.out)
+    if (count := len(look.pieces) * given.piece) != given.examples:  # a row says how many
+        raise ValueError(f"--examples: expected a multiple of --piece, {given.piece}, and no more "
+                         f"than there are; {count} is the next, got {given.examples}")  # fmt: skip
     with rows.append(given.out) as add:
         for point in points(given, problem, start):
             wanted = point.missing(known)

@@ -238,6 +238,10 @@ def test_looks_are_kept_and_not_computed_again(tmp_path: Path, monkeypatch: pyte
     words = spectrum.Spectra("llm", vary=('verbalizer=["bad","good"]', "batch_size=2"))
     own: Any = spectrum.settings(words)
     assert own.verbalizer == ("bad", "good") and own.batch_size == 2
+    with pytest.raises(
+        ValueError, match="--examples: .* multiple of --piece, 64, .* 64 is the next"
+    ):
+        spectrum.main(spectrum.Spectra(**few | dict(examples=65)))
     with pytest.raises(ValueError, match="--learning-rate: expected 2, one a method, got 1"):
         spectrum.main(spectrum.Spectra(method=both, **few))
     with pytest.raises(ValueError, match="--out: .* has no rows"):
