@@ -130,20 +130,26 @@ def by_layer(
     return PARTS, lines
 
 
-class Look:
-    """Compiled once for a problem."""
+class Derivatives:
+    """First and second derivatives of the loss on training examples, compiled once for a problem.
 
-    def __init__(
-        self, problem: Problem, options: job.Options, examples: int, probes: int, piece: int = 128
-    ):
+    Args:
+      problem: whose loss it is.
+      examples: how many, all clients' together; drawn once.
+      piece: that are computed with at a time.
+      multiple: of which the number of pieces is one.
+    """
+
+    def __init__(self, problem: Problem, examples: int, piece: int, multiple: int = 1):
         self.joined = problem.clients.columns
         count = len(next(iter(self.joined.values())))
-        pieces = min(examples, count) // piece
-        if pieces < 4:
-            raise ValueError(f"examples: expected at least {4 * piece}, got {min(examples, count)}")
+        pieces = min(examples, count) // piece // multiple * multiple
+        if not pieces:
+            raise ValueError(f"examples: expected at least {multiple * piece}, got "
+                             f"{min(examples, count)}")  # fmt: skip
         order = np.random.default_rng(0).permutation(count)
-        self.pieces = np.split(order[: pieces // 4 * 4 * piece], pieces // 4 * 4)
-        self.problem, self.options, self.probes = problem, options, probes
+        self.pieces = np.split(order[: pieces * piece], pieces)
+        self.problem = problem
         pick = lambda params: trees.select(params, problem.trainable)  # noqa: E731
         loss = lambda params, x, data: problem.loss_fn(trees.merge(params, x), data)  # noqa: E731
         slope = lambda params, data: jax.grad(loss, 1)(params, pick(params), data)  # noqa: E731
@@ -156,6 +162,10 @@ class Look:
         self.dots, self.loss = jax.jit(dots), jax.jit(problem.loss_fn)
         self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
+    def data(self) -> list[dict[str, jax.Array]]:
+        """All examples, piece by piece."""
+        return [self.batch(piece) for piece in self.pieces]
+
     def batch(self, numbers: np.ndarray) -> dict[str, jax.Array]:
         """Training examples as the loss takes them."""
         data = {k: v[numbers] for k, v in self.joined.items()}
@@ -163,11 +173,21 @@ class Look:
         return {k: jnp.asarray(v) for k, v in self.problem.prepare(data).items()}
 
     def mean(self, slopes: Iterator[Any]) -> Any:
-        """Mean of gradients."""
+        """Mean of gradients, or of other trees."""
         total, count = next(slopes), 1
         for x in slopes:
             total, count = self.add(total, x), count + 1
         return jax.tree.map(lambda x: x / count, total)
+
+
+class Look(Derivatives):
+    """What limits a step, at a state of a run."""
+
+    def __init__(
+        self, problem: Problem, options: job.Options, examples: int, probes: int, piece: int = 128
+    ):
+        super().__init__(problem, examples, piece, multiple=4)
+        self.options, self.probes = options, probes
 
     def rounds(self, params: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Squared gradients of rounds' batches and of clients', [blocks] each."""
@@ -187,7 +207,7 @@ class Look:
 
     def __call__(self, state: hj.State) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Figures of a state, and those of its blocks."""
-        params, data = state.params, [self.batch(piece) for piece in self.pieces]
+        params, data = state.params, self.data()
         quarters = [self.mean(self.slope(params, x) for x in data[i::4]) for i in range(4)]
         pairs = [(0, 1), (2, 3), (0, 2), (0, 3), (1, 2), (1, 3)]  # halves that share nothing
         products = [np.asarray(self.dots(quarters[i], quarters[j]), np.float64) for i, j in pairs]

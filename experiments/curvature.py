@@ -22,6 +22,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import hiso_jax as hj
+from experiments import lanczos
 from hiso_jax import federation
 from hiso_jax._engine import trees
 from hiso_jax.tasks.problem import Problem
@@ -81,8 +82,7 @@ def look(problem: Problem, state: hj.State, seed: int) -> tuple[dict[str, Any], 
     some = np.random.default_rng(0).permutation(len(data["label"]))[:SOME]
     few = {k: v[some] for k, v in data.items()}
     along = jax.jit(lambda v: jax.jvp(lambda x: slope(x, few), (flat,), (v,))[1])
-    hessian = np.stack([np.asarray(along(v)) for v in np.eye(flat.size, dtype=np.float32)])
-    values, vectors = np.linalg.eigh((hessian + hessian.T).astype(np.float64) / 2)
+    values, vectors = np.linalg.eigh(lanczos.dense(along, flat.size))
     diagonal = (vectors**2 @ np.abs(values)).clip(1e-12)
     batches, alone = [], []
     for round in range(20):
