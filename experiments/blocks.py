@@ -203,7 +203,7 @@ class Look(Derivatives):
                 alone.append(self.dots(each[-1], each[-1]))
             together = self.mean(iter(each))
             batches.append(self.dots(together, together))
-        return np.mean(batches, 0, np.float64), np.mean(alone, 0, np.float64)
+        return np.stack(batches).mean(0, np.float64), np.stack(alone).mean(0, np.float64)
 
     def __call__(self, state: hj.State) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Figures of a state, and those of its blocks."""
@@ -226,6 +226,7 @@ class Look(Derivatives):
         trace = np.asarray(traces, np.float64)
         zeta = np.asarray(whitened, np.float64).sum(1).mean() if whitened else trace.sum(1).mean()
         v = quarters[0]
+        largest = 0.0
         for _ in range(12):  # the power method, on a piece
             norm = jnp.sqrt(self.dots(v, v).sum())
             v = jax.tree.map(lambda x, n=norm: x / n, v)
