@@ -25,6 +25,7 @@ DEFAULTS_OF_OLD_ROWS = {
     "select": None,
     "budget": 0.1,
     "renew": 20,
+    "size_spread": 0.0,
 }
 """Options that rows written before there were any lack."""
 RENAMED_METHODS = {"experiments.methods:hiso_all": "hiso(update_steps=all)"}
@@ -77,7 +78,7 @@ class Curve(NamedTuple):
 def variant(rows: list[Row]) -> Callable[[Row], str]:
     """A function that names the options in which a row differs from most rows."""
     named = ("task", "method", "learning_rate", "seed", "per_client_directions")
-    shared = (*named, *DEFAULTS_OF_OLD_ROWS)
+    shared = {*named, *DEFAULTS_OF_OLD_ROWS} - {"size_spread"}
     # What follows the metric is what came out.
     names = [n for n in itertools.takewhile(lambda n: n != "metric", rows[0]) if n not in shared]
     # Rows with upper directions name their P in any case.
