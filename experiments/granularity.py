@@ -28,6 +28,7 @@ everywhere; `kronecker` computes with the machine's own products and eigenvector
 machine only, so no ledger of it is for others.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
@@ -39,10 +40,15 @@ import optax
 from jax import lax
 
 import hiso_jax as hj
-from hiso_jax._engine import checks, exact
+from experiments.curvature import everything
+from hiso_jax import federation
+from hiso_jax._engine import checks, exact, trees
 from hiso_jax._engine.trees import Leaves
 from hiso_jax.models import subsets
 from hiso_jax.protocol import Options
+from hiso_jax.train import report as reports
+from hiso_jax.train import results
+from hiso_jax.train.digits import digits
 
 LONGEST = 1024
 """Rows or columns of the largest matrix whose roots are taken."""
@@ -87,13 +93,14 @@ def rule(kind: Curvature, where: str, decay: float | None, epsilon: float, **con
       **config: names the rule.
     """
     checks.choice("where", where, WHERE)
-    decay = checks.number("decay", DECAYS[where] if decay is None else decay, 0, 1)
+    old = DECAYS[where] if decay is None else decay
+    checks.number("decay", old, 0, 1)
     checks.number("epsilon", epsilon, 0)
     one = lambda: jnp.ones((), jnp.float32)  # noqa: E731
 
     def of_noise(state: Learned, delta: Leaves, scalars: Any, last: Any) -> tuple[Leaves, Learned]:
         del scalars
-        new = kind.add(state.curvature, delta, decay, epsilon)
+        new = kind.add(state.curvature, delta, old, epsilon)
         keep = lambda new, old: jnp.where(last, new, old)  # noqa: E731
         return delta, state._replace(curvature=jax.tree.map(keep, new, state.curvature))
 
@@ -101,8 +108,8 @@ def rule(kind: Curvature, where: str, decay: float | None, epsilon: float, **con
         del last
         root = len(scalars) ** 0.5
         scaled = {n: exact.mul(root, d) for n, d in delta.items()}
-        new = kind.add(state.curvature, scaled, decay, 0.0)
-        weight = exact.mul(decay, state.weight) + exact.mul(1 - decay, 1.0)
+        new = kind.add(state.curvature, scaled, old, 0.0)
+        weight = exact.mul(old, state.weight) + exact.mul(1 - old, 1.0)
         return kind.whiten(new, delta, weight), Learned(new, weight)
 
     inside = where == "noise"
@@ -110,7 +117,7 @@ def rule(kind: Curvature, where: str, decay: float | None, epsilon: float, **con
         init=lambda leaves: Learned(kind.start(leaves, float(inside)), one() * inside),
         direction=lambda state, u: kind.whiten(state.curvature, u, 1.0) if inside else u,
         update=of_noise if inside else of_step,
-        config=config | dict(where=where, decay=decay, epsilon=epsilon),
+        config=config | dict(where=where, decay=old, epsilon=epsilon),
         carried=not inside,
         elementwise=False,
     )
@@ -321,3 +328,66 @@ def kronecker(
     """A method of `kronecker_rule`."""
     own = kronecker_rule(where, decay)
     return hj.scalar_algorithm(loss_fn, learning_rate, rule=own, **options)
+
+
+# What a number of a block can know.
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Train the digits' network with a number a block, and look at what the numbers became."""
+
+    each: str = "leaf"
+    """What a block is: layer or leaf."""
+    rounds: int = 300
+    """Before the look."""
+    learning_rate: float = 0.064
+    """Constant."""
+    num_perturbations: int = 10
+    """Scalars a round (P)."""
+    seed: int = 0
+    """Of noise and clients."""
+
+
+def look(options: Look) -> list[list[str]]:
+    """Lines of a table of the blocks, header first.
+
+    With signs for noise, the mean square of P^1/2 Delta over a block of n elements is in the mean
+    ``E[g^2] + (P - 1) |gradient of the block|^2 / n``, with g a scalar: the second term is all
+    that a block has of its own.
+    """
+    problem, p = digits(), options.num_perturbations
+    alg = blocks(problem.loss_fn, options.learning_rate, each=options.each, where="step",
+                 num_perturbations=p, distribution="rademacher")  # fmt: skip
+    start = state = alg.init(problem.params, jax.random.key(options.seed))
+    how: Any = dict(rounds=options.rounds, clients_per_round=8, batch_size=16, seed=options.seed)
+    for report in federation.run(alg, start, problem.clients, **how):
+        state = report.state
+    gradient = trees.named(jax.jit(jax.grad(problem.loss_fn))(state.params, everything(problem)))
+    # `blocks` of the gradient instead of Delta: the same sums.
+    kind = _numbers(options.each)
+    squares = np.asarray(kind.add(kind.start(gradient, 0.0), gradient, 0.0, 0.0), float)
+    found = np.asarray(state.rule.curvature / state.rule.weight, float)
+    names = block_names(gradient, options.each)
+    sizes = {name: 0 for own in names.values() for name in own}
+    for leaf, own in names.items():
+        for name in own:
+            sizes[name] += gradient[leaf].size // len(own)
+    n = np.array(list(sizes.values()))
+    mean = lambda x: (n * x).sum() / n.sum()  # noqa: E731
+    of_all = mean(found) - (p - 1) * mean(squares)  # E[g^2]
+    wanted = of_all + (p - 1) * squares
+    lines = [["block", "elements", "gradient squared an element, over the mean",
+              "H over the mean, expected", "found"]]  # fmt: skip
+    for name, size, *row in zip(sizes, n, squares, wanted, found, strict=True):
+        scaled = [x / mean(y) for x, y in zip(row, (squares, wanted, found), strict=True)]
+        lines.append([name, f"{size:,}", *(f"{x:.2f}" for x in scaled)])
+    return lines
+
+
+if __name__ == "__main__":
+    import tyro
+
+    with reports.door():
+        header, *rows = look(tyro.cli(Look))
+        results.show(header, rows)

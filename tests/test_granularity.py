@@ -16,7 +16,7 @@ from tests.helpers import assert_same_bits, laid_out, odd_loss, replay_in_blocks
 
 SHAPES = {"net/layer/fc/kernel": (2, 3, 4), "net/layer/fc/bias": (2, 4), "head/kernel": (2, 3, 5)}
 LAST = jnp.bool_(True)
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]
 
 
 def normal(seed: int, shapes: Any = SHAPES) -> Arrays:
@@ -148,7 +148,7 @@ def test_matrices_turn_with_the_basis():
     rng = np.random.default_rng(1)
     a, b = (np.linalg.qr(rng.normal(size=(n, n)))[0].astype(np.float32) for n in (6, 4))
     deltas = [normal(i, {"w": (6, 4)}) for i in range(4)]
-    turned = [{"w": a @ d["w"] @ b} for d in deltas]
+    turned: list[Arrays] = [{"w": a @ d["w"] @ b} for d in deltas]
     rule = granularity.kronecker_rule("step")
     step, there = after(rule, deltas)[0], after(rule, turned)[0]
     close(there, {"w": a @ np.asarray(step["w"]) @ b}, rtol=1e-3)

@@ -84,8 +84,9 @@ def variant(rows: list[Row]) -> Callable[[Row], str]:
     # Rows with upper directions name their P in any case.
     plain = [r for r in rows if not r.get("upper_directions")] or rows
     voters = lambda n: plain if n == "num_perturbations" else rows  # noqa: E731
-    usual = {n: Counter(str(r.get(n)) for r in voters(n)).most_common(1)[0][0] for n in names}
-    other = lambda row, names: [f", {n}={row.get(n)}" for n in names if str(row.get(n)) != usual[n]]  # noqa: E731
+    value = lambda row, n: str(row.get(n, DEFAULTS_OF_OLD_ROWS.get(n)))  # noqa: E731
+    usual = {n: Counter(value(r, n) for r in voters(n)).most_common(1)[0][0] for n in names}
+    other = lambda row, names: [f", {n}={v}" for n in names if (v := value(row, n)) != usual[n]]  # noqa: E731
 
     def name(row: Row) -> str:
         parts = [OWN] * bool(row.get("per_client_directions"))
