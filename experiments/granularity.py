@@ -40,7 +40,6 @@ import optax
 from jax import lax
 
 import hiso_jax as hj
-from experiments.curvature import everything
 from hiso_jax import federation
 from hiso_jax._engine import checks, exact, trees
 from hiso_jax._engine.trees import Leaves
@@ -353,8 +352,8 @@ def look(options: Look) -> list[list[str]]:
     """Lines of a table of the blocks, header first.
 
     With signs for noise, the mean square of P^1/2 Delta over a block of n elements is in the mean
-    ``E[g^2] + (P - 1) |gradient of the block|^2 / n``, with g a scalar: the second term is all
-    that a block has of its own.
+    ``|a|^2 + (P - 1) |a of the block|^2 / n``, with a the gradient of the round's batches: the
+    second term is all that a block has of its own.
     """
     problem, p = digits(), options.num_perturbations
     alg = blocks(problem.loss_fn, options.learning_rate, each=options.each, where="step",
@@ -363,26 +362,31 @@ def look(options: Look) -> list[list[str]]:
     how: Any = dict(rounds=options.rounds, clients_per_round=8, batch_size=16, seed=options.seed)
     for report in federation.run(alg, start, problem.clients, **how):
         state = report.state
-    gradient = trees.named(jax.jit(jax.grad(problem.loss_fn))(state.params, everything(problem)))
-    # `blocks` of the gradient instead of Delta: the same sums.
-    kind = _numbers(options.each)
-    squares = np.asarray(kind.add(kind.start(gradient, 0.0), gradient, 0.0, 0.0), float)
-    found = np.asarray(state.rule.curvature / state.rule.weight, float)
-    names = block_names(gradient, options.each)
-    sizes = {name: 0 for own in names.values() for name in own}
+    kind, names = _numbers(options.each), block_names(trees.named(state.params), options.each)
+
+    @jax.jit
+    def of_round(batches: Any) -> jax.Array:  # `blocks` of the gradient, not of Delta
+        loss = lambda x: jax.vmap(lambda one: problem.loss_fn(x, one))(batches).mean()  # noqa: E731
+        gradient = trees.named(jax.grad(loss)(state.params))
+        return kind.add(kind.start(gradient, 0.0), gradient, 0.0, 0.0)
+
+    each = []
+    for number in range(10_000, 10_050):
+        asked = problem.clients.sample(8, number, options.seed)
+        own = problem.clients.batches(asked, number, 16, 1, options.seed)
+        each.append(np.asarray(of_round({k: jnp.asarray(v[:, 0]) for k, v in own.items()}), float))
+    squares, found = np.mean(each, 0), np.asarray(state.rule.curvature, float)
+    sizes = dict.fromkeys((name for own in names.values() for name in own), 0)
     for leaf, own in names.items():
         for name in own:
-            sizes[name] += gradient[leaf].size // len(own)
+            sizes[name] += trees.named(state.params)[leaf].size // len(own)
     n = np.array(list(sizes.values()))
-    mean = lambda x: (n * x).sum() / n.sum()  # noqa: E731
-    of_all = mean(found) - (p - 1) * mean(squares)  # E[g^2]
-    wanted = of_all + (p - 1) * squares
-    lines = [["block", "elements", "gradient squared an element, over the mean",
-              "H over the mean, expected", "found"]]  # fmt: skip
-    for name, size, *row in zip(sizes, n, squares, wanted, found, strict=True):
-        scaled = [x / mean(y) for x, y in zip(row, (squares, wanted, found), strict=True)]
-        lines.append([name, f"{size:,}", *(f"{x:.2f}" for x in scaled)])
-    return lines
+    columns = (squares, n @ squares + (p - 1) * squares, found)
+    shown = np.stack([x / (n @ x) * n.sum() for x in columns], 1)
+    lines = [[name, f"{size:,}", *(f"{x:.2f}" for x in row)]
+             for name, size, row in zip(sizes, n, shown, strict=True)]  # fmt: skip
+    return [["block", "elements", "gradient squared an element, over the mean",
+             "H over the mean, expected", "found"], *lines]  # fmt: skip
 
 
 if __name__ == "__main__":
