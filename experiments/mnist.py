@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from hiso_jax._engine import checks
 from hiso_jax.tasks import image_problem, images
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.train import job
@@ -21,6 +22,8 @@ class Options(job.Options):
     """Folder with the four IDX files, gzipped or not; by default MNIST comes from the hub."""
     alpha: float = 1.0
     """Dirichlet parameter of the label shares; inf for equal ones."""
+    size_spread: float = 0.0
+    """Standard deviation of the logarithm of a client's number of images."""
     clients: int = 100
     """Clients (M)."""
     rounds: int = 1000
@@ -43,11 +46,16 @@ LEARNING_RATES: dict[str, float] = {}
 """The best of the grid in `experiments.compare`, by method."""
 
 
+def check(options: Options) -> None:
+    """Raise unless the options are in their ranges; the message names the option."""
+    checks.number("--size-spread", options.size_spread, 0)
+
+
 def build(options: Options) -> Problem:
     """MNIST as the options ask for it."""
     found = images.of_hub() if options.data is None else images.of_idx(options.data)
     return image_problem.scratch(
-        "MNIST, CNN", network(), found.parts, options.clients, options.alpha, seed=0
+        "MNIST, CNN", network(), found.parts, options.clients, options.alpha, 0, options.size_spread
     )
 
 

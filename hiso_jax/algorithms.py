@@ -100,7 +100,7 @@ def scalar_algorithm(
     checks.number("smoothing", smoothing, 0, above=True)
     law = directions.check_distribution(distribution)
     checks.choice("nonfinite", nonfinite, ("raise", "exclude"))
-    measure = estimators.make(estimator, perturbations, smoothing, rule.second)
+    measure = estimators.make(estimator, perturbations, smoothing, rules.check(rule).second)
     if seed_pool is not None:
         checks.count("seed_pool", seed_pool)
     combine = aggregators.mean() if aggregator is None else aggregators.named(aggregator)

@@ -8,6 +8,7 @@ is held beside them. Where the loss takes them, large leaves are perturbed as th
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -135,6 +136,9 @@ class Laid(NamedTuple):
           noise: of leaves and packs.
           k: number of the local step.
         """
+        if not rule.elementwise:
+            state, draw = self._unpacked_state(self.rule), self._noise_of_all(noise)
+            return lambda p: rule.direction(state, draw(k)(p))
         nodes, tree = trees.nodes(self.rule, self.leaves)
         each, by_element = _each(nodes), [node for node in nodes if isinstance(node, dict)]
 
@@ -198,6 +202,8 @@ class Laid(NamedTuple):
             the state afterwards, it is returned as it was and no copy is made.
         """
         (leaves, state), rule = before, round.rule
+        if not rule.elementwise:
+            return self._over_all(round, noise, before, cast, wanted)
         nodes, tree = trees.nodes(state, leaves)
         entered = nodes if wanted is None else trees.nodes(self.rule, leaves)[0]
         discard = wanted is not None and not rule.carried
@@ -236,6 +242,43 @@ class Laid(NamedTuple):
             put = lambda x, node, n=name, leaf=leaf: node | {n: x.reshape(leaf.shape)}  # noqa: E731
             after = after if discard else each(put, stacked, after)
         return moved, tree.unflatten(after)
+
+    def _over_all(
+        self, round: steps.Round, noise: Noise, before: Moved, cast: Cast,
+        wanted: Bool[Array, ""] | None,
+    ) -> Moved:  # fmt: skip
+        """As `over_blocks`, for a rule that is given all leaves at once, whole."""
+
+        def cast_back(wide: Leaves) -> Leaves:
+            packed = packing.pack(wide, self.packs)
+            return self._unpacked({n: cast(n, x, 0) for n, x in packed.items()})
+
+        def move(before: Moved) -> Moved:
+            leaves, state = self._unpacked(before[0]), self._unpacked_state(before[1])
+            entered = state if wanted is None else self._unpacked_state(self.rule)
+            draw = self._noise_of_all(noise)
+            new, later = steps.advance(round, draw, entered, leaves, state, cast_back)
+            later = packing.pack_state(later, new, self.packs) if keep else before[1]
+            return packing.pack(new, self.packs), later
+
+        keep = wanted is None or round.rule.carried
+        return move(before) if wanted is None else lax.cond(wanted, move, lambda x: x, before)
+
+    def _unpacked(self, leaves: Leaves) -> Leaves:
+        found = packing.unpack(leaves, self.packs)
+        return {name: found[name] for name in self.names}
+
+    def _unpacked_state(self, state: rules.RuleState) -> rules.RuleState:
+        return packing.unpack_state(state, self.leaves, self.packs)
+
+    def _noise_of_all(self, noise: Noise) -> steps.Noise:
+        """The noise of all leaves at once."""
+
+        def all_of(k: Index, p: Index) -> Leaves:
+            drawn = {name: noise(name, k, p, x.shape, 0) for name, x in self.leaves.items()}
+            return self._unpacked(drawn)
+
+        return lambda k: partial(all_of, k)
 
 
 def _each(nodes: Nodes) -> Callable[..., Nodes]:

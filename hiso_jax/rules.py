@@ -23,14 +23,19 @@ What makes replay exact, and possible in blocks of a leaf: every function works 
 element on the leaves (numbers that belong to no element come from `scalars` alone), and
 uses `hiso_jax.exact` for products, quotients, roots and sums of scalars. `config` names the rule
 and its arguments, so that a ledger can build it again; its ``rule`` is a key of `RULES`.
+
+A rule that looks at more than one element at a time, as one with a norm or a matrix product does,
+says so with `elementwise` false. It is then given all leaves at once and whole, in more memory,
+and is replayed by `hiso_jax.Algorithm.replay` only, not in blocks.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from hiso_jax._engine import checks, exact, renamed
+from hiso_jax._engine import checks, elementwise, exact, renamed
 from hiso_jax._engine.shapes import Array, Bool, Float, Number
 from hiso_jax._engine.trees import Leaves
 
@@ -51,10 +56,38 @@ class Rule(NamedTuple):
     config: Mapping[str, Any] | None = None  # {"rule": name, argument: value, ...}
     second: bool = False  # whether it takes second differences too
     carried: bool = True  # whether the step of `update` depends on the state given to it
+    elementwise: bool = True  # else it is given all leaves at once, whole
     recipe = renamed.attribute("recipe", "config")
 
 
 Rule.__new__ = renamed.arguments(recipe="config")(Rule.__new__)  # pyright: ignore
+
+
+def check(rule: Rule) -> Rule:
+    """Return a rule that works element by element, or says that it does not.
+
+    Leaves are worked on in packs and in blocks. What a rule found out about a whole leaf there
+    would be of something else, without any error.
+
+    Raises:
+      ValueError: it looks at more than one element at a time, but for `elementwise`.
+    """
+    if not rule.elementwise or (rule.config or {}).get("rule") in RULES:
+        return rule
+    leaves = {"leaf": jax.ShapeDtypeStruct((101, 103), jnp.float32)}
+    scalars = jax.ShapeDtypeStruct((4 if rule.second else 2,), jnp.float32)
+    state, last = jax.eval_shape(rule.init, leaves), jax.ShapeDtypeStruct((), bool)
+    delta = (leaves, leaves) if rule.second else leaves
+    for name, function, given in (
+        ("direction", rule.direction, (state, leaves)),
+        ("update", rule.update, (state, delta, scalars, last)),
+    ):
+        if found := elementwise.mixing(function, *given):
+            raise ValueError(
+                f"rule: its {name} looks at more than one element of a leaf at a time ({found}), "
+                "and would be given packs and blocks of leaves; say Rule(..., elementwise=False)"
+            )
+    return rule
 
 
 class HisoState(NamedTuple):

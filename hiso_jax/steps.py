@@ -1,9 +1,10 @@
 """What a record does to a run of elements: the one place where anything moves.
 
-`advance` takes a whole round on named arrays, be they leaves or parts of them: rules work
-element by element. `hiso_jax.layout` maps it over the blocks of a model, for everybody's step and
-for a client's own; `hiso_jax.replay` scans it over the rounds of a ledger, block by block; the
-optax face takes one `descent_of`. They reach the same bits because they are the same code.
+`advance` takes a whole round on named arrays, be they leaves or parts of them: rules work element
+by element, or say that they do not and get whole leaves. `hiso_jax.layout` maps it over the blocks
+of a model, for everybody's step and for a client's own; `hiso_jax.replay` scans it over the rounds
+of a ledger, block by block; the optax face takes one `descent_of`. They reach the same bits because
+they are the same code.
 """
 
 from collections.abc import Callable, Mapping

@@ -48,3 +48,18 @@ def test_two_laws_of_unequal_labels():
     # Equal shares: counts are multinomial around the mean, not equal to it.
     sizes = np.array(list(map(len, dirichlet_draws(labels, 30, np.inf))))
     assert sizes.std() > 3 and abs(sizes - 100).max() < 60
+
+
+@pytest.mark.parametrize("alpha", [0.5, np.inf])
+def test_unequal_labels_and_sizes(alpha: float):
+    """Sizes are log-normal around the mean that they have without; labels as alpha says."""
+    labels = np.random.default_rng(0).integers(4, size=40_000)
+    parts = dirichlet_draws(labels, 200, alpha, spread=1.5)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(40_000))
+    logs = np.log([len(part) for part in parts if len(part)])
+    assert logs.std() == pytest.approx(1.5, rel=0.2)
+    large = max(parts, key=len)
+    shares = np.bincount(labels[large], minlength=4) / len(large)
+    assert (abs(shares - 0.25).max() < 0.05) == np.isinf(alpha)
+    with pytest.raises(ValueError, match=r"spread.*-1"):
+        dirichlet_draws(labels, 200, alpha, spread=-1.0)

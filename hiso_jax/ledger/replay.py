@@ -59,8 +59,8 @@ class Replay:
       rule: of yours, if the ledger's is none of `hiso_jax.rules.RULES`.
 
     Raises:
-      ValueError: the ledger's rule is none of those and no other is given, or a leaf has a 64-bit
-        type and JAX's are switched off.
+      ValueError: the ledger's rule is none of those and no other is given, or it needs whole
+        leaves; or a leaf has a 64-bit type and JAX's are switched off.
 
     Example:
       >>> import hiso_jax as hj, jax, jax.numpy as jnp, numpy as np
@@ -81,6 +81,11 @@ class Replay:
     def __init__(self, ledger: Ledger, rule: rules.Rule | None = None):
         header, records = ledger.header, ledger.records()
         spec, key = Spec.from_header(header, rule=rule), header["key"]
+        if not rules.check(spec.rule).elementwise:
+            raise ValueError(
+                f"{ledger.path}: the rule {spec.rule.config} looks at more than one element at a "
+                "time, and cannot be replayed in blocks; replay its records with Algorithm.replay"
+            )
         self.leaves = {
             name: Leaf(name, jnp.dtype(dtype), tuple(shape), trainable)
             for name, dtype, shape, trainable, *_ in header["leaves"]

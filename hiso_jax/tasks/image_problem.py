@@ -214,8 +214,9 @@ def problem(
 
 
 def scratch(
-    name: str, model: Vision, parts: dict[str, Arrays], num_clients: int, alpha: float, seed: int
-) -> Problem:
+    name: str, model: Vision, parts: dict[str, Arrays], num_clients: int, alpha: float, seed: int,
+    spread: float = 0.0,
+) -> Problem:  # fmt: skip
     """A small network from scratch on images of ten classes.
 
     Args:
@@ -225,13 +226,16 @@ def scratch(
       num_clients: of whom those without an example are left out.
       alpha: of the Dirichlet shares of labels; infinity for equal ones.
       seed: of the split.
+      spread: of the clients' sizes.
     """
-    own = over(parts["train"]["label"], num_clients, alpha, seed)
+    own = over(parts["train"]["label"], num_clients, alpha, seed, spread)
     classes = [(str(label), "") for label in range(10)]
     return problem(name, Trained(model, None, 0, None), parts, own, classes)
 
 
-def over(labels: np.ndarray, num_clients: int, alpha: float, seed: int) -> list[np.ndarray]:
+def over(
+    labels: np.ndarray, num_clients: int, alpha: float, seed: int, spread: float = 0.0
+) -> list[np.ndarray]:
     """Numbers of each client's examples, with label shares from Dirichlet(alpha).
 
     Raises:
@@ -240,4 +244,4 @@ def over(labels: np.ndarray, num_clients: int, alpha: float, seed: int) -> list[
     checks.count("--clients", num_clients)
     if not np.isinf(alpha):
         checks.number("--alpha", alpha, 0, above=True)
-    return splits.dirichlet_draws(labels, num_clients, alpha, seed)
+    return splits.dirichlet_draws(labels, num_clients, alpha, seed, spread)

@@ -48,7 +48,9 @@ def dirichlet(labels: Any, clients: int, alpha: float, seed: int = 0) -> list[np
     return _parts(owners, clients)
 
 
-def dirichlet_draws(labels: Any, clients: int, alpha: float, seed: int = 0) -> list[np.ndarray]:
+def dirichlet_draws(
+    labels: Any, clients: int, alpha: float, seed: int = 0, spread: float = 0.0
+) -> list[np.ndarray]:
     """Split by labels: each example draws its client by its label's Dirichlet(alpha) shares.
 
     Where `dirichlet` cuts a label's examples in proportion to the shares, these counts are
@@ -58,8 +60,10 @@ def dirichlet_draws(labels: Any, clients: int, alpha: float, seed: int = 0) -> l
     Args:
       labels: integers [N].
       clients: number of clients.
-      alpha: concentration > 0; infinity for equal shares.
+      alpha: concentration > 0; infinity for the same shares of every label.
       seed: of shares and draws.
+      spread: clients are of unequal sizes, as in `by_size`: the Dirichlet shares have a mean that
+        is log-normal, with this standard deviation of its logarithm.
 
     Returns:
       Numbers of each client's examples, ascending.
@@ -68,12 +72,12 @@ def dirichlet_draws(labels: Any, clients: int, alpha: float, seed: int = 0) -> l
     checks.count("clients", clients)
     if not np.isinf(alpha):
         checks.number("alpha", alpha, 0, above=True)
+    mean = _log_normal(np.random.default_rng([seed, 13]), clients, spread)
     rng = np.random.default_rng([seed, 7])
-    equal = np.full(clients, 1 / clients)
     owners = np.zeros(len(labels), int)
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
-        shares = equal if np.isinf(alpha) else rng.dirichlet(alpha * clients * equal)
+        shares = mean if np.isinf(alpha) else rng.dirichlet(alpha * clients * mean)
         owners[own] = rng.choice(clients, len(own), p=shares)
     return [np.flatnonzero(owners == client) for client in range(clients)]
 
@@ -88,10 +92,8 @@ def by_size(count: int, clients: int, spread: float = 1.0, seed: int = 0) -> lis
       seed: of sizes and examples.
     """
     _enough(count, clients)
-    checks.number("spread", spread, 0)
     rng = np.random.default_rng([seed, 13])
-    shares = np.exp(spread * rng.normal(size=clients))
-    owners = rng.choice(clients, count, p=shares / shares.sum())
+    owners = rng.choice(clients, count, p=_log_normal(rng, clients, spread))
     return _parts(owners, clients)
 
 
@@ -135,6 +137,13 @@ def hold_out(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarra
     order = np.random.default_rng([seed, count]).permutation(count)
     cut = max(int(share * count), 1)
     return np.sort(order[cut:]), np.sort(order[:cut])
+
+
+def _log_normal(rng: np.random.Generator, clients: int, spread: float) -> np.ndarray:
+    """Shares of clients that add up to one."""
+    checks.number("spread", spread, 0)
+    shares = np.exp(spread * rng.normal(size=clients))
+    return shares / shares.sum()
 
 
 def _enough(count: int, clients: int) -> None:

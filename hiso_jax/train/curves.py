@@ -25,6 +25,7 @@ DEFAULTS_OF_OLD_ROWS = {
     "select": None,
     "budget": 0.1,
     "renew": 20,
+    "size_spread": 0.0,
 }
 """Options that rows written before there were any lack."""
 RENAMED_METHODS = {"experiments.methods:hiso_all": "hiso(update_steps=all)"}
@@ -77,14 +78,15 @@ class Curve(NamedTuple):
 def variant(rows: list[Row]) -> Callable[[Row], str]:
     """A function that names the options in which a row differs from most rows."""
     named = ("task", "method", "learning_rate", "seed", "per_client_directions")
-    shared = (*named, *DEFAULTS_OF_OLD_ROWS)
+    shared = {*named, *DEFAULTS_OF_OLD_ROWS} - {"size_spread"}
     # What follows the metric is what came out.
     names = [n for n in itertools.takewhile(lambda n: n != "metric", rows[0]) if n not in shared]
     # Rows with upper directions name their P in any case.
     plain = [r for r in rows if not r.get("upper_directions")] or rows
     voters = lambda n: plain if n == "num_perturbations" else rows  # noqa: E731
-    usual = {n: Counter(str(r.get(n)) for r in voters(n)).most_common(1)[0][0] for n in names}
-    other = lambda row, names: [f", {n}={row.get(n)}" for n in names if str(row.get(n)) != usual[n]]  # noqa: E731
+    value = lambda row, n: str(row.get(n, DEFAULTS_OF_OLD_ROWS.get(n)))  # noqa: E731
+    usual = {n: Counter(value(r, n) for r in voters(n)).most_common(1)[0][0] for n in names}
+    other = lambda row, names: [f", {n}={v}" for n in names if (v := value(row, n)) != usual[n]]  # noqa: E731
 
     def name(row: Row) -> str:
         parts = [OWN] * bool(row.get("per_client_directions"))
