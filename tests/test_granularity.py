@@ -196,8 +196,9 @@ def test_sums_do_not_depend_on_the_program():
 
 
 @pytest.mark.parametrize("steps, rule", [
-    (1, granularity.block_rule("layer")), (2, granularity.kronecker_rule("step")),
-], ids=["blocks", "kronecker"])  # fmt: skip
+    pytest.param(1, granularity.block_rule("layer"), id="blocks"),
+    pytest.param(2, granularity.kronecker_rule("step"), id="kronecker", marks=[pytest.mark.slow, pytest.mark.ci]),
+])  # fmt: skip
 def test_a_rule_of_whole_leaves_is_replayed_to_the_bit(steps: int, rule: Rule):
     """Packed or not, in one program with the clients or alone; but not in blocks."""
     params = {n: jnp.asarray(x) for n, x in normal(3).items()}

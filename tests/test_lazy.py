@@ -29,7 +29,7 @@ def loss_of(model: models.Model) -> Any:
     "kind,steps,law",
     [
         pytest.param("opt", 2, "rademacher", marks=pytest.mark.slow),
-        ("bert", 1, "normal"),
+        pytest.param("bert", 1, "normal", marks=[pytest.mark.slow, pytest.mark.ci]),
         pytest.param("opt", 1, "normal", marks=pytest.mark.slow),
         pytest.param("llama", 1, "rademacher", marks=pytest.mark.slow),
     ],

@@ -69,6 +69,8 @@ def test_the_basis_stays_orthogonal_and_errors_hold():
     assert (off <= found.errors + 1e-12).all() and (found.nodes > 50).sum() == 1
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_orthogonal_to_what_is_known():
     """What is left is the matrix without the eigenvectors that are given."""
     a = matrix(LOW)
@@ -212,6 +214,8 @@ def test_a_network(tmp_path: Path):
     assert alone.total(np.abs)[0] == pytest.approx(row["absolute"], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_looks_are_kept_and_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The start once for all methods; a method that is added costs its own look only."""
     out, picture, looks = tmp_path / "rows.jsonl", tmp_path / "a.png", []

@@ -295,6 +295,8 @@ def test_a_decoder_made_on_the_spot(tmp_path: Path):
     assert json.loads((run / "summary.json").read_text())["clients"] > 60
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_an_encoder_tells_words_by_its_mask(tmp_path: Path):
     """RoBERTa with its own head: the word in the place of the mask, padded on the right."""
     from tokenizers import ByteLevelBPETokenizer

@@ -61,6 +61,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return out
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_all_logs_have_the_rows_of_the_run(tmp_path: Path):
     """By the job; and again when it is gone on with: those before are not lost, nor there twice."""
     pytest.importorskip("tensorboardX")
