@@ -101,6 +101,7 @@ ROWS = {
     "rms": Row("rms", "rademacher", 2),
 }
 SLOW = {"rms"}  # every option of it is in another row
+CI = {"adam", "fzoo", "momentum", "meazo"}  # as "hizoo" and "rms-own", but for the rule
 PAIRS = """
     hiso normal, hiso near_normal, hiso rademacher, hiso K=1, hiso K>1, hiso float32, hiso bfloat16,
     identity near_normal, identity float16, identity K=1, identity pool, identity own, identity uppers,
@@ -165,7 +166,9 @@ def test_layouts_are_what_they_are_called():
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ROWS
+    pytest.param(
+        name, marks=[pytest.mark.slow] * (name in SLOW | CI) + [pytest.mark.ci] * (name in CI)
+    ) for name in ROWS
 ])  # fmt: skip
 def test_every_program_reaches_the_same_bits(name: str):
     row = ROWS[name]
