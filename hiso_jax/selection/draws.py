@@ -120,8 +120,8 @@ def importance(
     """Draw with repetition, p_i in proportion to the size of `weights`; and what undoes the bias.
 
     The mean of ``w_i x_i`` over what is drawn, with ``w_i = 1 / (N p_i)``, has the mean of x over
-    all examples as its expectation, whatever p. Its variance is least for p in proportion to |x|:
-    take for `weights` each example's own scalar along a direction.
+    all examples as its expectation, whatever p. Its variance is least for p in proportion to
+    ``|x|``: take for `weights` each example's own scalar along a direction.
 
     Args:
       features: [N, D]; only their number counts.
