@@ -49,8 +49,8 @@ def augment(
       texts: [N, D], in the same space.
       eta: how far.
       attention: ``"pool"``: a is the softmax of the distances ``|e - t|`` over the examples, times
-        N, so that it is 1 in the mean; ``"one"``: a is 1, as in the published code, whose softmax is
-        over a single number.
+        N, so that it is 1 in the mean; ``"one"``: a is 1, as in the published code, whose softmax
+        is over a single number.
 
     Returns:
       float32 [N, D].
