@@ -25,11 +25,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import hiso_jax as hj
-from experiments import lanczos
+from experiments import granularity, lanczos
 from experiments.blocks import Derivatives, block_names
 from hiso_jax import federation, rules
 from hiso_jax._engine import files, trees
-from hiso_jax.models import subsets
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.train import compare, job, methods, options, report, results, rows
 from hiso_jax.train.rows import Row
@@ -80,20 +79,6 @@ def short(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, (float, np.floating)) else value
 
 
-def parts_of(leaves: trees.Leaves) -> list[str]:
-    """The part of a model that each block of `blocks.dots` belongs to: a layer, or a module.
-
-    Example:
-      >>> parts_of({"m/layers/w": np.ones((2, 3)), "first/kernel": np.ones(2), "b": np.ones(1)})
-      ['layer 0', 'layer 1', 'first', 'b']
-    """
-    parts = []
-    for name, x in leaves.items():
-        layers = [f"layer {i}" for i in range(len(x))] if subsets.stacked(name) else []
-        parts += layers or [name.rpartition("/")[0] or name]
-    return parts
-
-
 class Hessian:
     """Of a problem's mean loss over some training examples, at some parameters.
 
@@ -107,7 +92,8 @@ class Hessian:
         leaves = look.pick(params)
         flat, self.back = ravel_pytree(leaves)
         self.size, self.look, self.params, self.data = flat.size, look, params, look.data()
-        self.parts = parts_of(leaves)
+        own = granularity.block_names(leaves, "layer")
+        self.parts = [part for parts in own.values() for part in parts]
         assert len(self.parts) == len(block_names(leaves))
         whiten = None if h is None else ravel_pytree({n: h[n] for n in leaves})[0] ** -0.5
         self.scale = None if whiten is None else np.asarray(whiten)
