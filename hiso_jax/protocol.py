@@ -1,9 +1,11 @@
 """What a federated algorithm is: functions, the state they fold, and what may be looked at."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self, TypedDict
 
+import jax
 import jax.numpy as jnp
 
 from hiso_jax import aggregators, estimators, rules
@@ -38,9 +40,14 @@ class Rate:
             raise ValueError("learning_rate: needed, since it follows a schedule; got None")
         if not callable(self.value):
             return jnp.asarray(self.value, jnp.float32)
-        schedule: Any = self.value
         with exact.usual_types():
-            return exact.compiled_alone(lambda r: jnp.asarray(schedule(r), jnp.float32), round)
+            return self._scheduled(round)
+
+    @functools.cached_property
+    def _scheduled(self) -> Callable[[Index], Float[Array, ""]]:
+        # One program for all rounds: what is compiled alone would be compiled anew at each call.
+        rate = lambda round: jnp.asarray(self.value(round), jnp.float32)  # noqa: E731
+        return jax.jit(lambda round: exact.compiled_alone(rate, round))
 
     @property
     def config(self) -> Any:

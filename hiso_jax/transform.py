@@ -48,6 +48,7 @@ def _transform(
     checks.number("smoothing", smoothing, 0, above=True)
     noise_law = directions.check_distribution(distribution)
     estimate = estimators.get(estimator, rule.second)
+    schedule = Rate(learning_rate)
 
     def init(params: trees.Params) -> ZerothOrderState:
         return ZerothOrderState(
@@ -90,7 +91,7 @@ def _transform(
             rule, state.rule, state.rule, scalars, noise, leaves, jnp.bool_(True)
         )
         if learning_rate is not None:
-            rate = Rate(learning_rate)(state.count)
+            rate = schedule(state.count)
             keys = directions.rounding_keys(key, state.count, list(leaves))
 
             def moves(number: int, x: Array, step: Array) -> Array:

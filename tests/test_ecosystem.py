@@ -175,6 +175,21 @@ def test_parameters_of_every_kind_are_trained(make: Callable[[], tuple[Any, Any]
 # Schedules ----------------------------------------------------------------------------------------
 
 
+def test_a_schedule_is_compiled_once_for_all_rounds():
+    """A server asks for the rate of every round, outside of any program."""
+    seen = []
+
+    def schedule(round: Any) -> Any:
+        seen.append(round)
+        return 0.1 / (1 + round)
+
+    rate = hj.decomfl(quadratic, schedule).learning_rate
+    rates, traced = [float(rate(jnp.int32(0)))], len(seen)
+    rates += [float(rate(jnp.int32(round))) for round in range(1, 4)]
+    assert rates == pytest.approx([0.1 / (1 + round) for round in range(4)])
+    assert len(seen) == traced
+
+
 @pytest.mark.parametrize("build", [
     lambda rate: hj.decomfl(quadratic, rate),
     lambda rate: baselines.first_order("fedavg", quadratic, rate),

@@ -1,11 +1,13 @@
 """Hugging Face folders in and out: every tensor used once, every leaf filled, or an error."""
 
 import json
+import math
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,15 +170,21 @@ def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
         name = trees.leaf_name(path)
         if name.endswith(_DRAWN):
             own = jax.random.fold_in(key, np.uint32(trees.leaf_hash(name)))
-            # Drawn flat: the same numbers, for a quarter of the compile time.
-            drawn = jax.random.normal(own, (like.size,)).reshape(like.shape)
-            return (spread * drawn).astype(dtype)
+            return _normal(own, spread, like.shape, dtype)
         offset = config.model_type == "gemma3_text"
         return jnp.full(like.shape, 0 if name.endswith("bias") or offset else 1, dtype)
 
     with exact.usual_types():
         params = jax.tree_util.tree_map_with_path(draw, shapes)
     return _model(config, graph, params)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _normal(key: jax.Array, spread: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    # Drawn flat: the same numbers, for a quarter of the compile time.
+    drawn = jax.random.normal(key, (math.prod(shape),)).reshape(shape)
+    # Apart, since a compiler takes two factors together, which rounds differently.
+    return (spread * jax.lax.optimization_barrier(drawn)).astype(dtype)
 
 
 def from_pretrained(
@@ -321,8 +329,11 @@ def save_pretrained(
         with TensorFile.create(part, tensors, {"format": "pt"}) as file:
             for name, x in model.untouched.items():
                 file.write(name, 0, x.reshape(-1))
+            here: dict[str, np.ndarray] = {}
             for name, (leaf, i) in parts.items():
-                x = np.asarray(leaves[leaf][i] if is_stacked(leaf) else leaves[leaf])
+                if leaf not in here:  # one at a time, whose layers are views of it
+                    here = {leaf: np.asarray(leaves[leaf])}
+                x = here[leaf][i] if is_stacked(leaf) else here[leaf]
                 file.write(name, 0, (x.T if is_turned(leaf) else x).reshape(-1))
     folders.remove_shards(folder)
     _save_config(config, folder)
