@@ -15,7 +15,7 @@ import pytest
 
 import hiso_jax as hj
 from hiso_jax.ledger import snapshots
-from hiso_jax.train import digits, folders, job, report
+from hiso_jax.train import digits, folders, job, page, report
 from tests.helpers import outcome, refuse, remount, rows
 
 ROUNDS, EVERY = 7, 2
@@ -50,6 +50,7 @@ def one_program() -> Iterator[None]:
         patch.setattr(job, "algorithm", lambda *_: ALGORITHM)
         for name in ("draw", "draw_split"):
             patch.setattr(report, name, lambda *_: None)
+        patch.setattr(page, "svg", lambda *_: "")
         yield
 
 
