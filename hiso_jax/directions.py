@@ -4,6 +4,7 @@ The noise of a leaf is a function of (root key, round, local step, perturbation,
 name) and of nothing else. Every party holds the root key, so a direction is never sent.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -118,11 +119,13 @@ def noise(
     return {n: draw(keys[i], jnp.shape(leaves[n]), distribution) for i, n in enumerate(names)}
 
 
+# As `prng.draw`: one program by itself, and inlined where it is traced.
+@functools.partial(jax.jit, static_argnames=("shape", "names", "pool"), inline=True)
 def round_keys(
     key: Key[Array, ""],
     round: Index,
     shape: tuple[int, int],
-    names: Sequence[str],
+    names: tuple[str, ...],
     pool: int | None = None,
 ) -> Key[Array, "K P leaves"]:
     """Keys of all noise of a round, given its shape [K, P] and the leaves' names."""
@@ -192,7 +195,7 @@ class Directions(NamedTuple):
           round: number of the round.
           steps: K.
         """
-        keys = round_keys(key, round, (steps, self.total), laid.names, self.pool)
+        keys = round_keys(key, round, (steps, self.total), tuple(laid.names), self.pool)
         drawn = packing.noise(keys, laid.names, laid.packs, self.distribution)
         if self.still is None:
             return drawn

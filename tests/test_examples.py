@@ -41,7 +41,7 @@ def test_examples_of_a_text_are_what_its_loss_is_made_of():
     ids = RNG.integers(0, 7, (4, 6))
     batch = {"input_ids": ids, "attention_mask": np.ones((4, 6), np.int32),
              "target": np.ones((4, 6), np.float32), "weight": np.ones(4, np.float32)}  # fmt: skip
-    seen = seen_of(table, batch)
+    loss_fn, seen = jax.jit(loss_fn), jax.jit(seen_of)(table, batch)
     np.testing.assert_allclose(loss_fn(table, batch), seen["loss"].mean(), rtol=1e-5)
     np.testing.assert_allclose(seen["features"], table[ids].mean(1), rtol=1e-5)
     w = np.array([2, 0, 1, 0.5], np.float32)
@@ -67,7 +67,8 @@ def test_examples_of_a_decoder_are_what_its_loss_is_made_of(
     assert seen["features"].shape == (6, 32) and np.isfinite(seen["features"]).all()
     count = batch["target"].sum(1) if "target" in batch else np.ones(6)
     wanted = np.average(seen["loss"], weights=batch["weight"] * count)
-    np.testing.assert_allclose(problem.loss_fn(problem.params, batch), wanted, rtol=1e-5)
+    got = jax.jit(problem.loss_fn)(problem.params, batch)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
     chosen = jobs.settle(finetune.Options(select="vecaf(steps=2)", budget=0.5), problem).clients
     chosen.choose(problem.params, chosen.names[:2], 0)
     assert chosen.batches(chosen.names[:2], 0, 4)["input_ids"].shape[:3] == (2, 1, 4)

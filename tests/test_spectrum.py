@@ -198,7 +198,7 @@ def test_a_network(tmp_path: Path):
     loss = lambda x: problem.loss_fn(  # noqa: E731
         trees.merge(problem.params, back(x)), problem.dev  # which is that of all clients
     )  # fmt: skip
-    np.testing.assert_allclose(own, jax.hessian(loss)(flat), atol=1e-5)
+    np.testing.assert_allclose(own, jax.jit(jax.hessian(loss))(flat), atol=1e-5)
     white = np.concatenate([h[n].ravel() for n in look.pick(problem.params)]) ** -0.5
     for found, a in ((row, own), (row["white"], own * white * white[:, None])):
         exact = lanczos.figures(lanczos.exactly(a))
