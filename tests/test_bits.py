@@ -61,6 +61,8 @@ def test_fifty_rounds(law: str, steps: int):
     assert_same_bits(run["end"], jax.jit(run["alg"].replay)(run["start"], run["records"]))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_replay_of_whole_leaves(run: dict[str, Any]):
     """In the blocks of a large leaf; `test_programs` has those of small ones."""
     assert_same_bits(run["end"].params, replay_in_blocks(run["ledger"], odd_tree()))

@@ -101,7 +101,14 @@ ROWS = {
     "rms": Row("rms", "rademacher", 2),
 }
 SLOW = {"rms"}  # every option of it is in another row
-CI = {"adam", "fzoo", "momentum", "meazo", "hizoo"}  # as other rows, but for the rule or K
+CI = {
+    "adam",
+    "fzoo",
+    "momentum",
+    "meazo",
+    "hizoo",
+    "identity-uppers",
+}  # as other rows, but for the rule or K
 PAIRS = """
     hiso normal, hiso near_normal, hiso rademacher, hiso K=1, hiso K>1, hiso float32, hiso bfloat16,
     identity near_normal, identity float16, identity K=1, identity pool, identity own, identity uppers,

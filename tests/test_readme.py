@@ -12,7 +12,13 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 SNIPPETS = {page: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in PAGES}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if SNIPPETS[p]], ids=lambda page: page.stem)
+LONG = {"your-model", "parameters"}
+
+
+@pytest.mark.parametrize("page", [
+    pytest.param(page, id=page.stem, marks=[pytest.mark.slow, pytest.mark.ci] * (page.stem in LONG))
+    for page in PAGES if SNIPPETS[page]
+])  # fmt: skip
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # they write files
     names: dict[str, object] = {}

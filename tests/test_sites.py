@@ -58,7 +58,10 @@ def sites(
     return {name: parties.site(name, alg, own(name), **options) for name in NAMES}
 
 
-@pytest.mark.parametrize("options", [{}, dict(local_steps=2), dict(per_client_directions=2)])
+@pytest.mark.parametrize("options", [
+    dict(per_client_directions=2),
+    *[pytest.param(own, marks=[pytest.mark.slow, pytest.mark.ci]) for own in ({}, dict(local_steps=2))],
+])  # fmt: skip
 def test_sites_and_a_simulation_write_one_ledger(options: dict[str, Any]):
     """Records, digests, rates and who reported; two of three take part, some do not answer."""
     alg = parties.algorithm(**options)

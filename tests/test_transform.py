@@ -139,7 +139,10 @@ def test_equals_the_algorithm_with_one_client(method: str):
     assert float(jnp.abs(moved["w"] - params["w"]).max()) > 1e-4
 
 
-@pytest.mark.parametrize("distribution", get_args(hj.directions.Distribution))
+@pytest.mark.parametrize("distribution", [
+    law if law == hj.directions.DEFAULT else pytest.param(law, marks=[pytest.mark.slow, pytest.mark.ci])
+    for law in get_args(hj.directions.Distribution)
+])  # fmt: skip
 def test_estimates_are_unbiased(distribution: str):
     """The mean of many estimates is H^-1 grad on a quadratic, within five standard errors."""
     curvature = jnp.float32([0.5, 1, 2, 4, 8])
