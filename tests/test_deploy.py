@@ -45,7 +45,7 @@ def test_a_job_has_the_options_of_finetune_and_no_path_of_a_site(tmp_path: Path)
         (dict(secure=True, threshold=1), "threshold: expected more than half of 3"),
         (dict(threshold=2), "--threshold: of masked rounds, which need --secure"),
         (dict(epsilon=2.0), "--clip: needed, for --epsilon and --clip go together"),
-        (dict(num_clients=3), "--num-clients: for simulations only"),
+        (dict(clients=3), "--clients: for simulations only"),
         (dict(sampling="size"), "--sampling: expected uniform or balanced, got 'size'"),
         (dict(labels=()), "--labels: needed, the values of column 'label' at all sites"),
         (dict(labels=("up", "up")), "--labels: expected two or more, all different"),

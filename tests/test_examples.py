@@ -57,9 +57,7 @@ def test_examples_of_a_decoder_are_what_its_loss_is_made_of(
 ):
     data = tmp_path / "reviews.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in REVIEWS))
-    given = finetune.Options(
-        model=str(tiny), data=data, text="review", num_clients=3, length=24, **own
-    )
+    given = finetune.Options(model=str(tiny), data=data, text="review", clients=3, length=24, **own)
     problem = finetune.build(given)
     few = {k: v[:6] for k, v in problem.clients.columns.items()}
     batch = problem.prepare(few | {"weight": np.array([1, 1, 0, 1, 1, 1], np.float32)})

@@ -95,7 +95,7 @@ def make(rng: Rng, folder: Path) -> dict[str, Any]:
             chosen = [row for row in rows if rng.random() < 0.7]
             write(rng, place / f"{split}{pick(rng, SUFFIXES * 9 + ODD)}", names, chosen)
     options: dict[str, Any] = dict(data=place, length=pick(rng, [16] * 9 + [12]),
-                                   num_clients=pick(rng, [1, 2, 3, 3, 5, 50]))  # fmt: skip
+                                   clients=pick(rng, [1, 2, 3, 3, 5, 50]))  # fmt: skip
     kind = pick(rng, ["own"] * 6 + ["prompt", "lm", "sst2", "squad"])
     if kind in ("lm", "sst2", "squad"):
         options["task"] = kind

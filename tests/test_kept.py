@@ -175,7 +175,7 @@ def test_what_is_shipped_is_what_the_run_saved(train: str, tiny: Path, tmp_path:
     base = bert(tmp_path / "bert") if train == "labels" else tiny
     built = finetune.build(finetune.Options(
         model=str(base), data=reviews(tmp_path / "a.csv"), text="review", label="mood",
-        num_clients=3, length=16, train="all" if train == "labels" else train,
+        clients=3, length=16, train="all" if train == "labels" else train,
     ))  # fmt: skip
     kind = train.partition("-")[0]
     assert built.adapter is not None and built.adapter["kind"] == kind

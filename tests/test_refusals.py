@@ -72,8 +72,8 @@ def refused(*options: str) -> str:
     ((*OWN, "--learning-rate", "1e39"), "--learning-rate"), ((*OWN, "--rounds", "3000000000"), "--rounds"),
     ((*OWN, "--batch-size", "100000000"), "--batch-size"), ((*OWN, "--smoothing", "1e-46"), "--smoothing"),
     ((*OWN, "--mesh", "0", "1"), "--mesh"),
-    ((*OWN, "--num-clients", "85"), "--num-clients: expected at most 84"),
-    ((*OWN, "--num-clients", "4"), "--clients-per-round: expected at most 4"),
+    ((*OWN, "--clients", "85"), "--clients: expected at most 84"),
+    ((*OWN, "--clients", "4"), "--clients-per-round: expected at most 4"),
     ((*OWN, "--split", "column", "--client-column", "nobody"), "--client-column: train has no column 'nobody'"),
     ((*OWN, "--client-column", "who"), "--client-column who: needs --split column"),
     ((*OWN, "--split", "column", "--client-column", "who"), "--clients-per-round: expected at most 4"),
@@ -101,16 +101,14 @@ def refused(*options: str) -> str:
     ((*OWN, "--out", FILE), "--out: reviews.csv is a file"),
 ])  # fmt: skip
 def test_options(options: tuple[str, ...], said: str, place: Path):
-    some = (
-        ("--num-clients", "9") if "--num-clients" not in options and "column" not in options else ()
-    )
+    some = ("--clients", "9") if "--clients" not in options and "column" not in options else ()
     if {"docstrings", "column"} & set(options) or "--client-column" in options:
         some = ()
     assert said in refused("--data", FILE, *some, *options)
 
 
 @pytest.mark.parametrize("options", [
-    OWN, ("--verbalizer", "a", "b"), ("--columns", "a"), ("--prompt", "{a}"), ("--num-clients", "3"),
+    OWN, ("--verbalizer", "a", "b"), ("--columns", "a"), ("--prompt", "{a}"), ("--clients", "3"),
     ("--split", "iid"),
 ])  # fmt: skip
 def test_options_that_would_be_passed_over(options: tuple[str, ...], place: Path):
@@ -140,7 +138,7 @@ def test_a_model_that_lacks_a_file(broken: str, said: str, place: Path, tiny: Pa
     shutil.copytree(tiny, place / "model")
     for name in {broken, "tokenizer_config.json" if broken == "tokenizer.json" else broken}:
         (place / "model" / name).unlink()
-    assert said in refused("--data", FILE, *OWN, "--num-clients", "9")
+    assert said in refused("--data", FILE, *OWN, "--clients", "9")
 
 
 def test_a_tokenizer_of_another_model(place: Path, tiny: Path):
@@ -155,7 +153,7 @@ def test_a_tokenizer_of_another_model(place: Path, tiny: Path):
         max_position_embeddings=80, word_embed_proj_dim=32,
     )  # fmt: skip
     models.save_pretrained(models.from_config(config, jax.random.key(0)), place / "model")
-    assert "the model has 300 rows" in refused("--data", FILE, *OWN, "--num-clients", "9")
+    assert "the model has 300 rows" in refused("--data", FILE, *OWN, "--clients", "9")
 
 
 def test_a_file_of_numbers_for_weights(place: Path):
@@ -251,7 +249,7 @@ def test_labels_are_shown_with_words_and_counts(place: Path):
     csv(place / "test.csv", [dict(rows[1], mood=11), *rows[1:9]])
     (place / FILE).unlink()
     built = finetune.build(finetune.Options(
-        model="model", data=place, text="review", label="mood", num_clients=3, length=24,
+        model="model", data=place, text="review", label="mood", clients=3, length=24,
         verbalizer=("down", "up", "great"),
     ))  # fmt: skip
     table = report.counts(built)

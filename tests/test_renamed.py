@@ -63,10 +63,10 @@ def test_modules():
 
 
 def test_options_on_the_command_line_and_in_files(tmp_path: Path, capsys: pytest.CaptureFixture):
-    assert settings.modern(["--own-directions", "--words=a", "--seed", "1"]) == [
-        "--per-client-directions", "--verbalizer=a", "--seed", "1",
+    assert settings.modern(["--own-directions", "--words=a", "--num-clients", "3", "--seed", "1"]) == [
+        "--per-client-directions", "--verbalizer=a", "--clients", "3", "--seed", "1",
     ]  # fmt: skip
-    assert capsys.readouterr().out.count("is now called") == 2
+    assert capsys.readouterr().out.count("is now called") == 3
     assert compare.varied(digits.Options, ("own_directions=true",)) == {
         "per_client_directions": (True,)
     }

@@ -122,7 +122,7 @@ def test_a_run_on_a_hugging_face_folder_is_shipped(tiny: Path, tmp_path: Path):
     lines = ["review,mood", *(f"{row['review']},{row['mood']}" for row in REVIEWS)]
     reviews.write_text("\n".join(lines))
     here("finetune", "--model", str(tiny), "--data", str(reviews), "--text", "review", "--label",
-         "mood", "--num-clients", "4", "--clients-per-round", "3", "--rounds", "3",
+         "mood", "--clients", "4", "--clients-per-round", "3", "--rounds", "3",
          "--learning-rate", "3e-3", "--out", str(run))  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
     assert summary["rounds"] == 3 and summary["shipped_bytes"] < 3 * 24 + 4096

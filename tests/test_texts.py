@@ -202,7 +202,7 @@ def test_subsets_move_nothing_else(train: str, tiny: Path, tmp_path: Path):
     """Two rounds of a batch's own scalars: what is not trained stays; what is saved loads back."""
     built = finetune.build(finetune.Options(
         model=str(tiny), data=write(tmp_path / "reviews.csv", ROWS), text="review", label="mood",
-        num_clients=3, train=train, lora_rank=2, length=24,
+        clients=3, train=train, lora_rank=2, length=24,
     ))  # fmt: skip
     alg = hj.decomfl(built.loss_fn, 1e-2, trainable=built.trainable)
     state = alg.init(built.params, jax.random.key(0))
@@ -234,7 +234,7 @@ def test_a_pass_that_starts_at_the_last_layer(tiny: Path, tmp_path: Path):
     """With activations of the parameters as they were, the loss of parameters moved above them."""
     built = finetune.build(finetune.Options(
         model=str(tiny), data=write(tmp_path / "reviews.csv", ROWS), text="review", label="mood",
-        num_clients=3, length=24,
+        clients=3, length=24,
     ))  # fmt: skip
     assert built.upper is not None
     cut = built.upper(1)
@@ -268,7 +268,7 @@ def test_a_decoder_is_fine_tuned_shipped_and_loaded(options: Any, tiny: Path, tm
     """The way of a new user with a checkpoint and a file."""
     reviews, run, out = write(tmp_path / "reviews.csv", ROWS), tmp_path / "run", tmp_path / "out"
     here(
-        "finetune", "--model", str(tiny), "--data", str(reviews), *options, "--num-clients", "4",
+        "finetune", "--model", str(tiny), "--data", str(reviews), *options, "--clients", "4",
         "--clients-per-round", "3", "--rounds", "25", "--learning-rate", "3e-3", "--out", str(run),
     )  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
@@ -331,7 +331,7 @@ def test_an_encoder_tells_words_by_its_mask(tmp_path: Path):
 
     built = finetune.build(finetune.Options(
         model=str(folder), data=write(tmp_path / "reviews.csv", ROWS), text="review", label="mood",
-        prompt="{review} It was", verbalizer=("bad", "good"), num_clients=3, length=24,
+        prompt="{review} It was", verbalizer=("bad", "good"), clients=3, length=24,
     ))  # fmt: skip
     alg = hj.decomfl(built.loss_fn, 2e-3, distribution="rademacher")
     score, state = jax.jit(built.score), alg.init(built.params, jax.random.key(0))

@@ -16,7 +16,7 @@ from hiso_jax.train import finetune, job, methods, promised, report, settings
 INTERVAL = 0.05
 """Seconds between looks for a task; NVFlare's own, 2, are most of a round."""
 OF_A_SITE = ("data",)
-OF_A_SIMULATION = ("compare", "resume", "mesh", "distributed", "split", "num_clients", "alpha",
+OF_A_SIMULATION = ("compare", "resume", "mesh", "distributed", "split", "clients", "alpha",
                    "client_column", "dropout", "answers", "log", "select", "budget",
                    "renew")  # fmt: skip
 

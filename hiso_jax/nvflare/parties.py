@@ -240,7 +240,7 @@ def finetune(given: Mapping[str, Any], local: Local) -> Party:
     labels = given.get("labels") or None
     hints = get_type_hints(job.Options)
     own = {k: settings.typed(hints[k], v) for k, v in given.items() if k in hints}
-    own |= {"data": local.data or Path("data"), "split": "iid", "num_clients": 1}
+    own |= {"data": local.data or Path("data"), "split": "iid", "clients": 1}
     own["model"] = local.model or own.get("model")
     options = job.Options(**own)
     if ":" in (method := methods.parse(options.method)[0]):

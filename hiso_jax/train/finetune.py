@@ -73,7 +73,7 @@ class Options(job.Options):
     """A word (for encoders, a sentence) for each label, in the order of the sorted labels."""
     split: Literal["iid", "dirichlet", "size", "column"] = "dirichlet"
     """How examples are given to clients; docstrings always go by module."""
-    num_clients: int = 64
+    clients: int = 64
     """Clients in all."""
     alpha: float = 1.0
     """Concentration of the Dirichlet split: small is less alike."""
@@ -106,7 +106,7 @@ def check(options: Options) -> None:
     if not re.fullmatch(r"all|norms|biases|lora|(last|prefix)-[1-9]\d*", options.train):
         raise ValueError(f"--train: expected all, norms, biases, lora, last-N or prefix-N, got "
                          f"{options.train!r}")  # fmt: skip
-    for name, value in (("--num-clients", options.num_clients), ("--room", options.room),
+    for name, value in (("--clients", options.clients), ("--room", options.room),
                         ("--lora-rank", options.lora_rank)):  # fmt: skip
         checks.count(name, value)
     if options.length is not None and options.length < SHORTEST:
@@ -125,7 +125,7 @@ def check(options: Options) -> None:
                 f"--data: needed for {spelled(own)}; without it the docstrings are run"
             )
         _check_words(options)
-        if own := given("split", "num_clients", "alpha", "client_column"):
+        if own := given("split", "clients", "alpha", "client_column"):
             raise ValueError(
                 f"{spelled(own)}: every module is a client of the docstrings task; give --data or "
                 "another --task"
@@ -225,7 +225,7 @@ def _labels(task: Task, *parts: data.Rows) -> Task:
 
 def _clients_of(options: Options, task: Task, rows: data.Rows) -> tuple[Any, list[str]]:
     """Numbers of each client's training rows, and notes."""
-    count, number, seed = len(rows), options.num_clients, options.seed
+    count, number, seed = len(rows), options.clients, options.seed
     if options.split == "column":
         column = options.client_column
         if column not in rows[0]:
@@ -244,7 +244,7 @@ def _clients_of(options: Options, task: Task, rows: data.Rows) -> tuple[Any, lis
                 notes if len(named) < count else [])  # fmt: skip
     if number > count:
         raise ValueError(
-            f"--num-clients: expected at most {count}, for train has {count} rows; got {number}"
+            f"--clients: expected at most {count}, for train has {count} rows; got {number}"
         )
     if options.split == "dirichlet" and task.is_class:
         of_rows = [task.label_of(row) for row in rows]

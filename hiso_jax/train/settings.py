@@ -110,7 +110,11 @@ class Options:
         return COMPARED if self.compare else (self.method,)
 
 
-RENAMED = {"own_directions": "per_client_directions", "words": "verbalizer"}
+RENAMED = {
+    "own_directions": "per_client_directions",
+    "words": "verbalizer",
+    "num_clients": "clients",
+}
 """Options under the names that they had before 0.2."""
 
 
