@@ -30,7 +30,9 @@ SHAPES = [(), (1,), (7,), (33,), (3, 5), (64,), (0, 3), (5, 3, 2, 2), (129, 257)
 def odd_tree(seed: int = 0) -> dict[str, Any]:
     """A tree of more than 250 thousand parameters in odd shapes."""
     rng = np.random.default_rng(seed)
-    leaves = {f"leaf{i}": jnp.asarray(np.float32(rng.normal(size=s))) for i, s in enumerate(SHAPES)}
+    leaves = {
+        f"leaf{i}": jax.device_put(np.float32(rng.normal(size=s))) for i, s in enumerate(SHAPES)
+    }
     return {"first": leaves, "second": [jnp.ones((16, 17)), {"deep": jnp.full((3, 3), 0.5)}]}
 
 
@@ -73,7 +75,7 @@ def _mixed() -> dict[str, Any]:
     """A scalar, an empty leaf, rows, layers, a number that is no parameter."""
     rng = np.random.default_rng(0)
     shapes = {"scalar": (), "empty": (0, 3), "odd": (33,), "rows": (61, 97), "stack": (4, 32, 48)}
-    leaves = {n: jnp.asarray(np.float32(rng.normal(size=s))) for n, s in shapes.items()}
+    leaves = {n: jax.device_put(np.float32(rng.normal(size=s))) for n, s in shapes.items()}
     return leaves | {"frozen": jnp.ones(77), "step": jnp.int32(3)}
 
 

@@ -23,7 +23,6 @@ from itertools import combinations
 from typing import Any, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -158,7 +157,7 @@ def batches(row: Row) -> Iterator[jax.Array]:
     for number in range(ROUNDS):
         clients, width = ((3, 4), (2, 5))[number % 2 * row.changing]
         drawn = np.random.default_rng(number).normal(size=(clients, row.steps, width))
-        yield jnp.asarray(np.float32(drawn * np.nan if number == NOBODY else drawn))
+        yield jax.device_put(np.float32(drawn * np.nan if number == NOBODY else drawn))
 
 
 def test_layouts_are_what_they_are_called():
