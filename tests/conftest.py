@@ -77,6 +77,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs whose pictures nobody looks at: they take longer than the run."""
+    from hiso_jax.train import page, report
+
+    for name in ("draw", "draw_split"):
+        monkeypatch.setattr(report, name, lambda *_: None)
+    monkeypatch.setattr(page, "svg", lambda *_: "")
+
+
+@pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 200 kB, which `helpers.remount` makes another one."""
     folder = tmp_path / "disk"

@@ -15,6 +15,8 @@ from hiso_jax.algorithm import algorithm
 from hiso_jax.train import depth, digits, job, methods, settings
 from tests.helpers import assert_same_bits
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def test_a_job_has_several_depths(tmp_path: Any):
     """Each cut starts from what the deeper one kept, and keeps what it would from the batch."""

@@ -14,6 +14,8 @@ from hiso_jax.models import cnn
 from hiso_jax.train import cli, digits
 from tests.helpers import assert_same_bits, finish, here, refuse, start
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def test_the_digits_and_first_weights_are_those_of_the_libraries():
     from sklearn.datasets import load_digits

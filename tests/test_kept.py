@@ -24,6 +24,8 @@ from hiso_jax.models import adapters
 from hiso_jax.train import digits, finetune, folders, job
 from tests.helpers import REVIEWS
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CLIENTS = digits.digits(5)
 
 

@@ -18,6 +18,8 @@ from hiso_jax.federation import private
 from hiso_jax.train import digits, job, report
 from tests.helpers import here, outcome, refuse
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.mark.slow
 @pytest.mark.ci

@@ -18,6 +18,8 @@ from hiso_jax.train import digits, job, report
 from hiso_jax.train import selecting as jobs
 from tests.helpers import PROBLEMS, assert_same_bits, outcome, refuse, trunk
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 RNG = np.random.default_rng(0)
 DATA = {
     f"c{i}": {"x": RNG.normal(size=(9 + 4 * i, 3)).astype(np.float32),
