@@ -210,7 +210,7 @@ def main(options: Results) -> None:
         raise SystemExit(f"--where: there is no such row in {', '.join(map(str, options.rows))}")
     baseline = options.baseline or "decomfl"
     if options.baseline and baseline not in (known := {c.method for c in curves(rows)}):
-        names = ", ".join(sorted(known))
+        names = ", ".join(map(repr, sorted(known)))  # there are commas in some
         raise SystemExit(f"--baseline: expected one of {names}, got {baseline!r}")
     show(*(pivot(rows) if options.pivot else summary(rows, options.by, baseline)))
     if options.picture:
