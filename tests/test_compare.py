@@ -108,7 +108,9 @@ def test_the_table_says_what_the_rows_say(tmp_path: Path):
     assert lines[1][6:] == ["never", "never", "", ""]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    with pytest.raises(SystemExit, match="--baseline: expected one of 'decomfl', 'hiso', got 'rms'"):
+    with pytest.raises(
+        SystemExit, match="--baseline: expected one of 'decomfl', 'hiso', got 'rms'"
+    ):
         results.main(results.Results(rows=(path,), baseline="rms"))
 
 
