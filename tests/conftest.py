@@ -78,12 +78,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For runs whose pictures nobody looks at: they take longer than the run."""
-    from hiso_jax.train import page, report
+    """For runs whose pictures nobody looks at."""
+    from tests.helpers import draw_nothing
 
-    for name in ("draw", "draw_split"):
-        monkeypatch.setattr(report, name, lambda *_: None)
-    monkeypatch.setattr(page, "svg", lambda *_: "")
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture

@@ -265,6 +265,15 @@ def refused(folder: Path, text: str, kind: Any = ValueError) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Let jobs make no pictures, which take longer than a short run."""
+    from hiso_jax.train import page, report
+
+    for name in ("draw", "draw_split"):
+        patch.setattr(report, name, lambda *_: None)
+    patch.setattr(page, "svg", lambda *_: "")
+
+
 ROOT = Path(__file__).parents[1]
 # A job sees the machine as it is, without the host devices of the tests; jobs compile the same
 # small programs over and over, so even those are kept.

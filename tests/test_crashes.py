@@ -15,8 +15,8 @@ import pytest
 
 import hiso_jax as hj
 from hiso_jax.ledger import snapshots
-from hiso_jax.train import digits, folders, job, page, report
-from tests.helpers import outcome, refuse, remount, rows
+from hiso_jax.train import digits, folders, job
+from tests.helpers import draw_nothing, outcome, refuse, remount, rows
 
 ROUNDS, EVERY = 7, 2
 PROBLEM = digits.digits(5)
@@ -48,9 +48,7 @@ def one_program() -> Iterator[None]:
     """The same algorithm for all runs, and no pictures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "algorithm", lambda *_: ALGORITHM)
-        for name in ("draw", "draw_split"):
-            patch.setattr(report, name, lambda *_: None)
-        patch.setattr(page, "svg", lambda *_: "")
+        draw_nothing(patch)
         yield
 
 
