@@ -29,6 +29,10 @@ def text(tree):
     return digests.text(hj.digest(tree))
 
 
+def test_nothing_is_sixteen_zeros():
+    assert digests.text(np.zeros(2)) == "0" * 16
+
+
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_every_bit_counts(data):

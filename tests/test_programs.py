@@ -100,14 +100,8 @@ ROWS = {
     "rms": Row("rms", "rademacher", 2),
 }
 SLOW = {"rms"}  # every option of it is in another row
-CI = {
-    "adam",
-    "fzoo",
-    "momentum",
-    "meazo",
-    "hizoo",
-    "identity-uppers",
-}  # as other rows, but for the rule or K
+# As other rows, but for the rule or K.
+CI = {"adam", "fzoo", "momentum", "meazo", "hizoo", "identity-uppers"}
 PAIRS = """
     hiso normal, hiso near_normal, hiso rademacher, hiso K=1, hiso K>1, hiso float32, hiso bfloat16,
     identity near_normal, identity float16, identity K=1, identity pool, identity own, identity uppers,
