@@ -1,6 +1,7 @@
 """Prompts and label words for a language model, compared on training examples without training.
 
     python -m experiments.prompts experiments/prompts.toml
+    python -m experiments.prompts experiments/prompts_rte.toml --task rte --data RTE_FOLDER
 
 The file has candidates, each a prompt and a word for each label. What is printed: accuracy, loss,
 and accuracy if every label's logit is measured from its median, which shows how much of the error
@@ -19,9 +20,9 @@ import tyro
 from rich.table import Table
 
 from hiso_jax import models
-from hiso_jax.tasks import docstrings, splits, text
+from hiso_jax.tasks import data, docstrings, splits, text
 from hiso_jax.tasks.prompts import Task
-from hiso_jax.train import llm, report
+from hiso_jax.train import finetune, llm, report
 
 AT_ONCE = 40
 """Examples computed at a time."""
@@ -29,10 +30,16 @@ AT_ONCE = 40
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compare prompts and label words on docstrings of the training split."""
+    """Compare prompts and label words on examples of the training split."""
 
     candidates: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """TOML with [[candidate]] tables of `prompt` and `verbalizer`."""
+    data: Path | None = None
+    """Data of a task in place of the docstrings, as `hiso llm` takes them."""
+    task: str = "sst2"
+    """Which task they are of."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns of a CSV or TSV without a header line."""
     model: str | None = None
     """Folder, GGUF file or hub id of a decoder; by default SmolLM2."""
     examples: int = 240
@@ -61,6 +68,24 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
+def _task(options: Options, prompt: str, words: tuple[str, ...]) -> Task:
+    if options.data is None:
+        return Task(prompt, verbalizer=words)
+    asked = finetune.Options(
+        task=options.task, data=options.data, columns=options.columns, prompt=prompt,
+        verbalizer=words,
+    )  # fmt: skip
+    return finetune.task_of(asked)
+
+
+def _train(options: Options, task: Task) -> data.Rows:
+    """The training split, as the job reads it."""
+    if options.data is not None:
+        return data.read(task, options.data, options.columns, seed=0).parts["train"]
+    examples = [e._asdict() for e in docstrings.load()]
+    return [examples[i] for i in splits.train_dev_test(len(examples), seed=0)[0]]
+
+
 def run(options: Options) -> list[dict[str, Any]]:
     """Measure every candidate; return a row for each, the lowest loss first."""
     candidates = tomllib.loads(options.candidates.read_text()).get("candidate", [])
@@ -68,10 +93,10 @@ def run(options: Options) -> list[dict[str, Any]]:
         raise ValueError(f"{options.candidates}: expected [[candidate]] tables, got none")
     folder = options.model or str(llm.bundled_model())
     tokenizer, model = models.load_tokenizer(folder), models.from_pretrained(folder)
-    examples = [e._asdict() for e in docstrings.load()]
-    train = splits.train_dev_test(len(examples), seed=0)[0]
+    tasks = [_task(options, each["prompt"], tuple(each["verbalizer"])) for each in candidates]
+    train = _train(options, tasks[0])
     picks = np.random.default_rng(0).permutation(len(train))[: options.examples]
-    rows = [examples[train[i]] for i in picks]
+    rows = [train[i] for i in picks]
 
     @jax.jit
     def logits_of(params: Any, ids: jax.Array, mask: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -80,8 +105,7 @@ def run(options: Options) -> list[dict[str, Any]]:
     out = []
     with report.progress() as bar:
         task_bar = bar.add_task("candidates", total=len(candidates), status="compiling")
-        for done, candidate in enumerate(candidates, 1):
-            task = Task(candidate["prompt"], verbalizer=tuple(candidate["verbalizer"]))
+        for done, (candidate, task) in enumerate(zip(candidates, tasks, strict=True), 1):
             shared, firsts = text.word_tokens(task, tokenizer, rows)
             batch = text.words(task, tokenizer, rows, options.length, shared)
             parts = [

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import prompts
 from experiments import selection as script
+from hiso_jax import federation
 from hiso_jax.federation import Select
 from hiso_jax.tasks import problem as problems
 from hiso_jax.train import digits, finetune
@@ -75,6 +77,36 @@ def test_examples_of_a_decoder_are_what_its_loss_is_made_of(
             jobs.settle(finetune.Options(select="entropy"), problem)
         with pytest.raises(ValueError, match="--select: balanced goes by classes"):
             jobs.settle(finetune.Options(select="balanced"), problem)
+
+
+def test_prompts_are_scored_as_the_job_does(tiny: Path, tmp_path: Path):
+    """`experiments.prompts` on training examples of a task: loss and accuracy before training."""
+    lines = "".join(f"{row['review']}\t{i % 2}\n" for i, row in enumerate(REVIEWS))
+    (data := tmp_path / "data").mkdir()
+    for part in ("train", "dev", "test"):
+        (data / f"{part}.tsv").write_text("sentence\tlabel\n" + lines)
+    told = [{"prompt": prompt, "verbalizer": ["down", "up"]}
+            for prompt in ("{sentence} It was", "So {sentence} It was")]  # fmt: skip
+    file = tmp_path / "of.toml"
+    file.write_text("".join(
+        f"[[candidate]]\nprompt = {json.dumps(t['prompt'])}\nverbalizer = {t['verbalizer']}\n"
+        for t in told
+    ))  # fmt: skip
+    found = prompts.run(prompts.Options(file, data, model=str(tiny), length=24))
+    assert found == sorted(found, key=lambda row: row["loss"])
+    assert {row["prompt"] for row in found} == {t["prompt"] for t in told}
+    own = finetune.Options(
+        model=str(tiny), data=data, task="sst2", clients=2, split="iid", length=24,
+        prompt=found[0]["prompt"], verbalizer=("down", "up"),
+    )  # fmt: skip
+    problem = finetune.build(own)
+    sums = federation.evaluate(
+        jax.jit(problem.score), problem.params, problem.dev, 256, problem.prepare
+    )
+    loss, accuracy = problem.metric_value(sums)
+    np.testing.assert_allclose(
+        (found[0]["loss"], found[0]["accuracy"]), (loss, accuracy), rtol=1e-5
+    )
 
 
 def test_noise_of_a_round_is_what_draws_have():
