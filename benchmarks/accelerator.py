@@ -106,8 +106,9 @@ def work(options: argparse.Namespace) -> None:
         runner.say(runner.BEGIN + case.name)
         began, row = time.monotonic(), dict(device)
         try:
-            row |= {"ok": True, "found": measure.run(case.part, dict(case.options))}
-            said = summary(row["found"])
+            found = measure.run(case.part, dict(case.options))
+            row |= {"ok": True, "found": found}
+            said = summary(found)
         except results.Skip as error:
             row |= {"ok": False, "skipped": True, "reason": (said := str(error))}
         except Exception as error:

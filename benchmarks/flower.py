@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 PROJECT = """\
 [project]
@@ -95,7 +96,7 @@ def measure(folder: Path, clients: int, rounds: int) -> list[tuple[float, list[i
     out, started = folder / "rows.json", []
     try:
         with open(folder / "log", "w") as log:
-            quiet = dict(cwd=folder, env=env, stdout=log, stderr=log)
+            quiet: dict[str, Any] = dict(cwd=folder, env=env, stdout=log, stderr=log)
             link = ["flower-superlink", "--insecure", "--disable-runtime-dependency-installation"]
             started.append(subprocess.Popen(link, start_new_session=True, **quiet))
             _until_open(8000)
@@ -133,7 +134,7 @@ def _until_open(port: int) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()

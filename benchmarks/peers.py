@@ -40,10 +40,10 @@ def torch_model(options: Options, folder: str | None = None, device: str = "cpu"
     import torch
     from transformers import AutoModelForCausalLM
 
-    kind = dict(attn_implementation="sdpa", dtype=getattr(torch, options.dtype))
+    kind: dict[str, Any] = dict(attn_implementation="sdpa", dtype=getattr(torch, options.dtype))
     if folder is None:
         with torch.device(device):  # where a billion random numbers take no time
-            model = AutoModelForCausalLM.from_config(ours.config(options.shape), **kind)
+            model: Any = AutoModelForCausalLM.from_config(ours.config(options.shape), **kind)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, **kind)
     return model.to(device).eval()

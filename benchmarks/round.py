@@ -79,7 +79,7 @@ def config(shape: str) -> Any:
     if shape in REAL:
         kind, own = REAL[shape]
         return getattr(transformers, f"{kind}Config")(**own, tie_word_embeddings=True)
-    own = dict(vocab_size=50272) | SHAPES[shape]
+    own: dict[str, Any] = dict(vocab_size=50272) | SHAPES[shape]
     width = own["hidden_size"]
     return transformers.OPTConfig(**own, ffn_dim=4 * width, word_embed_proj_dim=width)
 
@@ -204,7 +204,7 @@ def program(model: models.Model, options: Options) -> Any:
     """A round, compiled."""
     alg = algorithm(model, options)
     state = jax.eval_shape(alg.init, model.params, jax.random.key(0))
-    compiler = hj.compiler_options()
+    compiler: Any = hj.compiler_options()
     return jax.jit(alg.round, donate_argnums=0).lower(state, batches(options)).compile(compiler)
 
 
@@ -237,7 +237,8 @@ def measure(options: Options) -> dict[str, Any]:
         return metrics.record
 
     seconds = timing.interleaved({"bare": bare, "round": round}, options.repeats)
-    temp = step.memory_analysis().temp_size_in_bytes - forward.memory_analysis().temp_size_in_bytes
+    programs: list[Any] = [step, forward]
+    temp, bare_temp = (each.memory_analysis().temp_size_in_bytes for each in programs)
     rate, bandwidth = ceilings(options)
     work = flops(options)
     floor = work / rate + moved_bytes(options) / bandwidth
@@ -248,7 +249,7 @@ def measure(options: Options) -> dict[str, Any]:
         machine=timing.machine(),
         parameters=size,
         overhead=seconds["round"] / seconds["bare"],
-        temp_memory=temp / held,
+        temp_memory=(temp - bare_temp) / held,
         rule_memory=rule / held,
         compile_seconds=compile_seconds,
         round_seconds=seconds["round"],

@@ -51,7 +51,7 @@ def million(clients: int = 10**6, sampled: int = 1000, rounds: int = 5) -> dict[
     sizes = np.random.default_rng(0).integers(1, 5, clients)
     column = np.arange(sizes.sum(), dtype=np.int32)
     names = [str(i) for i in range(clients)]
-    everyone = Clients.joined(names, sizes, {"x": column})
+    everyone = Clients.joined(names, sizes.tolist(), {"x": column})
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for round in range(rounds):

@@ -7,8 +7,8 @@ others on the machine count little; what a network would add is not in them.
 """
 
 import argparse
+import collections
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +22,7 @@ class Meter:
     """Processor time and bytes by party and step."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[tuple[str, str]] = Counter()
+        self.seconds: dict[tuple[str, str], float] = collections.defaultdict(float)
         self.up = self.down = 0
 
     def timed(self, party: str, step: str, function: Callable[..., Any], *args: Any) -> Any:

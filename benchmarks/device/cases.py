@@ -60,7 +60,7 @@ def work(shape: str, tokens: int, passes: float) -> float:
 def overhead(worth: float, shape: str, dtype: str, law: str, sizes: str, **more: Any) -> Case:
     """A case of part "overhead"; `sizes` is clients x batch x tokens."""
     clients, batch, length = map(int, sizes.split("x"))
-    options = dict(
+    options: dict[str, Any] = dict(
         shape=shape, dtype=dtype, distribution=law, clients=clients, batch=batch, length=length,
         lazy=True, method="hiso", local_steps=1, num_perturbations=5, repeats=5,
     )  # fmt: skip

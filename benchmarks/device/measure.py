@@ -49,7 +49,7 @@ def machine(tiny: bool = False) -> dict[str, Any]:
         seconds = timing.interleaved({"product": lambda x=x, f=product: f(x, x)}, 5)["product"]
         found["matmul_tflops"][dtype] = many * 2 * size**3 / seconds / 1e12
     found["bandwidth_gbytes"] = bandwidth(2**20 if tiny else 2**30) / 1e9
-    precision = jax.config.jax_default_matmul_precision
+    precision = jax.config.values["jax_default_matmul_precision"]
     return found | {
         "machine": timing.machine(),
         "matmul_precision": str(precision or "JAX's default"),

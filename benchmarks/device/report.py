@@ -52,8 +52,8 @@ def targets(rows: Rows) -> list[dict[str, Any]]:
     met = None if share is None else share >= SHARE
     add("share of the matmul rate, same case", f">= {SHARE}", share, met, place)
     rates = results.good(rows, "throughput")
-    noise = rates.get("throughput/noise-float32")
-    for law, rate in (noise or {}).get("numbers_per_second", {}).items():
+    noise = rates.get("throughput/noise-float32", {})
+    for law, rate in noise.get("numbers_per_second", {}).items():
         part = rate / noise["memory_numbers_per_second"]
         add(f"noise, {law}, of what the memory allows", f">= {MEMORY}", part, part >= MEMORY,
             f"`directions.draw`, {law}")  # fmt: skip

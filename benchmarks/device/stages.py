@@ -29,7 +29,7 @@ class Stage(NamedTuple):
     """
 
     function: Callable[..., Any]
-    inputs: tuple[np.ndarray, ...]
+    inputs: tuple[np.ndarray | np.generic, ...]
 
 
 def words(salt: int = 0) -> np.ndarray:
