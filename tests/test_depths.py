@@ -56,50 +56,13 @@ def test_a_job_has_several_depths(tmp_path: Any):
 class TestAuto:
     """`--upper-directions auto`."""
 
-    @hypothesis.given(st.integers(1, 200), st.floats(1e-4, depth.DEAREST), st.floats(0, 2))
-    def test_never_more_work_than_whole_directions(self, work: int, share: float, held: float):
-        wholes, upper = depth.divide(work, share, held)
+    @hypothesis.given(st.integers(1, 200), st.floats(1e-4, depth.DEAREST))
+    def test_never_more_work_than_whole_directions(self, work: int, share: float):
+        wholes, upper = depth.divide(work, share)
         assert wholes >= 1 and 0 <= upper <= depth.MOST * work
         assert wholes + upper * share <= max(work, 1) + 1e-6
         # Nothing is left over that another direction of everything would fit in.
         assert work - wholes - upper * share < 1
-
-    @hypothesis.given(
-        st.integers(1, 200), st.floats(1e-4, depth.DEAREST), st.floats(0, 1), st.floats(0, 1)
-    )
-    def test_worth_more_the_more_layers_hold(self, work: int, share: float, a: float, b: float):
-        """What the look's early end rests on: nothing is worth more than if it held everything."""
-        # Two more directions of everything at a time, as their numbers are rounded.
-        slack = 2 * depth.GAINED / work
-        assert depth.worth(work, share, min(a, b)) <= depth.worth(work, share, max(a, b)) + slack
-        assert depth.worth(work, share, a) <= 1
-        assert depth.worth(work, share, 0) <= depth.GAINED * (1 + 1e-9)
-
-    @pytest.mark.parametrize(
-        "task, work, shares, held, chosen",
-        [
-            ("digits", 10, [0.056], [0.44], (7, 40, 1)),
-            ("MNIST", 20, [0.004, 0.283], [0.05, 0.95], (4, 56, 2)),
-            ("MiniLM, docstrings", 5, [0.167, 0.333], [0.24, 0.4], (1, 20, 1)),
-            ("MiniLM, SST-2", 5, [0.167], [0.39], (1, 20, 1)),
-            (
-                "SmolLM2, MeZO's",
-                5,
-                [0.033, 0.067, 0.133, 0.267],
-                [0.066, 0.071, 0.073, 0.1],
-                (4, 14, 2),
-            ),
-            ("SmolLM2, a good prompt", 5, [0.033, 0.133, 0.267], [0.015, 0.03, 0.04], None),
-        ],
-    )
-    def test_chooses_what_went_best_by_hand(
-        self, task: str, work: int, shares: list[float], held: list[float], chosen: Any
-    ):
-        """The tasks of docs/lab/results.md, with what the look saw there."""
-        seen = [depth.Depth(2**i, *x, x[1]) for i, x in enumerate(zip(shares, held, strict=True))]
-        best = depth.choose(work, seen)
-        found = best and (*depth.divide(work, best.share, best.held), best.layers)
-        assert found == chosen
 
     def test_a_look_sees_what_a_layer_holds(self):
         """Squares of scalars along masked noise are those of the gradient's part, in the mean."""
