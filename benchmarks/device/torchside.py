@@ -29,9 +29,8 @@ LONGEST = 120
 def _options(options: dict[str, Any], law: str = "normal") -> Any:
     from benchmarks import peers
 
-    given: dict[str, Any] = dict(method="decomfl", distribution=law, clients=2, batch=32)
-    given |= dict(length=32) | options
-    return peers.Options(**given)
+    given: dict[str, Any] = dict(method="decomfl", distribution=law, clients=2, batch=32, length=32)
+    return peers.Options(**(given | options))
 
 
 def _say(**found: Any) -> None:
