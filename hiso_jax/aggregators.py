@@ -122,12 +122,16 @@ def median() -> Aggregator:
     def aggregate(
         scalars: Float[Array, "C K P"], weights: Float[Array, "C"]
     ) -> Float[Array, "K P"]:
-        values, sorted_weights = _sorted(scalars, weights)
-        below, half = jnp.cumsum(sorted_weights, axis=0), weights.sum() / 2
+        # Of the largest weight: equal ones are then 1, whose sums are exact, and so are ties.
+        values, sorted_weights = _sorted(scalars, weights / weights.max())
+        below = jnp.cumsum(sorted_weights, axis=0)
+        half = below[-1:] / 2
         low = jnp.argmax(below >= half, axis=0)
         # An exact tie lies between two clients: their midpoint.
         high = jnp.where(
-            jnp.take_along_axis(below, low[None], 0)[0] == half, jnp.argmax(below > half, 0), low
+            jnp.take_along_axis(below, low[None], 0)[0] == half[0],
+            jnp.argmax(below > half, 0),
+            low,
         )
         picked = jnp.take_along_axis(values, jnp.stack([low, high]), axis=0)
         return picked.mean(0)
@@ -141,9 +145,7 @@ def trimmed_mean(trim: float = 0.1) -> Aggregator:
     Args:
       trim: fraction cut at each end, in [0, 0.5).
     """
-    checks.number("trim", trim, 0, 0.5)
-    if trim == 0.5:
-        raise ValueError("trim: expected a number < 0.5, got 0.5, which leaves no client")
+    checks.number("trim", trim, 0, 0.5, below=True)
 
     def aggregate(
         scalars: Float[Array, "C K P"], weights: Float[Array, "C"]
@@ -153,7 +155,7 @@ def trimmed_mean(trim: float = 0.1) -> Aggregator:
         cut = jnp.floor(trim * present.astype(jnp.float32)).astype(jnp.int32)
         rank = jnp.arange(scalars.shape[0])[:, None, None]
         inner = jnp.where((rank >= cut) & (rank < present - cut), sorted_weights, 0)
-        return (inner * values).sum(0) / inner.sum(0)
+        return (inner / inner.sum(0, keepdims=True) * values).sum(0)
 
     return Aggregator(aggregate, f"trimmed_mean({trim})")
 
@@ -166,7 +168,8 @@ def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
     scores is returned.
 
     Args:
-      num_byzantine: number of attackers to withstand, f >= 0; needs C >= 2 f + 3.
+      num_byzantine: number of attackers to withstand, f >= 0; needs C >= 2 f + 3. If fewer than
+        that have answered, the record is NaN and moves nothing: the attackers may be among them.
       num_selected: 1 is Krum, more is multi-Krum; at most C - f.
     """
     if num_byzantine != 0:
@@ -189,12 +192,14 @@ def krum(num_byzantine: int = 1, num_selected: int = 1) -> Aggregator:
         other = ~(jnp.eye(clients, dtype=bool) | absent[None])
         nearest = jnp.sort(jnp.where(other, squared, jnp.inf), axis=1)
         # Absent clients are nobody's neighbors, so fewer are counted.
-        neighbors = jnp.maximum((~absent).sum() - num_byzantine - 2, 1)
+        present = (~absent).sum()
+        neighbors = jnp.maximum(present - num_byzantine - 2, 1)
         counted = jnp.arange(clients)[None] < neighbors
         score = jnp.where(absent, jnp.inf, jnp.where(counted, nearest, 0).sum(1))
         rank = jnp.argsort(jnp.argsort(score))
         chosen = jnp.where(rank < num_selected, weights, 0)
-        return jnp.einsum("c,ckp->kp", chosen / chosen.sum(), scalars)
+        picked = jnp.einsum("c,ckp->kp", chosen / chosen.sum(), scalars)
+        return jnp.where(present >= needed, picked, jnp.nan)
 
     return Aggregator(aggregate, f"krum({num_byzantine}, {num_selected})")
 
@@ -203,6 +208,15 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "mean": mean, "median": median, "trimmed_mean": trimmed_mean, "krum": krum,
 }  # fmt: skip
 """By the name in a config."""
+
+
+MOST = 1e30
+"""Scalars beyond it count as infinite, so that no sum or mean of those that count is."""
+
+
+def finite(scalars: Float[ArrayLike, "C K P"]) -> Bool[Array, "C"]:
+    """Whether all of a client's scalars are numbers of a size that can be averaged."""
+    return (jnp.abs(jnp.asarray(scalars)) <= MOST).all((1, 2))
 
 
 class Combine(NamedTuple):
@@ -228,21 +242,22 @@ class Combine(NamedTuple):
             raise ValueError(f"scalars: expected shape [C, {sent[0]}, {sent[1]}] (clients, "
                              f"local steps, perturbations), got {scalars.shape}")  # fmt: skip
         weights = checks.weights(weights, scalars.shape[0])
-        finite = jnp.isfinite(scalars).all((1, 2))
-        counts = weights > 0
+        usual, counts = finite(scalars), weights > 0
         if checks.is_concrete((scalars, weights)) and self.nonfinite == "raise":
-            if bad := np.flatnonzero(~np.asarray(finite | ~counts)).tolist():
+            if bad := np.flatnonzero(~np.asarray(usual | ~counts)).tolist():
                 raise ValueError(
                     f"scalars: clients {bad} (positions along the first axis) sent NaN or infinite "
-                    'scalars; lower the learning rate, or leave them out with nonfinite="exclude"'
+                    f"scalars, or some beyond {MOST:g}; lower the learning rate, or leave them out "
+                    'with nonfinite="exclude"'
                 )
-        weights = jnp.where(finite, weights, 0)
+        weights = jnp.where(usual, weights, 0)
         scalars = jnp.where((weights > 0)[:, None, None], scalars, 0)
         # A record nobody may apply is NaN: `advance` then moves nothing.
-        usable = weights.sum() > 0
+        record = self.aggregator(scalars, weights)
+        usable = (weights.sum() > 0) & jnp.isfinite(record).all()
         if self.nonfinite == "raise":
-            usable &= (finite | ~counts).all()
-        return jnp.where(usable, self.aggregator(scalars, weights), jnp.nan), weights, finite
+            usable &= (usual | ~counts).all()
+        return jnp.where(usable, record, jnp.nan), weights, usual
 
     @property
     def config(self) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def _normalized(
     config: Mapping[str, Any],
 ) -> Rule:
     """Divide the step by the root of a running average of a number made of the scalars."""
-    checks.number("decay", decay, 0, 1)
+    checks.number("decay", decay, 0, 1, below=True)
 
     def update(
         state: ScaleState, delta: Leaves, scalars: Float[Array, "P"], last: Bool[Array, ""]
@@ -311,8 +311,8 @@ def adam(b1: Number = 0.9, b2: Number = 0.999, epsilon: Number = 1e-8) -> Rule:
       b1, b2: weights of the old moments, in [0, 1).
       epsilon: in the denominator, > 0.
     """
-    checks.number("b1", b1, 0, 1)
-    checks.number("b2", b2, 0, 1)
+    checks.number("b1", b1, 0, 1, below=True)
+    checks.number("b2", b2, 0, 1, below=True)
     checks.number("epsilon", epsilon, 0, above=True)
 
     def update(

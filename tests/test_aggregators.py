@@ -16,9 +16,10 @@ def scalars(clients: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(clients, 2, 3)).astype(np.float32)
 
 
+@pytest.mark.parametrize("weight", [1, 0.1, 0.7])
 @pytest.mark.parametrize("clients", [1, 2, 5, 8])
-def test_equal_weights_are_the_ordinary_statistics(clients: int):
-    g, one = scalars(clients), np.ones(clients, np.float32)
+def test_equal_weights_are_the_ordinary_statistics(clients: int, weight: float):
+    g, one = scalars(clients), np.full(clients, weight, np.float32)
     np.testing.assert_allclose(aggregators.mean()(g, one), g.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(aggregators.median()(g, one), np.median(g, 0), rtol=1e-6)
     cut = int(0.2 * clients)
@@ -71,6 +72,31 @@ def test_weighted_mean_and_median():
     assert float(aggregators.mean()(g, weights)[0, 0]) == pytest.approx(33 / 5)
     assert float(aggregators.median()(g, weights)[0, 0]) == 10.0
     assert float(aggregators.median()(g, np.float32([2, 1, 1]))[0, 0]) == 1.5
+
+
+@pytest.mark.parametrize("aggregator", [*ALL, aggregators.concatenate(9)])
+@pytest.mark.parametrize("size, counts", [(aggregators.MOST, True), (3.4e38, False)])
+def test_the_largest_numbers_never_make_a_record_infinite(
+    aggregator: aggregators.Aggregator, size: float, counts: bool
+):
+    """They count up to a size that can be averaged with any weights; what is beyond does not."""
+    g = scalars(9)
+    g[2:4] = size
+    weights = np.array([1, 1, 1e12, 1e12, 1, 1, 1, 1, 0], np.float32)
+    combine = aggregators.Combine(aggregator, "exclude")
+    record, used, finite = combine(jnp.asarray(g), weights, (2, 3))
+    assert np.isfinite(record).all()
+    assert finite[2:4].tolist() == [counts] * 2 and (np.asarray(used[2:4]) > 0).all() == counts
+
+
+def test_krum_with_too_few_present_moves_nothing():
+    """Two attackers among seven are withstood, among four that have answered they need not be."""
+    g = scalars(7)
+    g[:2] = 1000
+    krum = aggregators.Combine(aggregators.krum(2))
+    assert np.abs(np.asarray(krum(jnp.asarray(g), np.ones(7), (2, 3))[0])).max() < 10
+    few = np.array([1, 1, 1, 1, 0, 0, 0], np.float32)
+    assert np.isnan(krum(jnp.asarray(g), few, (2, 3))[0]).all()
 
 
 @pytest.mark.parametrize("make, text", [

@@ -104,6 +104,20 @@ def test_a_nan_moves_nothing_and_frozen_leaves_stay():
     assert (np.asarray(end.params["w"]) != np.arange(3.0)).all()
 
 
+def test_who_is_absent_is_never_averaged_in_and_the_last_gradient_is_looked_at():
+    alg = baselines.first_order("fedavg", loss, 0.1)
+    state, batches = alg.init({"w": jnp.zeros(3)}, jax.random.key(0)), jnp.asarray(DATA[0][:, :1])
+    step, here = jax.jit(alg.round), jnp.array([1.0, 0.0, 1.0])
+    alone, _ = step(state, batches, here)
+    end, _ = step(state, batches.at[1].set(jnp.nan), here)
+    np.testing.assert_array_equal(end.params["w"], alone.params["w"])
+    steep = lambda params, batch: jnp.sqrt(params["w"]).sum() + 0 * batch.sum()  # noqa: E731
+    alg = baselines.first_order("fedavg", steep, 0.1)  # finite at zero, its slope is not
+    end, metrics = jax.jit(alg.round)(state, batches)
+    assert metrics.finite.all() and np.isnan(metrics.record).all()
+    np.testing.assert_array_equal(end.params["w"], 0)
+
+
 def test_a_schedule_is_of_the_round():
     rate = optax.piecewise_constant_schedule(0.1, {1: 0.0})
     for name in ("fedavg", "fedadam"):

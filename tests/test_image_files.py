@@ -110,13 +110,63 @@ def test_splits_of_their_own(tmp_path: Path):
         images.read(tmp_path, 8)
 
 
+def tree(root: Path, folders: str, count: int = 9) -> Path:
+    """Images in each of some folders."""
+    for label, name in enumerate(folders.split()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            colored(label % 3).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("folders, parts, note", [
+    ("train/cat train/dog Eval/cat Eval/dog", {"train", "dev", "test"}, ""),
+    ("train/cat train/dog evaluation/cat evaluation/dog testing/dog", {"train", "dev", "test"}, ""),
+    ("train/cat train/dog test/cat test/dog unlabeled", {"train", "dev", "test"}, "unlabeled"),
+])  # fmt: skip
+def test_splits_are_found_by_all_their_names(
+    folders: str, parts: set[str], note: str, tmp_path: Path
+):
+    found = images.read(tree(tmp_path, folders), 8)
+    assert found.classes == ("cat", "dog") and found.parts.keys() == parts
+    assert [
+        n.endswith(f"folders that are no split were not read: {note}") for n in found.notes
+    ] == ([True] if note else [])
+
+
+def test_split_or_class(tmp_path: Path):
+    """What is called as a split and holds images is a class; two of one split are refused."""
+    found = images.read(tree(tmp_path / "a", "bus car train"), 8)
+    assert found.classes == ("bus", "car", "train")
+    with pytest.raises(ValueError, match="val and validation are both of dev"):
+        images.read(tree(tmp_path / "b", "train/x train/y val/x validation/x"), 8)
+    with pytest.raises(ValueError, match="expected a folder train .* beside test"):
+        images.read(tree(tmp_path / "c", "x y test/x test/y"), 8)
+
+
+def test_one_scale_for_all_images_of_more_than_8_bits(tmp_path: Path):
+    """A dark one stays dark, whatever is in it."""
+    for value, wanted in ((0, 0), (255, 1), (256, 1), (300, 1), (65535, 255)):
+        Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / "a.png")
+        assert (images.picture(tmp_path / "a.png", 4) == wanted).all()
+    for value, wanted in ((0.0, 0), (0.2, 51), (1.0, 255)):
+        Image.fromarray(np.full((4, 4), value, np.float32)).save(tmp_path / "a.tiff")
+        assert (images.picture(tmp_path / "a.tiff", 4) == wanted).all()
+    for wrong in (np.full((4, 4), 7, np.float32), np.full((4, 4), np.nan, np.float32),
+                  np.full((4, 4), -1, np.int32), np.full((4, 4), 70_000, np.int32)):  # fmt: skip
+        Image.fromarray(wrong).save(tmp_path / "a.tiff")
+        with pytest.raises(ValueError, match="expected 8 bits, integers from 0 to 65535, or float"):
+            images.picture(tmp_path / "a.tiff", 4)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
 def test_every_mode_becomes_rgb(mode: str, tmp_path: Path):
     gray = np.linspace(0, 255, 256).reshape(16, 16)
     if mode == "I;16":
         image = Image.fromarray((gray * 257).astype(np.uint16))
     elif mode in "IF":
-        image = Image.fromarray((gray * 257).astype(np.int32 if mode == "I" else np.float32))
+        whole = mode == "I"
+        image = Image.fromarray((gray * 257).astype(np.int32) if whole else np.float32(gray / 255))
     else:
         image = Image.fromarray(gray.astype(np.uint8)).convert(mode)
     path = tmp_path / f"some.{'tiff' if mode in ('CMYK', 'I', 'F') else 'png'}"

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -178,7 +179,9 @@ def test_a_site_that_is_gone_at_any_step_is_out_of_the_sum(
     )
     net.lost = lambda name, own: False
     assert net.round().reported == dict.fromkeys(NAMES, 1.0)
-    assert [event is None for event in net.server.ledger.events()] == [False, True, False]
+    # After the last step's question the server may have the sum, whatever it says it has.
+    assert [event is None for event in net.server.ledger.events()] == [False, not enough, False]
+    assert net.server.ledger.records().reported[1] == (dict.fromkeys(NAMES, 1.0) if enough else {})
 
 
 def test_a_vector_is_given_once_also_by_a_process_that_has_begun_again(tmp_path: Path):
@@ -191,6 +194,52 @@ def test_a_vector_is_given_once_also_by_a_process_that_has_begun_again(tmp_path:
     assert closed.reported == {} and set(closed.faults) == set(NAMES)
     assert all(why.startswith("SecureError on its machine") for why in closed.faults.values())
     assert again.round().reported == dict.fromkeys(NAMES, 1.0)
+
+
+def test_of_fewer_than_a_round_needs_nothing_is_revealed():
+    net, seen = Net(NOISY, threshold=2), set[bytes]()
+
+    def lost(name: str, step: bytes) -> bool:
+        seen.add(step)
+        return name == "site-3"
+
+    net.lost = lost
+    closed = net.round(minimum=3)
+    assert closed.reported == {} and np.isnan(closed.record).all()
+    assert b"M" not in seen and net.server.ledger.events() == [None]
+    assert net.round(minimum=2).reported == dict.fromkeys(NAMES[:2], 1.0) and b"M" in seen
+
+
+def test_the_server_s_name_for_a_run_opens_no_other_journal(tmp_path: Path):
+    """Two sums of one round that differ in one site would be that site's scalars."""
+    net = Net(NOISY, threshold=2)
+    net.round()
+    own = net.sites["site-1"]
+    for name in ("another", own.run.hex() + "\n9 x", 7):
+        about = json.dumps(dict(run=name, names=NAMES, threshold=2, degree=None, least=2))
+        own._masks.keep(0, np.zeros((1, 2)))
+        with pytest.raises(secure.SecureError, match="run: expected '"):
+            own._masks.answer(wire.Step(0, (masked.BEGIN, about.encode())))
+    journal = secure.Journal(tmp_path / "journal")
+    for name in ("x\ny", "x\u2028y", ""):
+        with pytest.raises(secure.SecureError, match="run: expected one line"):
+            journal.take(name, 0)
+    journal.take("a run", 3)
+    secure.Journal(tmp_path / "journal").take("a run", 4)
+    (tmp_path / "journal").write_text("4 a run\ny\n")
+    with pytest.raises(ValueError, match="is no journal"):
+        secure.Journal(tmp_path / "journal")
+
+
+def test_a_run_that_stops_records_what_may_have_been_revealed():
+    """Between the last question and the record: the round is closed, not left to nobody."""
+    net = Net(NOISY, threshold=2)
+    net.lost = lambda name, step: step == b"M"
+    session = lambda: net.server.masked  # noqa: E731
+    closed = net.round(stop=lambda: session() is not None and session().step == b"R")
+    assert closed is not None and np.isnan(closed.record).all()
+    assert net.server.ledger.records().reported == [dict.fromkeys(NAMES, 1.0)]
+    assert net.server.ledger.events() == [NOISY.mechanism.event]
 
 
 OTHERS = certified("other authority")
@@ -269,7 +318,7 @@ def test_what_does_not_fit_is_named():
     asked = masks("site-1", little)
     asked.keep(0, np.zeros((1, 2)))
     about = (
-        b'{"run": "r", "names": ["site-1", "site-2"], "threshold": 2, "degree": null, "least": 2}'
+        b'{"run": "", "names": ["site-1", "site-2"], "threshold": 2, "degree": null, "least": 2}'
     )
     with pytest.raises(secure.SecureError, match="least: 2 clients would have less noise"):
         asked.answer(wire.Step(0, (masked.BEGIN, about)))

@@ -171,6 +171,75 @@ def test_the_budget_ends_a_run_before_it_is_exceeded_also_after_a_restart(tmp_pa
     assert host.open(["zoe"]) == rounds  # who has not taken part has given nothing away
 
 
+def test_what_a_void_round_could_have_shown_is_charged(tmp_path: Path):
+    """Where clients add the noise: to a server that is not trusted, all it was sent is released."""
+    terms = privacy.Terms.of(privacy.local(4.0, 6.0, clients=2))
+    host = started(":memory:", terms)
+    for number in range(3):
+        host.open(["ann", "bob"])
+        given = terms.contribute(scalars_of("ann"), client="ann", round=number, secret=SECRET)
+        assert host.reply("ann", number, given)
+        assert np.isnan(host.close(minimum=2)).all()
+    assert host.ledger.records().reported == [{"ann": 1.0}] * 3
+    found = private.accountant_of(host.ledger)
+    alone = privacy.epsilon_of({(terms.mechanism.event["noise"], 1.0): 3}, terms.delta)
+    assert found.epsilon() == host.accountant.epsilon() == alone > 0
+    host.open(["ann", "bob"])  # nobody replies: nothing was shown
+    host.close()
+    assert host.ledger.events()[3] is None
+
+    def asked(host: private.PrivateServer) -> secure.Server:
+        """A session up to the last question."""
+        number, session = host.open(NAMES), host.mask()
+        clients = {n: secure.Client(session.session, n, SITES[n], DIRECTORY) for n in NAMES}
+        for name, party in clients.items():
+            session.receive(name, party.advertise())
+        for name, keys in session.close().items():
+            session.receive(name, clients[name].share(keys))
+        for name, shares in session.close().items():
+            vector = DISTRIBUTED.contribute(
+                scalars_of(name), client=name, round=number, secret=SECRET + name.encode()
+            )
+            if name != "eve":
+                session.receive(name, clients[name].mask(shares, vector))
+        session.close()
+        return session
+
+    path = tmp_path / "ledger"
+    asked(started(path, DISTRIBUTED, directory=DIRECTORY))  # and then it is killed
+    again = private.PrivateServer(ALGORITHM, fresh(), hj.Ledger.open(path), directory=DIRECTORY)
+    again.open(NAMES)
+    assert np.isnan(again.close()).all()
+    assert again.ledger.records().reported == [dict.fromkeys(NAMES[:4], 1.0)]
+    assert again.ledger.events() == [DISTRIBUTED.mechanism.event]
+    assert private.accountant_of(again.ledger).epsilon() == again.accountant.epsilon() > 0
+    again.open(NAMES)
+    again.close()
+    assert again.ledger.events()[1] is None
+
+
+def test_noise_of_another_size_is_other_noise():
+    """Of one secret, one round and one sum: else two runs would show what each of them hides."""
+    sizes = [privacy.Terms.of(privacy.central(4.0, noise, clients=2)) for noise in (6.0, 3.0)]
+    total = np.append(np.arange(400), 2)
+    large, small = (
+        terms.release(total, round=0, secret=SECRET)[:-1].astype(float) - total[:-1]
+        for terms in sizes
+    )
+    assert abs(np.corrcoef(large, small)[0, 1]) < 0.2
+    assert 1.7 < large.std() / small.std() < 2.3
+
+
+@pytest.mark.parametrize("clients, asked, rounds", [(10, 6, 10), (100, 40, 50), (50, 20, 200)])
+def test_noise_for_an_epsilon_is_enough_for_a_balanced_draw(clients: int, asked: int, rounds: int):
+    noise = privacy.calibrate(8.0, rounds=rounds, clients=clients, asked=asked)
+    accountant, everybody = privacy.Accountant(1e-5), [str(i) for i in range(clients)]
+    for round in range(rounds):
+        names = federation.draw(everybody, asked, round, balanced=True)
+        accountant.spend({"noise": noise, "participation": "known"}, names)
+    assert 7 < accountant.epsilon() <= 8
+
+
 def test_an_event_that_is_changed_or_gone_is_found(tmp_path: Path):
     host = started(tmp_path / "a", CENTRAL, secret=SECRET)
     answer_all(host)

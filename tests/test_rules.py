@@ -329,3 +329,12 @@ def test_own_directions_are_refused_where_they_make_no_sense():
         alg.probe(start, jnp.ones((1, 1, 2)), slot=2)
     with pytest.raises(ValueError, match="at most per_client_directions=2"):
         alg.aggregate(jnp.ones((3, 1, 5)))
+
+
+@pytest.mark.parametrize("make, name", [
+    (lambda: hj.rules.rms(1.0), "decay"), (lambda: hj.rules.meazo(1.0), "decay"),
+    (lambda: hj.rules.adam(b1=1.0), "b1"), (lambda: hj.rules.adam(b2=1.0), "b2"),
+])  # fmt: skip
+def test_an_average_that_takes_nothing_new_is_refused(make: Any, name: str):
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number >= 0 and < 1, got 1"):
+        make()

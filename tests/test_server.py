@@ -248,3 +248,12 @@ def test_snapshots_are_pruned_and_never_trusted(tmp_path: Path):
         paths[0].write_bytes(b"garbage")
         assert_same_bits(restore(), fresh())
         assert_same_bits(server.catch_up(ALGORITHM, restore(), ledger.records()), states[3])
+
+
+def test_a_snapshot_of_an_earlier_round_replaces_those_of_later_ones(tmp_path: Path):
+    """They are of rounds that were lost: what is written now is kept."""
+    states = [ALGORITHM.init({"w": jnp.ones(33)}, jax.random.key(4))]
+    states = [states[0]._replace(round=jnp.int32(n)) for n in (3, 5, 7, 2)]
+    for state in states:
+        path = snapshots.save(tmp_path, ALGORITHM, state)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] == ["round-00000002.safetensors"]

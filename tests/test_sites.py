@@ -248,12 +248,25 @@ class Forger:
         return self.content
 
 
+class Huge:
+    """Its scalars are finite, and their sum with others' is not."""
+
+    def __init__(self, name: str):
+        self.real = parties.site(name, ALGORITHM)
+
+    def answer(self, message: bytes) -> bytes:
+        said = wire.parse(self.real.answer(message), self.real.run, (1, 2), (1, 2))
+        if isinstance(said, wire.Reply):
+            said = said._replace(scalars=np.full((1, 2), 3.4e38, np.float32))
+        return wire.pack(said, self.real.run)
+
+
 RUN = parties.site("site-2", ALGORITHM).run
 FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
     "another base": (other_base, "another base model: its digest is .* leaves with other values: w"),
     "another algorithm": (other_algorithm, "smoothing is 0.001 there and 0.002 here"),
     "another version": (other_version, r"another version of hiso-jax: [\d.]+ there, 0\.0\.9 here"),
-    "NaN": (other_data, "scalars: client 'site-2': expected finite ones, got"),
+    "NaN": (other_data, "scalars: client 'site-2': expected finite ones of at most 1e"),
     "no data": (no_data, "^FileNotFoundError on its machine, whose log says more$"),
     "10 MB": (lambda: Forger(wire.pack(wire.Reply(0, np.zeros(2), np.zeros(2_500_000)), RUN)),
               "expected 20 bytes after its head, got 10000012"),
@@ -270,6 +283,12 @@ FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
     "another protocol": (lambda: Forger(b"hj\2\1" + RUN), "expected version 1 of the messages, got 2"),
     "no header": (lambda: Forger(wire.pack(wire.Other({"algorithm": 3}), b"12345678")),
                   "what it says of itself is no header"),
+    "software as a text": (lambda: Forger(wire.pack(wire.Other(
+        parties.site("site-2", ALGORITHM).header | {"software": "none"}), RUN)), "no header"),
+    "leaves named by numbers": (lambda: Forger(wire.pack(wire.Other(
+        parties.site("site-2", ALGORITHM).header | {"leaves": [[1, "float32", [3], True]]}), RUN)),
+        "other leaves: only there w, only here 1"),
+    "too large": (lambda: Huge("site-2"), "expected finite ones of at most 1e"),
     "a wild header": (lambda: Forger(wire.pack(wire.Other(dict.fromkeys(
         ("algorithm", "key", "base", "leaves", "software"), 7)), RUN)), "no header"),
 }  # fmt: skip

@@ -40,9 +40,13 @@ def count(name: str, value: Any) -> int:
 
 
 def number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False
-) -> Any:
-    """Return a real number in [low, high] (or (low, high] if `above`); traced values pass."""
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *,
+    above: bool = False, below: bool = False,
+) -> Any:  # fmt: skip
+    """Return a real number in [low, high], without low if `above`, without high if `below`.
+
+    Traced values pass.
+    """
     if isinstance(value, Tracer):
         return value
     if isinstance(value, (bool, str)) or np.ndim(value) or not np.isrealobj(value):
@@ -51,8 +55,10 @@ def number(
         real = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a real number, got {value!r}") from None
-    wanted = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
-    if not math.isfinite(real) or real > high or real < low or (above and real == low):
+    most = f" and {'<' if below else '<='} {high:g}" if high < math.inf else ""
+    wanted = f"{'>' if above else '>='} {low:g}{most}"
+    out = real > high or real < low or (above and real == low) or (below and real == high)
+    if not math.isfinite(real) or out:
         raise ValueError(f"{name}: expected a finite number {wanted}, got {value!r}")
     return value
 

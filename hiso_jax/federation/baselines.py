@@ -104,13 +104,17 @@ def _build(
                 return {n: v - own_rate * slope[n].astype(v.dtype) for n, v in x.items()}, value
 
             moved, values = lax.scan(step, leaves, (jnp.arange(steps), data))
-            total = {n: t + weight * (leaves[n] - moved[n]) for n, t in total.items()}
+            # Not 0 times: who is absent may have NaN, and 0 times that is one.
+            counted = lambda x: jnp.where(weight > 0, weight * x, 0)  # noqa: E731
+            total = {n: t + counted(leaves[n] - moved[n]) for n, t in total.items()}
             return total, values
 
         zeros = {n: jnp.zeros(x.shape, jnp.float32) for n, x in leaves.items()}
         total, losses = lax.scan(client, zeros, (jnp.arange(count), weights, batches))
         finite = jnp.isfinite(losses).all(1)
         usable = (finite | (weights == 0)).all() & (weights.sum() > 0)
+        # The last step's gradient is in no loss.
+        usable &= jnp.stack([jnp.isfinite(t).all() for t in total.values()]).all()
         mean = {n: t / weights.sum() for n, t in total.items()}
         if server is None:
             updates, memory = {n: -x for n, x in mean.items()}, state.rule

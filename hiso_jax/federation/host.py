@@ -9,6 +9,7 @@ closes the round when all have answered or time is up. Nothing that a client sen
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from hiso_jax.ledger import header as headers
 log = logging.getLogger(__name__)
 RESETS = 2
 """Times that a client is sent back to the base model before it is only named."""
+CATCH_UPS = 3
+"""Times a round that a client is sent what it missed: its process may begin again meanwhile."""
 
 
 class Closed(NamedTuple):
@@ -85,6 +88,7 @@ class Host:
         self._asked: dict[str, int] = {}  # name -> slot
         self._faults: dict[str, str] = {}
         self._done: set[str] = set()
+        self._catch_ups: Counter[str] = Counter()  # times, of the round
         self._last = False
         self._enough: int | None = None  # so many answers begin to count time
         self._changed = threading.Condition()
@@ -129,7 +133,7 @@ class Host:
             self._ask(name)
         if not self._wait(begin + deadline, stop, gone, minimum, grace):
             return None
-        if not self._gather(stop, gone):
+        if not self._gather(stop, gone, minimum):
             return None
         return self.close(minimum, round, begin)
 
@@ -142,7 +146,9 @@ class Host:
         with self._changed:
             number = self.server.round if round is None else round
             record = self.server.close(minimum)
-            reported = self.server.ledger.records(number).reported[0]
+            # A void round has names in the ledger where it may have shown something of theirs.
+            void = np.isnan(record).all()
+            reported = {} if void else self.server.ledger.records(number).reported[0]
             silent = [n for n in self._asked if n not in self._done and n not in reported]
             faults, self._asked = self._faults, {}
         return Closed(number, record, reported, faults, silent, time.monotonic() - begin)
@@ -212,6 +218,9 @@ class Host:
                 again = self._take(name, parsed)
             except (wire.WireError, headers.Mismatch, ValueError) as error:
                 self._fault(name, str(error))
+            except Exception as error:  # whatever a client sends, the others' round goes on
+                log.exception("round %d: %s: its message cannot be taken", self.server.round, name)
+                self._fault(name, f"its message cannot be taken: {type(error).__name__}")
             self._tell()
         if again is not None:
             self._post(name, again)
@@ -225,7 +234,7 @@ class Host:
 
     def _begin(self, names: list[str], last: bool) -> None:
         self._asked = {name: slot for slot, name in enumerate(names)}
-        self._faults, self._done, self._last = {}, set(), last
+        self._faults, self._done, self._last, self._catch_ups = {}, set(), last, Counter()
 
     def _wait(
         self,
@@ -251,7 +260,7 @@ class Host:
                 self._changed.wait(min(until - now, 0.2))
         return not stop()
 
-    def _gather(self, stop: Callable[[], bool], gone: Callable[[str], bool]) -> bool:
+    def _gather(self, stop: Callable[[], bool], gone: Callable[[str], bool], minimum: int) -> bool:
         """What there is to do between answers and record; False if it was stopped."""
         return True
 
@@ -371,8 +380,11 @@ class Host:
             )
         elif self._held.get(name) == round:  # it was sent all that it needs, and did not move
             self._fault(name, f"it stays at round {round}")
+        elif self._catch_ups[name] >= CATCH_UPS:  # each may cost a whole model
+            self._fault(name, f"it has been behind {CATCH_UPS} times in this round")
         else:
             self._held[name] = round
+            self._catch_ups[name] += 1
             return self._message(name, round)
         return None
 

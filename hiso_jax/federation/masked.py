@@ -50,6 +50,7 @@ class Masks:
         secret: bytes | None = None,
     ):
         self.terms, self.name = terms, name
+        self.run = ""  # the site's own; what the server calls it would open another journal
         self._identity, self._authority = identity, authority
         self._journal, self._secret = journal, secret
         self._kept: tuple[int, np.ndarray] | None = None
@@ -98,8 +99,10 @@ class Masks:
 
     def _session(self, round: int, told: Mapping[str, Any]) -> secure.Session:
         assert self._kept is not None
+        if told["run"] != self.run:
+            raise secure.SecureError(f"run: expected {self.run!r}, got {told['run']!r}")
         session = secure.Session(
-            str(told["run"]), round, tuple(told["names"]), self._kept[1].size + 1,
+            self.run, round, tuple(told["names"]), self._kept[1].size + 1,
             told["threshold"], told["degree"], told["least"],
         )  # fmt: skip
         if session.least < self.terms.least:
@@ -152,10 +155,10 @@ class MaskedHost(Host):
         self._done.add(name)
         return None
 
-    def _gather(self, stop: Callable[[], bool], gone: Callable[[str], bool]) -> bool:
+    def _gather(self, stop: Callable[[], bool], gone: Callable[[str], bool], minimum: int) -> bool:
         lost: set[str] = set()  # who is gone; nobody waits for them any more
         try:
-            return self._session(lost, stop, gone)
+            return self._session(lost, stop, gone, minimum)
         except ValueError as error:  # too few for a sum, or somebody has forged
             self.server.masked = None
             log.warning("round %d is void: %s", self.server.round, error)
@@ -165,7 +168,11 @@ class MaskedHost(Host):
                 self._done -= lost
 
     def _session(
-        self, lost: set[str], stop: Callable[[], bool], gone: Callable[[str], bool]
+        self,
+        lost: set[str],
+        stop: Callable[[], bool],
+        gone: Callable[[str], bool],
+        minimum: int,
     ) -> bool:
         with self._changed:
             there = [n for n in self._asked if n in self._done and n not in self._faults]
@@ -173,7 +180,8 @@ class MaskedHost(Host):
             self._done |= lost
         self._credentials = {}
         few = self._threshold
-        masked = self.server.mask(few, None if few else NEIGHBORS, there, least=few)
+        masked = self.server.mask(few, None if few else NEIGHBORS, there, least=few,
+                                  minimum=minimum, run=self.run.hex())  # fmt: skip
         session = masked.session
         about = dict(run=session.run, names=list(session.names), threshold=session.threshold,
                      degree=session.degree, least=session.least)  # fmt: skip
@@ -183,7 +191,8 @@ class MaskedHost(Host):
                 self._done -= parts.keys()
             for name, own in parts.items():
                 self._post(name, wire.Step(session.round, own))
-            if not self._wait(time.monotonic() + self._patience, stop, gone):
+            # What may have been revealed is recorded, also where the run is to stop.
+            if not self._wait(time.monotonic() + self._patience, stop, gone) and kind != REVEALED:
                 return False
             with self._changed:
                 lost |= self._asked.keys() - self._done

@@ -98,6 +98,7 @@ class PrivateServer(Server):
         self.accountant = accountant_of(ledger)
         self.masked: secure.Server | None = None
         self._released: tuple[dict[str, Any], dict[str, float]] | None = None
+        self._seen: list[str] = []  # of whom something may be known, even if the round is void
 
     def open(self, names: Iterable[Any]) -> int:
         """Ask clients for a round; return its number. See `Server.open`.
@@ -113,6 +114,8 @@ class PrivateServer(Server):
         self._check_budget(asked)
         number = super().open(asked)
         self.masked = None
+        # A process before may have been killed between a sum and its record.
+        self._seen = self.ledger.opened() if self.terms.kind == "distributed" else []
         return number
 
     def open_drawn(self, names: Iterable[Any]) -> list[str]:
@@ -139,6 +142,8 @@ class PrivateServer(Server):
         degree: int | None = None,
         names: Iterable[str] | None = None,
         least: int = 0,
+        minimum: int = 1,
+        run: str | None = None,
     ) -> secure.Server:
         """The masked session of the round that is open; `close` takes its sum.
 
@@ -148,6 +153,8 @@ class PrivateServer(Server):
           names: of those among the asked that take part in the session; all by default.
           least: fewest clients that a sum is revealed of, if the terms do not say it; by default
             two thirds of the asked, whoever takes part.
+          minimum: as `close` will be given; nothing is revealed of fewer.
+          run: what the clients call the run; by default `run_name`.
 
         Raises:
           RuntimeError: no round is open, or it has a session.
@@ -159,11 +166,17 @@ class PrivateServer(Server):
             raise ValueError("mask: the ledger says that replies of this run are not masked")
         steps, width = self.algorithm.spec.sent
         roster = tuple(self._asked if names is None else names)
-        least = self.terms.least or least or secure.two_thirds(len(self._asked))
-        session = secure.Session(run_name(self.ledger), self.round, roster,
-                                 steps * width + 1, threshold, degree, least)  # fmt: skip
-        self.masked = secure.Server(session, self.directory)
+        least = max(self.terms.least or least or secure.two_thirds(len(self._asked)), minimum)
+        run = run_name(self.ledger) if run is None else run
+        session = secure.Session(run, self.round, roster, steps * width + 1, threshold, degree,
+                                 least)  # fmt: skip
+        self.masked = secure.Server(session, self.directory, self._note)
         return self.masked
+
+    def _note(self, names: list[str]) -> None:
+        """Write down whose noise a sum may use up from now on, whatever becomes of the round."""
+        if self.terms.kind == "distributed":
+            self._seen = list(self.ledger.open_round(names))
 
     def reply(self, name: Any, round: int, scalars: Any, weight: float = 1.0) -> bool:
         """Take a client's reply; return whether it counts.
@@ -212,7 +225,8 @@ class PrivateServer(Server):
 
         Nothing is released before it is committed, and what is computed again after a crash is
         the same. A masked round of which too few are left, or whose session has not come to its
-        end, is void: a record of NaN.
+        end, is void: a record of NaN. Where clients add the noise, since the server is not
+        trusted, a void round is charged to those of whom it could have seen something.
 
         Args:
           minimum: as of `Server.close`; more than 1 would show how many a secret draw has drawn.
@@ -229,6 +243,7 @@ class PrivateServer(Server):
         if self._released is not None:
             self.accountant.spend(*self._released)
         self.masked = self._released = None
+        self._seen = []
         return record
 
     def _check_budget(self, names: Iterable[str]) -> None:
@@ -240,6 +255,8 @@ class PrivateServer(Server):
         mechanism, shape = self.terms.mechanism, self.ledger.shape
         secret_draw = mechanism is not None and mechanism.rate is not None
         names = [name for name in self._asked if name in self._replies]
+        if self.terms.kind == "local":
+            self._seen = names
         if self.algorithm.spec.directions.clients is not None:
             return self._combine_own(names, minimum)
         if self.terms.masked:
@@ -250,24 +267,29 @@ class PrivateServer(Server):
             total = np.zeros(shape[0] * shape[1] + 1, np.int64) if secret_draw else None
             names = []
         if total is None:
-            self._released = None
-            return np.full(shape, np.nan, np.float32), {}, None
+            return self._void()
         released = self.terms.release(total, round=self.round, secret=self._secret)
         record = self.terms.decode(released, shape)
         # Of a masked sum, only the sum of the weights is known.
         even = float(total[-1]) / max(len(names), 1)
         reported = {n: self._replies[n][1] if n in self._replies else even for n in names}
-        reported = {} if secret_draw else reported
+        reported = {} if secret_draw else dict.fromkeys(self._seen, 1.0) | reported
         event = None if mechanism is None else mechanism.event
         self._released = None if event is None else (event, reported)
         return record, reported, event
 
+    def _void(self) -> tuple[np.ndarray, dict[str, float], dict[str, Any] | None]:
+        """What is recorded of a round without a sum."""
+        seen, mechanism = dict.fromkeys(self._seen, 1.0), self.terms.mechanism
+        event = mechanism.event if mechanism is not None and seen else None
+        self._released = None if event is None else (event, seen)
+        return np.full(self.ledger.shape, np.nan, np.float32), seen, event
+
     def _combine_own(
         self, names: list[str], minimum: int
     ) -> tuple[np.ndarray, dict[str, float], dict[str, Any] | None]:
-        self._released = None
         if len(names) < minimum or self.terms.mechanism is None:
-            return np.full(self.ledger.shape, np.nan, np.float32), {}, None
+            return self._void()
         slots = {name: slot for slot, name in enumerate(self._asked)}
         vectors = {slots[name]: (name, self._replies[name][0]) for name in names}
         record = side_by_side(self.algorithm.spec, self.terms, vectors, self.round, self._secret)

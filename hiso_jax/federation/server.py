@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hiso_jax import aggregators
 from hiso_jax._engine import checks, exact
 from hiso_jax.ledger import digests
 from hiso_jax.ledger.store import Ledger, LedgerMismatch, Records
@@ -137,8 +138,8 @@ class Server:
         """Take a client's scalars [K, P]; return whether they count.
 
         A reply to a round that is closed, a second one of the same client, one of a client whose
-        place has changed (see `open`), and one with NaN or infinite scalars where the algorithm
-        excludes those, do not count.
+        place has changed (see `open`), and one with NaN or infinite scalars (or any beyond 1e30)
+        where the algorithm excludes those, do not count.
 
         Raises:
           ValueError: the client was not asked, or scalars or weight are out of range.
@@ -153,19 +154,20 @@ class Server:
         # What float32 adds up without losing the others; quickly, for there may be thousands.
         if type(weight) is not float or not 1e-12 <= weight <= 1e12:
             checks.number("weight", weight, 1e-12, 1e12)
-        if not np.isfinite(scalars).all():
+        if not (np.abs(scalars) <= aggregators.MOST).all():  # nor is NaN
             if self.algorithm.spec.combine.nonfinite == "exclude":
                 return False
-            raise ValueError(f"scalars: client {name!r}: expected finite ones, got "
-                             f"{scalars.tolist()}")  # fmt: skip
+            raise ValueError(f"scalars: client {name!r}: expected finite ones of at most "
+                             f"{aggregators.MOST:g}, got {scalars.tolist()}")  # fmt: skip
         self._replies[name] = (scalars, float(weight))
         return True
 
     def close(self, minimum: int = 1) -> np.ndarray:
         """Aggregate the replies by weight, advance, and commit; return the record [K, S].
 
-        The record is NaN, and moves nothing, if nobody replied. If it cannot be written the
-        round stays open with all its replies.
+        The record is NaN, and moves nothing, if nobody replied, or if what the aggregator makes of
+        the replies is not finite. If it cannot be written the round stays open with all its
+        replies.
 
         Args:
           minimum: so many must have replied; the round of fewer is one that nobody answered.

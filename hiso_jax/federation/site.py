@@ -86,6 +86,8 @@ class Site:
             )
         self.header = headers.describe(algorithm, state, None, terms and terms.config)
         self.run = wire.identity(self.header)
+        if self._masks is not None:
+            self._masks.run = self.run.hex()
         self.folder = None if folder is None else Path(folder) / self.run.hex()
         options = exact.compiler_options()
         self._advance = jax.jit(algorithm.advance, compiler_options=options)

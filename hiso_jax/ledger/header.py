@@ -116,6 +116,8 @@ def check(header: Any) -> None:
     if missing := wanted - set(header["algorithm"]):
         raise ValueError(f"the header's algorithm lacks {sorted(missing)}")
     digests.parse(header["base"])
+    if not isinstance(header["software"], Mapping):
+        raise ValueError("the header's software: expected names and versions")
 
 
 def match_algorithm(header: Mapping[str, Any], algorithm: Algorithm) -> None:
@@ -136,8 +138,10 @@ def match(header: Mapping[str, Any], other: Mapping[str, Any]) -> None:
         _match_config(header, other["algorithm"])
         if header["key"] != other["key"]:
             raise Mismatch(f"another root key: {header['key']} there, {other['key']} here")
-        ours, given = ({e[0]: [str(e[1]), list(e[2]), bool(e[3]), *e[4:5]] for e in h["leaves"]}
-                       for h in (header, other))  # fmt: skip
+        ours, given = (
+            {str(e[0]): [str(e[1]), list(e[2]), bool(e[3]), *e[4:5]] for e in h["leaves"]}
+            for h in (header, other)
+        )
     except Mismatch:
         raise
     except (ValueError, TypeError, LookupError, AttributeError) as error:

@@ -25,6 +25,8 @@ def _path(folder: str | os.PathLike[str], round: int) -> Path:
 def save(folder: str | os.PathLike[str], algorithm: Algorithm, state: State, keep: int = 2) -> Path:
     """Write what moves of a state (trainable leaves, rule state); delete all but the last `keep`.
 
+    Those of later rounds are deleted as well: the run that they were of is not this one any more.
+
     Returns:
       The path of the file, ``round-00000050.safetensors`` after fifty rounds.
 
@@ -37,8 +39,10 @@ def save(folder: str | os.PathLike[str], algorithm: Algorithm, state: State, kee
             tensorfiles.save_file(_moving(algorithm, state), part)
         except SafetensorError as error:  # how its writer says that the disk is full
             raise OSError(f"{path}: the snapshot cannot be written: {error}") from error
-    for old in sorted(Path(folder).glob("round-*.safetensors"))[:-keep]:
-        old.unlink()
+    every = sorted(Path(folder).glob("round-*.safetensors"))
+    before = [other for other in every if other <= path]
+    for other in {*every} - {*before[-keep:]}:
+        other.unlink()
     return path
 
 

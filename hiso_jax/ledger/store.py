@@ -249,6 +249,13 @@ class Ledger:
             tables.put_places(connection, self.rounds, self._chain, known)
         return known
 
+    def opened(self) -> list[str]:
+        """Names that `open_round` has noted for the round that is not recorded yet."""
+        try:
+            return list(tables.places(self._connection, self.rounds, self._chain))
+        except sqlite3.Error as error:
+            raise LedgerError(f"{self.path}: it cannot be read now: {error}") from error
+
     @contextmanager
     def _writing(self, what: str) -> Iterator[sqlite3.Connection]:
         """One transaction, begun only if nobody has written since this ledger was read."""

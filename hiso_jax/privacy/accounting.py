@@ -196,8 +196,9 @@ def calibrate(
       participation: ``"known"``: everybody may know who takes part, and a client answers for
         its own rounds only. ``"poisson"``: nobody but the server does, each takes part by a
         secret draw of its own with chance ``asked / clients``.
-      own_rounds: most rounds of a client, if known; by default those of a balanced schedule,
-        ``rounds * asked / clients`` rounded up. A random draw gives some clients more.
+      own_rounds: most rounds of a client, if known; by default those of
+        ``federation.draw(balanced=True)``: one in every ``clients // asked`` rounds. A random draw
+        gives some clients more.
 
     Example:
       >>> given = dict(rounds=300, clients=1000, asked=50)
@@ -216,7 +217,7 @@ def calibrate(
             raise ValueError("own_rounds: nobody knows them where participation is poisson")
         count, rate = rounds, asked / clients
     else:
-        count = math.ceil(rounds * asked / clients) if own_rounds is None else own_rounds
+        count = math.ceil(rounds / (clients // asked)) if own_rounds is None else own_rounds
         checks.count("own_rounds", count)
         rate = 1.0
     low, high = 0.1, 1.0

@@ -340,8 +340,10 @@ class Terms:
     ) -> np.ndarray:
         assert self.mechanism is not None
         key = noise.check_secret("secret", secret)
-        purpose = (b"hiso-noise", who, name, str(round).encode(), whole.astype("<i8").tobytes())
         variance = self.mechanism.variance(self.grid)
+        # Two sizes of one noise, of runs that share a secret, would show what both hide.
+        about = f"{round} {variance}".encode()
+        purpose = (b"hiso-noise", who, name, about, whole.astype("<i8").tobytes())
         drawn = noise.discrete_gaussian(noise.Bits(key, *purpose), variance, len(whole) - 1)
         return whole + np.append(drawn, 0)
 

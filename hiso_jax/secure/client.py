@@ -31,6 +31,9 @@ class Journal:
     Args:
       path: of a small file; None to remember it in this process only.
 
+    Raises:
+      ValueError: the file is no journal.
+
     Example:
       >>> journal = Journal()
       >>> journal.take("run", 3)
@@ -44,15 +47,20 @@ class Journal:
         self._path = None if path is None else Path(path)
         self._last: dict[str, int] = {}
         if self._path is not None and self._path.exists():
-            lines = self._path.read_text().splitlines()
-            self._last = {run: int(last) for last, _, run in (x.partition(" ") for x in lines)}
+            lines = [x.partition(" ") for x in self._path.read_text().splitlines()]
+            if not all(last.isdecimal() and run for last, _, run in lines):
+                raise ValueError(f"path: {path} is no journal: expected lines of a round and a run")
+            self._last = {run: int(last) for last, _, run in lines}
 
     def take(self, run: str, round: int) -> None:
         """Note that a vector is about to leave; it is on disk when this returns.
 
         Raises:
-          SecureError: one has left for this round or a later one.
+          SecureError: one has left for this round or a later one; or the run's name, which may be
+            the server's word, is not a line of text.
         """
+        if run.splitlines() != [run]:
+            raise SecureError(f"run: expected one line of text, got {run!r}")
         if (last := self._last.get(run, -1)) >= round:
             raise SecureError(f"round {round} of run {run!r}: a vector was given for round {last} "
                               "before; another one would show what the first one hid")  # fmt: skip

@@ -1,6 +1,7 @@
 """The server of a masked round: it passes messages on, and learns a sum or nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ class Server:
     Args:
       session: as the clients have it.
       directory: Ed25519 public keys [32] of all sites by name.
+      on_reveal: called with the names of those in the sum before any of them is asked to reveal it;
+        if it raises, nobody is.
 
     Example:
       >>> import numpy as np
@@ -48,8 +51,14 @@ class Server:
       ([-14, 101], ['ann', 'cem'])
     """
 
-    def __init__(self, session: Session, directory: Mapping[str, bytes]):
+    def __init__(
+        self,
+        session: Session,
+        directory: Mapping[str, bytes],
+        on_reveal: Callable[[list[str]], Any] = lambda names: None,
+    ):
         self.session, self._directory, self._step = session, directory, 0
+        self._on_reveal = on_reveal
         self._messages: dict[bytes, dict[str, bytes]] = {kind: {} for kind in _STEPS}
         self._keys: dict[str, sessions.Advertised] = {}
         # owner -> holder -> (sealed, commitments to the shares of pads and of the own mask)
@@ -111,6 +120,8 @@ class Server:
             raise SecureError("close: the last step ends with `total`")
         there = list(self._messages[kind])
         self._enough(there)
+        if kind == MASKED:
+            self._on_reveal(there)
         self._step += 1
         if kind == KEYS:
             return {name: self._keys_for(name) for name in there}

@@ -15,11 +15,12 @@ from hiso_jax.tasks.reading import FORMATS, Rows, alike, read_file
 
 __all__ = ["Data", "Rows", "check_text", "load", "read", "read_file", "split_files"]
 
-_SPELLINGS = {
+SPELLINGS = {
     "train": {"train", "training"},
     "dev": {"dev", "development", "validation", "valid", "val", "eval", "evaluation"},
     "test": {"test", "testing"},
 }
+"""What files, folders and splits of hubs are called, in lower case."""
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")
 # What may lie beside the data under the name of a split without holding any of it.
 _HARMLESS = {".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf", ".md", ".log", ".py", ".sh", ".ipynb"}
@@ -134,10 +135,10 @@ def split_files(folder: str | os.PathLike[str]) -> tuple[dict[str, list[Path]], 
         kind, stem = path.suffix.lower(), path.stem.casefold()
         shard = _SHARD.fullmatch(stem)
         words = re.split(r"[\W_\d]+", stem)
-        whole = [n for n, own in _SPELLINGS.items() if (shard[1] if shard else stem) in own]
-        named = [n for n, own in _SPELLINGS.items() if own & set(words)]
+        whole = [n for n, own in SPELLINGS.items() if (shard[1] if shard else stem) in own]
+        named = [n for n, own in SPELLINGS.items() if own & set(words)]
         readable = kind in FORMATS and path.is_file()
-        first = any(stem.partition(".")[0] in own for own in _SPELLINGS.values())
+        first = any(stem.partition(".")[0] in own for own in SPELLINGS.values())
         if not readable and ((first and kind not in _HARMLESS) or (named and kind in _UNREAD)):
             raise ValueError(f"{path}: not a file that is read, only {tuple(FORMATS)}; unpack or "
                              "convert it, or take it out of the folder")  # fmt: skip
@@ -150,7 +151,7 @@ def split_files(folder: str | os.PathLike[str]) -> tuple[dict[str, list[Path]], 
         else:
             others.append(path)
     files = {}
-    for name in _SPELLINGS:
+    for name in SPELLINGS:
         own = called.get(name) or worded.get(name, [])
         if not _are_parts(own) and len(own) > 1:
             raise ValueError(f"{folder}: {', '.join(p.name for p in own)} are all of {name}; "
@@ -272,7 +273,7 @@ def _from_datasets(found: Any) -> tuple[dict[str, Rows], list[str]]:
     rows: dict[str, Rows] = {}
     others = []
     for name, part in parts.items():
-        split = next((n for n, own in _SPELLINGS.items() if str(name).casefold() in own), None)
+        split = next((n for n, own in SPELLINGS.items() if str(name).casefold() in own), None)
         if split is None:
             others.append(str(name))
         elif split in rows:

@@ -13,14 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hiso_jax.federation import Arrays
+from hiso_jax.tasks.data import SPELLINGS
 
 DEV = 2_000
 """Training images at most that are held out for dev, where a data set has no dev split."""
-SPELLINGS = {
-    "train": {"train", "training"},
-    "dev": {"dev", "development", "validation", "valid", "val"},
-    "test": {"test", "testing"},
-}
 KINDS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 """Suffixes of files that are read as images."""
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -242,15 +238,7 @@ def of_folders(folder: Path, size: int) -> Images:
     scaled to `size` x `size`.
     """
     notes: list[str] = []
-    named = {
-        part: path
-        for path in _visible(folder)
-        if path.is_dir()
-        for part, spelled in SPELLINGS.items()
-        if path.name.lower() in spelled
-    }
-    split = "train" in named and all(p in named.values() for p in _visible(folder) if p.is_dir())
-    where = named if split else {"train": folder}
+    where = _splits(folder, notes) or {"train": folder}
     found = {part: _classes_of(path, notes) for part, path in where.items()}
     classes = sorted(found["train"], key=_natural)
     if len(classes) < 2:
@@ -280,6 +268,39 @@ def of_folders(folder: Path, size: int) -> Images:
     return Images(_complete(parts), tuple(classes), tuple(notes))
 
 
+def _splits(folder: Path, notes: list[str]) -> dict[str, Path]:
+    """The folders of train, dev and test, if there are such: those that hold folders of classes.
+
+    A class may be called "train" as well: its folder holds images.
+
+    Raises:
+      ValueError: two folders are of one split, or there is a dev or a test and no train.
+    """
+    found: dict[str, Path] = {}
+    others = []
+    for path in filter(Path.is_dir, _visible(folder)):
+        inside = _visible(path)
+        holds = any(map(Path.is_dir, inside)) and not any(p.suffix.lower() in KINDS for p in inside)
+        part = next((n for n, own in SPELLINGS.items() if path.name.casefold() in own), None)
+        if part is None or not holds:
+            others.append(path.name)
+        elif part in found:
+            raise ValueError(f"--data: {folder}: {found[part].name} and {path.name} are both of "
+                             f"{part}; leave one there, or join them")  # fmt: skip
+        else:
+            found[part] = path
+    if not found:
+        return {}
+    if "train" not in found:
+        there = ", ".join(path.name for path in found.values())
+        raise ValueError(f"--data: {folder}: expected a folder train with a folder for each class "
+                         f"beside {there}, which have those")  # fmt: skip
+    if others:
+        notes.append(f"{folder.name}: folders that are no split were not read: "
+                     f"{', '.join(others[:4])}{' ...' * (len(others) > 4)}")  # fmt: skip
+    return found
+
+
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sorts 2 before 10."""
     return [(0, int(x), "") if x.isdecimal() else (1, 0, x) for x in re.split(r"(\d+)", name) if x]
@@ -299,7 +320,7 @@ def picture(path: Path, size: int) -> np.ndarray:
             with Image.open(path) as opened:
                 image: Any = ImageOps.exif_transpose(opened)
                 image.load()
-        if image.mode.startswith(("I", "F")):  # 16 bits or more: of what range, its numbers tell
+        if image.mode.startswith(("I", "F")):  # 16 bits or more
             image = Image.fromarray(_to_bytes(np.asarray(image)))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -317,14 +338,15 @@ def picture(path: Path, size: int) -> np.ndarray:
 
 
 def _to_bytes(x: np.ndarray) -> np.ndarray:
-    """Numbers of more than 8 bits as bytes: 16-bit ones by their range, others by their own."""
-    x = x.astype(np.float64)
-    if not np.isfinite(x).all():
-        raise ValueError("its numbers are not finite")
-    if x.min() >= 0 and x.max() <= 255:
-        return x.astype(np.uint8)
-    low, high = (0.0, 65535.0) if x.min() >= 0 and x.max() <= 65535 else (x.min(), x.max())
-    return ((x - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
+    """Numbers of more than 8 bits as bytes, by one scale for all images: one that is dark stays so.
+
+    Integers are those of 16 bits, floats go from 0 to 1.
+    """
+    most = 1.0 if x.dtype.kind == "f" else 65535.0
+    if not (x.min() >= 0 and x.max() <= most):  # nor NaN
+        raise ValueError(f"its numbers go from {x.min():g} to {x.max():g}; expected 8 bits, "
+                         "integers from 0 to 65535, or floats from 0 to 1")  # fmt: skip
+    return (x.astype(np.float64) / most * 255).round().astype(np.uint8)
 
 
 def names(classes: Sequence[str]) -> list[tuple[str, str]]:
