@@ -8,14 +8,18 @@ tables and figures.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +52,8 @@ COMMON = {field.name for field in dataclasses.fields(job.Options)} - {"eval_exam
 """Options of every job that no problem depends on, but for the seed."""
 DIVERGED = 20.0
 """A training loss above which a run is given up."""
+ENDS = 2**16
+"""Bytes at each end of a file that its fingerprint is made of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +108,27 @@ class OtherStart(Exception):
     """A run that cannot be compared with those in the file."""
 
 
+def fingerprint(path: Path) -> str:
+    """What tells data from other data: names, sizes and both ends of all files.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"--data: {path} is not there")
+    total = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file() and not file.name.startswith("."):
+            size = file.stat().st_size
+            with open(file, "rb") as content:
+                ends = content.read(ENDS)
+                content.seek(max(0, size - ENDS))
+                ends += content.read(ENDS)
+            name = "" if file == path else str(file.relative_to(path))
+            total.update(f"{name}\0{size}\0".encode() + hashlib.sha256(ends).digest())
+    return total.hexdigest()[:16]
+
+
 def one(task: str, options: job.Options, start: float | None = None) -> Row:
     """Run one point of the grid; return its row, less what names it.
 
@@ -133,7 +160,7 @@ def one(task: str, options: job.Options, start: float | None = None) -> Row:
     try:
         for step in job.rounds(options, problem, alg, state):
             state = step.state
-            diverged = not float(step.metrics.loss) <= DIVERGED
+            diverged = float(step.metrics.loss) > DIVERGED  # NaN: nobody has answered
             if diverged or step.round % options.eval_every == 0 or step.round == options.rounds:
                 curve.append((step.round, *evaluate(problem.dev)))
             if diverged:
@@ -166,6 +193,9 @@ def plan(options: Compare) -> grids.Grid:
       SystemExit: --vary is none.
     """
     checks.count("--processes", options.processes)
+    if options.out.suffix == ".html":
+        raise ValueError(f"--out: {options.out} is where the page would go; expected a file of "
+                         "rows, .jsonl")  # fmt: skip
     start = Compare()
     out = None if options.out == start.out else options.out
     if options.grid is not None:
@@ -203,6 +233,7 @@ def _end_with_parent() -> None:
 def _own_processors(numbers: Any, share: int) -> None:
     """Keep a worker to its share of the processors, so that runs do not wait for each other."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     every = sorted(os.sched_getaffinity(0))
     first = numbers.get() * share % len(every)  # there may be more workers than processors
     os.sched_setaffinity(0, every[first : first + share])
@@ -220,16 +251,53 @@ def run(options: Compare) -> list[Row]:
         sys.exit(str(error))
     known = curves.read(grid.out)
     found = grids.Found(grid, known)
+    try:
+        data = _same_data(grid, found)
+    except OSError as error:
+        sys.exit(str(error))
     if options.dry_run:
         count(grid, found)
         return []
     if any(True for entry in grid.entries for _ in grids.missing(entry, found)):
         try:
             with rows.append(grid.out) as add:
-                _run(options, grid, found, known, add)
+                _run(options, grid, found, known, lambda row: add(row | data))
         except (OtherStart, OSError, ValueError) as error:
             sys.exit(str(error))
+        except KeyboardInterrupt:
+            sys.exit(f"\nstopped; {found.count} runs are in {grid.out}, and the same command "
+                     "goes on")  # fmt: skip
     return grids.finished(grid, found)
+
+
+def _same_data(grid: grids.Grid, found: grids.Found) -> Row:
+    """What is added to rows: which data they are of.
+
+    Raises:
+      FileNotFoundError: there are none.
+      SystemExit: rows of the grid are there, and are of other data.
+    """
+    path = getattr(grid.entries[0].points[0], "data", None)
+    if path is None:
+        return {}
+    mark = fingerprint(path)
+    if any(row.get("data", mark) != mark for row in grids.finished(grid, found)):
+        sys.exit(f"--out: {grid.out} has these runs, of other data than {path}; give it a file of "
+                 "its own")  # fmt: skip
+    return {"data": mark}
+
+
+@contextlib.contextmanager
+def _ending(pool: concurrent.futures.ProcessPoolExecutor) -> Iterator[None]:
+    """End the workers, and what they are at, if the block ends in an error or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    pool.shutdown()
 
 
 def _run(
@@ -246,7 +314,7 @@ def _run(
     )
     under_way: dict[concurrent.futures.Future[Row], Row] = {}
     submitted: set[str] = set()
-    with pool, Progress(grid, found) as progress:
+    with _ending(pool), Progress(grid, found) as progress:
         while True:
             for entry in grid.entries:
                 for name, point in grids.missing(entry, found):
@@ -260,11 +328,7 @@ def _run(
                 under_way, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
-                try:
-                    row = under_way.pop(future) | future.result()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+                row = under_way.pop(future) | future.result()
                 add(row)
                 known.append(row)
                 found.add(row)
@@ -328,8 +392,10 @@ def cli() -> None:
         options = tyro.cli(Compare)
         found = run(options)
         if not options.dry_run:
-            report.console.print(results.table(found))
+            grid = plan(options)
+            chosen_by = "metric" if all(e.by == "metric" for e in grid.entries) else "loss"
+            report.console.print(results.table(found, chosen_by))
         if found:
-            path = plan(options).out.with_suffix(".html")
-            comparison.write(found, path)
+            path = grid.out.with_suffix(".html")
+            comparison.write(found, path, chosen_by)
             report.say("The curves, with methods to choose among: ", str(path))

@@ -94,10 +94,12 @@ def _swatch(look: dict[str, str]) -> str:
     )
 
 
-def _section(task: str, rows: list[Row], mark: str) -> tuple[str, str]:
+def _section(task: str, rows: list[Row], mark: str, chosen_by: str) -> tuple[str, str]:
     """A task's table and pictures, and the style rules by which methods are left out."""
     every = curves.curves(rows)
-    best, metric = curves.tuned(every), rows[0]["metric"]
+    metric = rows[0]["metric"]
+    chosen_by = "loss" if metric == "perplexity" else chosen_by  # which is its exponential
+    best = curves.tuned(every, chosen_by)
     names = sorted(best, key=lambda name: best[name].loss)
     # Of very many, those that are looked for are shown; the others are a click away.
     shown = {*names[:SHOWN], "hiso", "decomfl"} if len(names) > SHOWN + 2 else {*names}
@@ -109,7 +111,7 @@ def _section(task: str, rows: list[Row], mark: str) -> tuple[str, str]:
         label = f'<label><input type="checkbox" id="{mark}{number}"{checked}> ' + (
             f"{_swatch(_look(number))} {html.escape(title(name))}</label>"
         )
-        at_edge = " (edge)" * curves.edge(curve, curves.compared(every))
+        at_edge = " (edge)" * curves.edge(curve, every)
         lines.append([
             Markup(label),
             f"{curve.learning_rate:g}{at_edge}",
@@ -133,8 +135,12 @@ def _section(task: str, rows: list[Row], mark: str) -> tuple[str, str]:
     return "".join(parts), ",\n".join(rules) + " { display: none; }\n"
 
 
-def comparison(rows: list[Row]) -> str:
+def comparison(rows: list[Row], chosen_by: str = "loss") -> str:
     """The page of a comparison's rows, a section a task.
+
+    Args:
+      rows: of any tasks.
+      chosen_by: what the best learning rate is the best by, ``"loss"`` or ``"metric"``.
 
     Raises:
       ValueError: there are no rows.
@@ -144,10 +150,11 @@ def comparison(rows: list[Row]) -> str:
     tasks = list(dict.fromkeys(str(row["task"]) for row in rows))
     name = f"Comparison: {', '.join(tasks)}"
     own = lambda task: [row for row in rows if str(row["task"]) == task]  # noqa: E731
-    sections = [_section(task, own(task), f"m{i}-") for i, task in enumerate(tasks)]
+    sections = [_section(task, own(task), f"m{i}-", chosen_by) for i, task in enumerate(tasks)]
+    best = "lowest dev loss" if chosen_by == "loss" else "best dev metric"
     parts = [
         f"<h1>{html.escape(name)}</h1>",
-        f"<p>{len(rows)} runs. Each method is shown at the learning rate with the lowest dev loss, "
+        f"<p>{len(rows)} runs. Each method is shown at the learning rate with the {best}, "
         "mean and standard deviation over seeds; \"edge\" says that this is the lowest or highest "
         "rate that was tried. Diverged are counted at all rates.</p>",
         "<p>Check a method to see its curves.</p>",
@@ -156,7 +163,7 @@ def comparison(rows: list[Row]) -> str:
     return page.document(name, parts, STYLE + "".join(rules for _, rules in sections))
 
 
-def write(rows: list[Row], path: Path) -> None:
+def write(rows: list[Row], path: Path, chosen_by: str = "loss") -> None:
     """Write the page, whole or not at all."""
     with files.atomic_write(path) as part:
-        part.write_text(comparison(rows), encoding="utf-8")
+        part.write_text(comparison(rows, chosen_by), encoding="utf-8")

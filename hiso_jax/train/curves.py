@@ -116,12 +116,14 @@ def curves(rows: list[Row]) -> list[Curve]:
     for (method, rate), own in groups.items():
         rounds = np.array(max((r["curve"] for r in own), key=len))[:, 0].astype(int)
         losses = np.full((len(own), len(rounds)), np.inf)
-        figures = np.zeros((len(own), len(rounds)))
+        worst = np.inf if own[0]["metric"] == "perplexity" else 0.0  # of a run that diverged
+        figures = np.full((len(own), len(rounds)), worst)
         for i, row in enumerate(own):
             for j, (_, loss, figure) in enumerate(row["curve"]):
                 losses[i, j] = np.inf if loss is None or (row["diverged"] and j) else loss
-                figures[i, j] = 0 if figure is None or (row["diverged"] and j) else figure
-        tests = np.array([r["test"] if not r["diverged"] and r["test"] else 0 for r in own])
+                figures[i, j] = worst if figure is None or (row["diverged"] and j) else figure
+        none = lambda r: r["diverged"] or r["test"] is None  # noqa: E731
+        tests = np.array([worst if none(r) else r["test"] for r in own])
         first = own[0]
         seconds = float(np.mean([r["seconds"] for r in own]))
         diverged = sum(r["diverged"] for r in own)
@@ -138,11 +140,17 @@ def compared(every: list[Curve]) -> list[Curve]:
     return [curve for curve in every if len(curve.tests) == most[curve.method]]
 
 
-def tuned(every: list[Curve]) -> dict[str, Curve]:
-    """Each method at the learning rate with the lowest dev loss at the end."""
+def tuned(every: list[Curve], by: str = "loss") -> dict[str, Curve]:
+    """Each method at the learning rate with the lowest dev loss at the end, or the best metric.
+
+    Args:
+      every: curves.
+      by: ``"loss"``, or ``"metric"`` if more of it is better.
+    """
     best: dict[str, Curve] = {}
+    cost = lambda c: c.loss if by == "loss" else -c.figures[:, -1].mean()  # noqa: E731
     for curve in compared(every):
-        best[curve.method] = min(best.get(curve.method, curve), curve, key=lambda c: c.loss)
+        best[curve.method] = min(best.get(curve.method, curve), curve, key=cost)
     return best
 
 
@@ -154,5 +162,5 @@ def edge(best: Curve, every: list[Curve]) -> bool:
 
 def spread(values: np.ndarray, shown: Callable[[float], str]) -> str:
     """Mean and standard deviation over seeds, of which one has none."""
-    off = f" ± {shown(values.std())}" if len(values) > 1 else ""
+    off = f" ± {shown(values.std())}" if len(values) > 1 and np.isfinite(values).all() else ""
     return shown(values.mean()) + off

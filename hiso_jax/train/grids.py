@@ -216,6 +216,11 @@ class Found:
             own = self._rows.setdefault(rows.key(row, self.names), {})
             own.setdefault((row["learning_rate"], row["seed"]), row)
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return sum(map(len, self._rows.values()))
+
     def of(self, entry: Entry, point: job.Options) -> dict[Run, Row]:
         """Those of a search, by learning rate and seed."""
         return self._rows.get(rows.key(entry.run(point, (1.0, 0))[0], self.names), {})
