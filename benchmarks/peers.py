@@ -37,7 +37,7 @@ class Options(ours.Options):
 
 def torch_model(options: Options, folder: str | None = None, device: str = "cpu") -> Any:
     """OPT of transformers in PyTorch, with the weights of a folder, or else random ones."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM
 
     kind: dict[str, Any] = dict(attn_implementation="sdpa", dtype=getattr(torch, options.dtype))
@@ -68,7 +68,7 @@ class Loop:
         shared: bool,
         together: bool = False,
     ):
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         self.torch, self.options, self.shared, self.together = torch, options, shared, together
         self.model, self.weights = model, list(model.parameters())
@@ -169,7 +169,7 @@ class Loop:
 
 def measure(options: Options) -> dict[str, Any]:
     """Seconds of a round of each, and how many times faster ours is."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     model = models.from_config(
         ours.config(options.shape), jax.random.key(0), jnp.dtype(options.dtype)

@@ -214,7 +214,7 @@ MOST = 1e30
 """Scalars beyond it count as infinite, so that no sum or mean of those that count is."""
 
 
-def finite(scalars: Float[ArrayLike, "C K P"]) -> Bool[Array, "C"]:
+def _finite(scalars: Float[ArrayLike, "C K P"]) -> Bool[Array, "C"]:
     """Whether all of a client's scalars are numbers of a size that can be averaged."""
     return (jnp.abs(jnp.asarray(scalars)) <= MOST).all((1, 2))
 
@@ -242,7 +242,7 @@ class Combine(NamedTuple):
             raise ValueError(f"scalars: expected shape [C, {sent[0]}, {sent[1]}] (clients, "
                              f"local steps, perturbations), got {scalars.shape}")  # fmt: skip
         weights = checks.weights(weights, scalars.shape[0])
-        usual, counts = finite(scalars), weights > 0
+        usual, counts = _finite(scalars), weights > 0
         if checks.is_concrete((scalars, weights)) and self.nonfinite == "raise":
             if bad := np.flatnonzero(~np.asarray(usual | ~counts)).tolist():
                 raise ValueError(

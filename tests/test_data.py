@@ -104,6 +104,7 @@ def test_files_as_people_write_them(name: str, content: bytes, wanted: list[Any]
     ("a.csv", "text,y\na,1\n".encode("utf-16-le"), "begins as UTF-16 does"),
     ("a.csv.gz", b"x", "expected a suffix of"), ("a", b"x", "expected a suffix of"),
     ("a.json", b'{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "article 1: not as SQuAD"),
+    ("a.json", b'{"data": [{"y": 1}], "test": [{"y": 2}]}', "rows under 'data' only, got some under ['test']"),
 ])  # fmt: skip
 def test_files_that_are_refused_with_path_and_place(
     name: str, content: bytes, said: str, tmp_path: Path

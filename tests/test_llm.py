@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +98,15 @@ def test_options_that_a_method_does_not_use_are_told():
     options = digits.Options(method="mezo", num_perturbations=7, estimator="central")
     assert methods.not_used(options) == ["estimator", "num_perturbations"]
     assert methods.not_used(digits.Options(method="rms(decay=0.9)", num_perturbations=7)) == []
+    assert methods.not_used(digits.Options(method="rms", decay=0.1)) == ["decay"]
+    assert methods.not_used(digits.Options(method="hiso(epsilon=1e-6)", decay=0.1)) == []
+    assert methods.not_used(digits.Options(compare=True, decay=0.1)) == []
+    given: Any = dict(num_perturbations=50, smoothing=0.5, estimator="central",
+                      per_client_directions=True, upper_directions=(3,))  # fmt: skip
+    for method, left in (("fedavg", []), ("fedadam(epsilon=1e-3)", []),
+                         ("fedzo", ["num_perturbations", "smoothing"])):  # fmt: skip
+        unused = methods.not_used(digits.Options(method=method, **given))
+        assert sorted(unused) == sorted(given.keys() - set(left))
 
 
 @pytest.mark.slow

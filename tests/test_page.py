@@ -90,6 +90,14 @@ def test_a_page_is_whole(run: Path):
     assert not list(run.glob("*.part*"))
 
 
+def test_a_run_of_models_has_no_ledger_to_replay(run: Path):
+    assert "hiso replay" in page.page(run)
+    summary = json.loads((run / "summary.json").read_text())
+    report.write_json(run / "summary.json", summary | {"method": "fedavg", "shipped_bytes": 0})
+    shown = page.page(run)
+    assert "hiso replay" not in shown and "the whole run as a file" not in shown
+
+
 def test_a_loss_that_nobody_is_told_is_not_drawn(run: Path):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     untold = [row | {"loss": None} if "loss" in row else row for row in rows]

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
-from hiso_jax.tasks.prompts import TASKS
+from hiso_jax.tasks import text_problem
+from hiso_jax.tasks.prompts import TASKS, Task
 from hiso_jax.train import digits, finetune, report
 from hiso_jax.train import settings as kept
 from tests.helpers import REVIEWS, refuse
@@ -208,6 +210,11 @@ def test_options_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.Monk
         SystemExit, match="--rounds, --alpha cannot be given with it|--alpha, --rounds"
     ):
         kept.settle(Elsewhere(resume=Path("run"), rounds=3, alpha=2.0, data=Path("y.csv")))
+    # Also one that has its default: it is not what the run was begun with.
+    named = kept.given(["--resume", "run", f"--rounds={digits.Options().rounds}"])
+    with pytest.raises(SystemExit, match="--rounds cannot be given with it"):
+        kept.settle(Elsewhere(resume=Path("run")), named)
+    assert kept.settle(Elsewhere(resume=Path("run")), kept.given(["--resume", "run"])) == wanted
 
 
 JSONS = st.recursive(
@@ -260,9 +267,31 @@ def test_labels_are_shown_with_words_and_counts(place: Path):
     ]
     total = [sum(row[name] for row in table) for name in ("train", "dev", "test")]
     assert total == [89, 19, 9] and table[2]["train"] == 0
+    drawn: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+        labels = {n: built.clients[n]["label"] for n in built.clients.names}
+        report.draw_split(labels, built.clients.sizes, place / "split.png", built.classes)
+    (legend,) = (axis.get_legend() for axis in drawn[0].axes)
+    assert [text.get_text() for text in legend.get_texts()] == ["label 9 down", "label 10 up"]
     assert "train: 12 of 120 rows have no mood, left out" in built.notes
     assert built.name.startswith(place.name) and "docstring" not in built.name
     assert TASKS["sst2"].classes == (0, 1)
+
+
+def test_examples_are_shown_once():
+    task = Task("{text}", label="y", verbalizer=("bad", "good"))
+    rows = [{"text": f"t{i}", "y": y} for i, y in enumerate((0, 0, 1, 0, 1))]
+    shown = text_problem._of_different_labels(task, rows, 4)
+    assert [row["text"] for row in shown] == ["t0", "t2", "t1", "t3"]
+
+
+def test_what_has_no_effect_is_said():
+    given: Any = dict(data=Path("x"), text="t", split="iid", alpha=0.3, lora_rank=2)
+    assert finetune._not_used(finetune.Options(**given)) == [
+        "--alpha is used with --split dirichlet only", "--lora-rank is used with --train lora only",
+    ]  # fmt: skip
+    assert finetune._not_used(finetune.Options(alpha=0.3, train="lora", lora_rank=2)) == []
 
 
 def test_many_clients_of_a_column_take_time_in_proportion(monkeypatch: pytest.MonkeyPatch):

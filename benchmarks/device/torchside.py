@@ -68,7 +68,7 @@ def ours(options: dict[str, Any], folder: str) -> None:
 
 def theirs(options: dict[str, Any], folder: str, platform: str) -> None:
     """Seconds of PyTorch's round, a line a setting, the surest first."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     from benchmarks import peers, timing
     from benchmarks import round as rounds

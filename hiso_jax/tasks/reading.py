@@ -250,6 +250,10 @@ def _row(value: Any, where: str) -> dict[str, Any]:
 def _from_object(content: dict[str, Any], lines: bool) -> Rows:
     inner = content.get("data")
     if isinstance(inner, list) and inner and all(isinstance(x, dict) for x in inner):
+        others = [n for n, x in content.items() if n != "data" and isinstance(x, list) and x]
+        if others and not any("paragraphs" in x for x in inner):
+            raise ValueError(f"expected rows under 'data' only, got some under {others!r:.80} as "
+                             "well; give each split a file of its own")  # fmt: skip
         return _squad(inner) if any("paragraphs" in x for x in inner) else inner
     values = list(content.values())
     nested = [isinstance(value, (list, dict)) for value in values]

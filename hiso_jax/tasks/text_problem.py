@@ -204,7 +204,8 @@ def _of_different_labels(task: Task, rows: Rows, count: int) -> Rows:
     first: dict[str, Any] = {}
     for row in rows:
         first.setdefault(task.answers(row)[0], row)
-    return [*first.values(), *rows][:count]
+    shown = set(map(id, first.values()))
+    return [*first.values(), *(row for row in rows if id(row) not in shown)][:count]
 
 
 def _answers(task: Task, rows: Rows, lines: list[str], best: Any) -> list[Answer]:

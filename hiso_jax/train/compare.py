@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import multiprocessing
 import os
@@ -19,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiso_jax import federation
-from hiso_jax._engine import checks
+from hiso_jax._engine import checks, files
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.train import (
     comparison,
@@ -41,6 +40,7 @@ from hiso_jax.train import (
     results,
     rows,
     selecting,
+    settings,
 )  # fmt: skip
 from hiso_jax.train.options import TASKS, build, defaults, varied
 from hiso_jax.train.progress import duration
@@ -52,8 +52,6 @@ COMMON = {field.name for field in dataclasses.fields(job.Options)} - {"eval_exam
 """Options of every job that no problem depends on, but for the seed."""
 DIVERGED = 20.0
 """A training loss above which a run is given up."""
-ENDS = 2**16
-"""Bytes at each end of a file that its fingerprint is made of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +87,8 @@ class Compare:
     """Names of its columns, if it has no header line."""
     processes: int = 1
     """Runs at a time; the processors are dealt out among them."""
-    out: Path = Path("runs/compare.jsonl")
-    """One row a run."""
+    out: Path | None = None
+    """One row a run; by default runs/compare.jsonl, or what the grid says."""
 
 
 @functools.lru_cache(1)
@@ -106,27 +104,6 @@ def _only_data(options: job.Options) -> job.Options:
 
 class OtherStart(Exception):
     """A run that cannot be compared with those in the file."""
-
-
-def fingerprint(path: Path) -> str:
-    """What tells data from other data: names, sizes and both ends of all files.
-
-    Raises:
-      FileNotFoundError: there is none.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"--data: {path} is not there")
-    total = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file() and not file.name.startswith("."):
-            size = file.stat().st_size
-            with open(file, "rb") as content:
-                ends = content.read(ENDS)
-                content.seek(max(0, size - ENDS))
-                ends += content.read(ENDS)
-            name = "" if file == path else str(file.relative_to(path))
-            total.update(f"{name}\0{size}\0".encode() + hashlib.sha256(ends).digest())
-    return total.hexdigest()[:16]
 
 
 def one(task: str, options: job.Options, start: float | None = None) -> Row:
@@ -185,34 +162,38 @@ def _plain(value: float) -> float | None:
     return round(float(value), 6) if np.isfinite(value) else None
 
 
-def plan(options: Compare) -> grids.Grid:
+def plan(options: Compare, named: Collection[str] = ()) -> grids.Grid:
     """What is to run: the file of --grid, or the one entry that the other options make.
+
+    Args:
+      options: as they were given.
+      named: which of them were given on the command line, whatever their values.
 
     Raises:
       TypeError, ValueError: there is something that cannot be run; says what and where.
       SystemExit: --vary is none.
     """
     checks.count("--processes", options.processes)
-    if options.out.suffix == ".html":
+    if options.out is not None and options.out.suffix == ".html":
         raise ValueError(f"--out: {options.out} is where the page would go; expected a file of "
                          "rows, .jsonl")  # fmt: skip
     start = Compare()
-    out = None if options.out == start.out else options.out
     if options.grid is not None:
         beside = ("grid", "data", "out", "processes", "dry_run")
         for field in dataclasses.fields(options):
             name = field.name
-            if name not in beside and getattr(options, name) != getattr(start, name):
+            other = getattr(options, name) != getattr(start, name) or name in named
+            if name not in beside and other:
                 raise ValueError(f"--{name.replace('_', '-')}: {options.grid} says what is run; "
                                  "expected no other option beside --grid than --data, --out, "
                                  "--processes and --dry-run")  # fmt: skip
-        return grids.read(options.grid, options.data, out)
+        return grids.read(options.grid, options.data, options.out)
     own = defaults(options.task, options.data, options.columns)
     keys = ("method", "learning_rate", "seeds", "extend", "refine", "seeds_at_best", "by")
     given: dict[str, Any] = {key: getattr(options, key) for key in keys}
     shown = " ".join(options.method)
     one = grids.entry(shown, options.task, own, varied(type(own), options.vary), **given)
-    return grids.Grid(options.out, (one,))
+    return grids.Grid(options.out or Path("runs/compare.jsonl"), (one,))
 
 
 def _start(known: list[Row], name: Row) -> float | None:
@@ -239,14 +220,18 @@ def _own_processors(numbers: Any, share: int) -> None:
     os.sched_setaffinity(0, every[first : first + share])
 
 
-def run(options: Compare) -> list[Row]:
+def run(options: Compare, named: Collection[str] = ()) -> list[Row]:
     """Run what is missing until nothing is; return the rows of the whole grid.
+
+    Args:
+      options: as they were given.
+      named: as of `plan`.
 
     Raises:
       SystemExit: options that are none, or rows in the file of another model or other data.
     """
     try:
-        grid = plan(options)
+        grid = plan(options, named)
     except (TypeError, ValueError) as error:
         sys.exit(str(error))
     known = curves.read(grid.out)
@@ -280,7 +265,9 @@ def _same_data(grid: grids.Grid, found: grids.Found) -> Row:
     path = getattr(grid.entries[0].points[0], "data", None)
     if path is None:
         return {}
-    mark = fingerprint(path)
+    if not path.exists():
+        raise FileNotFoundError(f"--data: {path} is not there")
+    mark = files.fingerprint(path)
     if any(row.get("data", mark) != mark for row in grids.finished(grid, found)):
         sys.exit(f"--out: {grid.out} has these runs, of other data than {path}; give it a file of "
                  "its own")  # fmt: skip
@@ -390,10 +377,9 @@ def cli() -> None:
 
     with report.door():
         options = tyro.cli(Compare)
-        found = run(options)
+        found, grid = run(options, settings.given(sys.argv[1:])), plan(options)
+        chosen_by = "metric" if all(e.by == "metric" for e in grid.entries) else "loss"
         if not options.dry_run:
-            grid = plan(options)
-            chosen_by = "metric" if all(e.by == "metric" for e in grid.entries) else "loss"
             report.console.print(results.table(found, chosen_by))
         if found:
             path = grid.out.with_suffix(".html")

@@ -317,12 +317,28 @@ def _length(options: Options, task: Task, model: models.Model) -> int:
     return length
 
 
-def _cut(train: Any, length: int) -> list[str]:
+_WITH = {"alpha": ("split", "dirichlet")} | {
+    f"lora_{name}": ("train", "lora") for name in ("rank", "alpha", "targets")
+}
+"""Options that are used where another has a value."""
+
+
+def _not_used(options: Options) -> list[str]:
+    """Notes on options that are not the job's defaults and change nothing."""
+    default = type(options)()
+    return [
+        f"--{name.replace('_', '-')} is used with --{other} {value} only"
+        for name, (other, value) in _WITH.items()
+        if getattr(options, name) != getattr(default, name) and getattr(options, other) != value
+    ]
+
+
+def _cut(train: Any, length: int, what: str) -> list[str]:
     """A note on the texts that `length` leaves nothing free in; whether it cut them is not kept."""
     mask = train["attention_mask"]
     full = int(np.all(mask, axis=-1).sum())
-    return [f"train: {full} of {len(mask)} texts take all of --length {length} tokens; what is "
-            "beyond them is not read"] if full else []  # fmt: skip
+    return [f"train: {full} of {len(mask)} texts take all of --length {length} tokens; of longer "
+            f"ones the {what} is not read"] if full else []  # fmt: skip
 
 
 def build(
@@ -366,7 +382,8 @@ def build(
             verbalizer=options.verbalizer or task.verbalizer,
         )
     material = text_problem.Material(title, task, parts, own, model, tokenizer, length)
-    if encoder and (model.has_head and task.verbalizer is not None):
+    masked = model.has_head and task.verbalizer is not None
+    if encoder and masked:
         built = text_problem.masked_problem(material)
     elif encoder:
         built = text_problem.encoder_problem(material)
@@ -379,8 +396,9 @@ def build(
     shown = task.verbalizer or task.label_descriptions or ()
     classes = tuple(zip(map(str, task.classes), shown, strict=True)) if task.is_class else ()
     if task.metric != "perplexity":  # whose text is dealt out in pieces, none is lost
-        notes = [*notes, *_cut(built.clients.columns, length)]
-    return built._replace(notes=(*notes, *built.notes), classes=classes)
+        lost = "end" if encoder and not masked else "beginning"
+        notes = [*notes, *_cut(built.clients.columns, length, lost)]
+    return built._replace(notes=(*_not_used(options), *notes, *built.notes), classes=classes)
 
 
 LEARNING_RATES = {"hiso": 8e-4, "decomfl": 4e-4}

@@ -287,7 +287,7 @@ def _picture_split(options: Options, problem: Problem) -> None:
         report.write_json(options.out / "labels.json", report.counts(problem))
     if not path.exists():
         labels = {n: clients[n]["label"] for n in clients.names if "label" in clients[n]}
-        report.draw_split(labels, clients.sizes, path)
+        report.draw_split(labels, clients.sizes, path, problem.classes)
 
 
 def rates_of(options: Options, learning_rates: dict[str, float]) -> dict[str, float]:
@@ -335,7 +335,7 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
         report.show_data(problem)
         for name in methods.not_used(options):
             title, option = methods.title(options.method), name.replace("_", "-")
-            report.say(f"Note: {title} has its own --{option}; yours is not used", style="yellow")
+            report.say(f"Note: {title} does not use --{option}", style="yellow")
         made_of = resume.made_of(problem)
         if saved and (other := [k for k, v in made_of.items() if saved.get(k, v) != v]):
             what = resume.MADE_OF[other[0]]
@@ -368,9 +368,10 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
 def _say_how_it_ended(options: Options, summaries: list[dict[str, Any]]) -> None:
     """Print the table and where the files are; exit with 1 unless all is as it was asked for."""
     console.print(report.table(summaries))
+    scalars = not all(map(methods.sends_models, options.methods))
     report.say(
         "Written to ", f"{options.out}/", ": report.html, curve.png, split.png, metrics.jsonl, "
-        "summary.json, ledger.sqlite, ledger.safetensors, and the model"
+        f"summary.json, {'ledger.sqlite, ledger.safetensors, ' * scalars}and the model"
     )  # fmt: skip
     broken = [s for s in summaries if s.get("stopped")]
     for summary in (s for s in summaries if s.get("failed")):
@@ -390,7 +391,8 @@ def main(
     """Parse the command line, build the problem and run."""
     import tyro
 
-    options = settle(tyro.cli(kind, args=settings.modern(sys.argv[1:])))
+    arguments = settings.modern(sys.argv[1:])
+    options = settle(tyro.cli(kind, args=arguments), settings.given(arguments))
     with report.door():
         settings.check(options)
         report.say("Reading data and model ...")

@@ -160,14 +160,25 @@ SHARED = {
 """What every method is given by options of the job."""
 OPTIONAL = {"hiso": ("decay",)}
 """What one of them is given too."""
-SETTLED = {"mezo": ("estimator", "num_perturbations", "local_steps"), "hizoo": ("estimator",)}
-"""Of those, what a method has its own of, and takes no other."""
+_OF_SCALARS = (
+    "num_perturbations", "smoothing", "distribution", "estimator", "per_client_directions",
+    "upper_directions",
+)  # fmt: skip
+SETTLED = {
+    "mezo": ("estimator", "num_perturbations", "local_steps"),
+    "hizoo": ("estimator",),
+    "fedzo": ("estimator", "per_client_directions", "upper_directions"),
+} | dict.fromkeys(FIRST_ORDER, _OF_SCALARS)
+"""Of those, what a method has its own of, or has no use for."""
 
 
 def not_used(options: Any) -> list[str]:
     """Options that are not the job's defaults and that the method does not use, for a note."""
     (name, _), default = parse(options.method), type(options)()
-    return [x for x in SETTLED.get(name, ()) if getattr(options, x) != getattr(default, x)]
+    none = SETTLED.get(name, ())
+    none += tuple({x for own in OPTIONAL.values() for x in own}.difference(OPTIONAL.get(name, ())))
+    used = {x for other in options.methods for x in OPTIONAL.get(parse(other)[0], ())}
+    return [x for x in none if x not in used and getattr(options, x) != getattr(default, x)]
 
 
 def _function(name: str) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from hiso_jax._engine import files
 from hiso_jax.train import report
-from hiso_jax.train.methods import title
+from hiso_jax.train.methods import sends_models, title
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto;
@@ -159,7 +159,7 @@ def _results(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("clients", f"{summary['clients']:,}"),
         *spent,
         ("parameters trained", f"{summary['trained_parameters']:,} of {summary['parameters']:,}"),
-        *((label, report.size(summary[key])) for label, key in named),
+        *((label, report.size(summary[key])) for label, key in named if summary[key]),
         ("forward passes per round", _text(summary.get("passes_per_round", ""))),
         ("seconds per round", _text(summary["seconds_per_round"], 3)),
     ]
@@ -202,9 +202,14 @@ def page(folder: Path) -> str:
     parts += [
         "<h2>Proof</h2><p>After the last round everybody who took part has this digest:</p>",
         f"<pre>{html.escape(summary['digest'])}</pre>",
-        "<p>Whoever has the base model rebuilds the fine-tuned one from the ledger; "
-        "every round's digest is compared:</p>",
-        "<pre>hiso replay ledger.safetensors BASE_FOLDER OUT_FOLDER</pre>",
+    ]
+    if not sends_models(summary["method"]):
+        parts += [
+            "<p>Whoever has the base model rebuilds the fine-tuned one from the ledger; "
+            "every round's digest is compared:</p>",
+            "<pre>hiso replay ledger.safetensors BASE_FOLDER OUT_FOLDER</pre>",
+        ]
+    parts += [
         "<h2>Settings</h2>",
         table((name, _text(value)) for name, value in sorted(settings.items())),
     ]

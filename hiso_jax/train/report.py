@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +148,20 @@ def draw(curves: dict[str, list[dict[str, Any]]], metric: str, title: str, path:
         picture.savefig(part, dpi=150)
 
 
-def draw_split(labels: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -> None:
-    """Draw a bar a client, largest first, in a color a label."""
+def draw_split(
+    labels: dict[str, np.ndarray],
+    sizes: dict[str, int],
+    path: Path,
+    classes: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Draw a bar a client, largest first, in a color a label.
+
+    Args:
+      labels: by client, the number of each example's.
+      sizes: examples, by client.
+      path: of the picture.
+      classes: label and word of each number, as a `Problem` has them.
+    """
     picture = blank(9, 3)
     axis = picture.subplots()
     names = sorted(sizes, key=lambda name: -sizes[name])
@@ -157,9 +169,11 @@ def draw_split(labels: dict[str, np.ndarray], sizes: dict[str, int], path: Path)
     if labels:
         for kind in np.unique(np.concatenate(list(labels.values()))):
             top = bottom + [(labels[name] == kind).sum() for name in names]
-            axis.stairs(top, edges, baseline=bottom, fill=True, label=f"label {kind}")
+            name = " ".join(filter(None, classes[kind])) if kind < len(classes) else str(kind)
+            axis.stairs(top, edges, baseline=bottom, fill=True, label=f"label {name:.40}")
             bottom = top
-        axis.legend(frameon=False, ncols=2, fontsize=8)
+        for text in axis.legend(frameon=False, ncols=2, fontsize=8).get_texts():
+            text.set_parse_math(False)
     else:
         axis.stairs([sizes[name] for name in names], edges, fill=True)
     axis.set(xlabel=f"{len(names)} clients", ylabel="examples")
@@ -191,7 +205,7 @@ def table(summaries: list[dict[str, Any]]) -> Table:
     lines |= {
         "sent by a client": lambda s: size(s["uplink_bytes_per_client"]),
         "received by a client": lambda s: size(s["downlink_bytes_per_client"]),
-        "the whole run as a file": lambda s: size(s["shipped_bytes"]),
+        "the whole run as a file": lambda s: size(s["shipped_bytes"]) * bool(s["shipped_bytes"]),
         "FedAvg would have moved": lambda s: size(s["fedavg_bytes_per_client"]),
         "seconds a round": lambda s: f"{s['seconds_per_round']:.3g}",
         "compile seconds": lambda s: f"{s['compile_seconds']:.1f}",

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -38,7 +38,8 @@ class Options:
     resume: Path | None = None
     """Go on with the run in this folder, with the options it was started with."""
     seed: int = 0
-    """Of the noise, of who takes part and of the batches."""
+    """Of the noise, of who takes part and of the batches; of texts of yours also of how they are
+    split over clients, which `hiso compare` splits alike for all seeds."""
     learning_rate: float | None = None
     """Peak learning rate, falling linearly to 0; by default the tuned one of the method."""
     clients_per_round: int = 8
@@ -138,6 +139,17 @@ def modern(arguments: Sequence[str]) -> list[str]:
     return out
 
 
+def given(arguments: Sequence[str]) -> set[str]:
+    """Names of the options on a command line, also of those that are given their defaults.
+
+    Example:
+      >>> sorted(given(["--rounds", "3", "--no-secure", "--batch-size=4", "-1", "x"]))
+      ['batch_size', 'rounds', 'secure']
+    """
+    named = (x[2:].partition("=")[0].replace("-", "_") for x in arguments if x.startswith("--"))
+    return {name.removeprefix("no_") for name in named}
+
+
 def renamed(options: dict[str, Any]) -> dict[str, Any]:
     """Options as they were written down, under the names of today.
 
@@ -153,8 +165,12 @@ MOVABLE = ("data", "model")  # may be elsewhere when a run goes on; their conten
 SomeOptions = TypeVar("SomeOptions", bound=Options)
 
 
-def settle(options: SomeOptions) -> SomeOptions:
+def settle(options: SomeOptions, named: Collection[str] = ()) -> SomeOptions:
     """Return the options of the run to resume, if one is; else those given.
+
+    Args:
+      options: as they were given.
+      named: which of them were given on the command line, whatever their values.
 
     Raises:
       SystemExit: there is no run to resume, it is of another job, or other options are given.
@@ -163,9 +179,12 @@ def settle(options: SomeOptions) -> SomeOptions:
     if options.resume is None:
         return options
     kind = type(options)
-    given = dataclasses.asdict(options) | {"resume": None, "distributed": None}
-    given["out"] = kind().out if jax.process_index() else options.out
-    changed = {k: v for k, v in given.items() if v != getattr(kind(), k)}
+    ours = dataclasses.asdict(options) | {"resume": None, "distributed": None}
+    ours["out"] = kind().out if jax.process_index() else options.out
+    own = {"resume", "distributed"} | ({"out"} if jax.process_index() else set())
+    changed = {
+        k: v for k, v in ours.items() if v != getattr(kind(), k) or (k in named and k not in own)
+    }
     if others := changed.keys() - set(MOVABLE):
         names = ", ".join(f"--{k.replace('_', '-')}" for k in changed if k in others)
         sys.exit(f"--resume takes all options from the run; {names} cannot be given with it")
