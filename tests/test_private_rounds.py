@@ -43,8 +43,10 @@ def scalars_of(name: str, round: int = 0) -> np.ndarray:
     return rng.normal(size=(1, 3)).astype(np.float32)
 
 
-def masked_round(host: private.PrivateServer, names: list[str], threshold: int = 0) -> np.ndarray:
-    """A round through the masks, of those whose vectors come."""
+def asked_to_reveal(
+    host: private.PrivateServer, names: list[str], threshold: int = 0
+) -> tuple[secure.Server, dict[str, secure.Client], dict[str, bytes]]:
+    """A round through the masks up to the last question, of those whose vectors come."""
     number = host.open(NAMES)
     session = host.mask(threshold)
     parties = {n: secure.Client(session.session, n, SITES[n], DIRECTORY) for n in NAMES}
@@ -58,8 +60,13 @@ def masked_round(host: private.PrivateServer, names: list[str], threshold: int =
         )
         if name in names:
             session.receive(name, parties[name].mask(shares, vector))
+    return session, parties, session.close()
+
+
+def masked_round(host: private.PrivateServer, names: list[str], threshold: int = 0) -> np.ndarray:
+    """A round through the masks, of those whose vectors come."""
     try:
-        requests = session.close()
+        session, parties, requests = asked_to_reveal(host, names, threshold)
     except secure.TooFew:
         return host.close()
     for name, request in requests.items():
@@ -188,25 +195,8 @@ def test_what_a_void_round_could_have_shown_is_charged(tmp_path: Path):
     host.close()
     assert host.ledger.events()[3] is None
 
-    def asked(host: private.PrivateServer) -> secure.Server:
-        """A session up to the last question."""
-        number, session = host.open(NAMES), host.mask()
-        clients = {n: secure.Client(session.session, n, SITES[n], DIRECTORY) for n in NAMES}
-        for name, party in clients.items():
-            session.receive(name, party.advertise())
-        for name, keys in session.close().items():
-            session.receive(name, clients[name].share(keys))
-        for name, shares in session.close().items():
-            vector = DISTRIBUTED.contribute(
-                scalars_of(name), client=name, round=number, secret=SECRET + name.encode()
-            )
-            if name != "eve":
-                session.receive(name, clients[name].mask(shares, vector))
-        session.close()
-        return session
-
     path = tmp_path / "ledger"
-    asked(started(path, DISTRIBUTED, directory=DIRECTORY))  # and then it is killed
+    asked_to_reveal(started(path, DISTRIBUTED, directory=DIRECTORY), NAMES[:4])  # then it is killed
     again = private.PrivateServer(ALGORITHM, fresh(), hj.Ledger.open(path), directory=DIRECTORY)
     again.open(NAMES)
     assert np.isnan(again.close()).all()
