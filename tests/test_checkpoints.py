@@ -191,6 +191,9 @@ CONFIGS = {
     "relative": (b'{"model_type": "bert", "position_embedding_type": "relative_key"}', "relative_k"),
     "activation": (b'{"model_type": "opt", "activation_function": "quick_gelu"}', "quick_gelu"),
     "both ways": (b'{"model_type": "gemma3_text", "use_bidirectional_attention": true}', "bidirect"),
+    "an encoder": (b'{"model_type": "qwen2", "is_causal": false}', "is_causal is false"),
+    "no window": (b'{"model_type": "qwen3", "num_hidden_layers": 1, "sliding_window": null, '
+                  b'"layer_types": ["sliding_attention"]}', "sliding_window: expected a number"),
     "capped": (b'{"model_type": "gemma3_text", "final_logit_softcapping": 30.0}', "softcapping"),
     "rope": (b'{"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}', "yarn"),
 }  # fmt: skip

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from transformers import BertConfig, LlamaConfig, OPTConfig, RobertaConfig
+from transformers import BertConfig, Gemma3TextConfig, LlamaConfig, OPTConfig, RobertaConfig
 
 from hiso_jax import models
 from hiso_jax._engine import trees
-from hiso_jax.models import torchfile
+from hiso_jax.models import subsets, torchfile
 from hiso_jax.train import finetune
 from tests.helpers import random_folder
 
@@ -333,3 +333,34 @@ def test_prefixes_and_new_tokens_need_positions_too():
     with pytest.raises(ValueError, match="generate: only decoders have it, not bert"):
         bert.generate(bert.params, ids, mask, 1)
     assert m.has_head and not bert.has_head
+
+
+def test_fields_that_a_family_does_not_read_change_nothing():
+    """Gemma 3 has `hidden_activation`, Llama's layers are all alike: so does transformers have it."""
+    small: dict[str, Any] = dict(vocab_size=32, hidden_size=16, intermediate_size=32,
+                                 num_hidden_layers=2, num_attention_heads=2,
+                                 num_key_value_heads=2)  # fmt: skip
+    ids, mask = np.arange(9)[None], np.ones((1, 9), np.int32)
+    for config, stray in (
+        (Gemma3TextConfig(**small, head_dim=8), {"hidden_act": "relu"}),
+        (LlamaConfig(**small), {"layer_types": ["sliding_attention"] * 2, "sliding_window": 2}),
+    ):
+        model = models.from_config(config, jax.random.key(0))
+        for name, value in stray.items():
+            setattr(config, name, value)
+        other = models.from_config(config, jax.random.key(0))
+        np.testing.assert_array_equal(
+            model.apply(model.params, ids, mask), other.apply(other.params, ids, mask)
+        )
+
+
+def test_what_cannot_be_adapted_is_not_offered_and_nothing_is_not_written():
+    small: dict[str, Any] = dict(vocab_size=32, hidden_size=16, intermediate_size=32,
+                                 num_hidden_layers=1, num_attention_heads=2)  # fmt: skip
+    model = models.from_config(LlamaConfig(**small), jax.random.key(0))
+    with pytest.raises(ValueError, match="targets: expected some of .*'q_proj'") as error:
+        subsets.lora_zeros(model.params, 2, ["lm_head"])
+    assert "'lm_head'" not in str(error.value).partition("got")[0]
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"max_new_tokens: expected an int >= 1, got {count}"):
+            model.generate(model.params, np.ones((1, 3)), np.ones((1, 3)), count)

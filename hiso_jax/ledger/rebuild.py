@@ -9,6 +9,7 @@ Example:
 """
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,8 +24,11 @@ from hiso_jax._engine.tensorfile import Tensor, TensorFile
 from hiso_jax.ledger.replay import Leaf, Replay, large
 from hiso_jax.ledger.store import Ledger
 from hiso_jax.ledger.tables import LedgerMismatch
-from hiso_jax.models import adapters, huggingface
+from hiso_jax.models import adapters, configs, folders, huggingface, names
 from hiso_jax.rules import Rule
+
+COPIES = frozenset((*names.TIED, *names.TIED_BIASES))
+"""Tensors that are the embeddings once more, where they are no leaf of the model."""
 
 
 class Piece(NamedTuple):
@@ -94,6 +98,7 @@ def _write(
     pieces: list[Piece],
     base: dict[str, TensorFile],
     out: Path,
+    copies: frozenset[str],
     step: Callable[[str, int], None],
 ) -> None:
     """Check the base, then write every file of `out`; raise LedgerMismatch if bits differ."""
@@ -119,12 +124,13 @@ def _write(
         written: dict[str | None, TensorFile] = {}
         for path, file in base.items():
             tensors = {n: t._replace(dtype=types.get((path, n), t.dtype))
-                       for n, t in file.tensors.items()}  # fmt: skip
+                       for n, t in file.tensors.items() if n not in copies}  # fmt: skip
             target = out / _as_safetensors(path) if out.is_dir() else out
             made = TensorFile.create(target, tensors, file.metadata)
             written[path] = stack.enter_context(made)
             for name, tensor in file.tensors.items():
-                for start in range(0, 0 if (path, name) in types else tensor.size, large()):
+                kept = (path, name) not in types and name not in copies
+                for start in range(0, tensor.size if kept else 0, large()):
                     count = min(large(), tensor.size - start)
                     made.write(name, start, file.read(name, start, count))
         if extra:
@@ -220,27 +226,39 @@ def rebuild(
             pieces = flat_pieces(replay.leaves, opened)
         size = sum(leaf.size for leaf in replay.leaves.values())
         made = stack.enter_context((files.whole_folder if folder else files.atomic_write)(out))
-        _write(replay, pieces, opened, made, lambda what, count: on_step(what, count, size))
-        if file := huggingface.gguf_of(base):
-            dtype = next(piece.leaf.dtype for piece in pieces if piece.file)
-            huggingface.save_small(file, made, str(dtype))
-        elif folder:
-            _copy_small_files(base, paths[0], made)
+        # A reader that finds the base's beside what has moved takes them for a head of their own.
+        copies = COPIES.difference(p.tensor for p in pieces) if folder else frozenset()
+        note = lambda what, count: on_step(what, count, size)  # noqa: E731
+        _write(replay, pieces, opened, made, copies, note)
+        if folder:
+            dtype = str(next(piece.leaf.dtype for piece in pieces if piece.file))
+            if file := huggingface.gguf_of(base):
+                huggingface.save_small(file, made, dtype)
+            else:
+                _copy_small_files(base, paths, made, dtype, copies)
         note = _finish(records, base, made)
         return Rebuilt(records.rounds, size, replay.digest, replay.wanted is not None, note)
 
 
-def _copy_small_files(base: Path, weights: Path, made: Path) -> None:
-    """Copy config and tokenizer; an index is rewritten for the names of safetensors."""
-    for small in base.iterdir():
-        if not (small.is_file() and small.suffix in huggingface.SMALL_FILES):
-            continue
-        if not small.name.endswith(".index.json"):
-            shutil.copyfile(small, made / small.name)
-        elif weights.name not in ("model.safetensors", "pytorch_model.bin"):
-            index = _as_safetensors(small.read_text())
-            (made / _as_safetensors(small.name)).write_text(index)
-        # Else it is a stale one: the weights are in a file that needs none.
+def _copy_small_files(
+    base: Path, weights: list[Path], made: Path, dtype: str, copies: frozenset[str]
+) -> None:
+    """Copy the tokenizer and the like; config and index are those of the weights written."""
+    for small in folders.small_files(base):
+        if not small.name.endswith(".index.json") and str(small) != "config.json":
+            (made / small).parent.mkdir(exist_ok=True)
+            shutil.copyfile(base / small, made / small)
+    config = configs.with_dtype(huggingface.read_config(base), dtype)
+    (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    kind = "model.safetensors" if weights[0].suffix == ".safetensors" else "pytorch_model.bin"
+    if weights[0].name != kind:  # or its index, if there is one, is that of older weights
+        index = folders.read_json(base / f"{kind}.index.json")
+        index["weight_map"] = {
+            name: _as_safetensors(part)
+            for name, part in index["weight_map"].items()
+            if name not in copies
+        }
+        (made / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _finish(ledger: Ledger, base: Path, made: Path) -> str:

@@ -33,7 +33,9 @@ def layer_configs(config: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
     if config.model_type == "opt":
         return None, None
     count = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
+    # Llama's layers are all alike, whatever its config has for others to read.
+    kinds = None if config.model_type == "llama" else getattr(config, "layer_types", None)
+    kinds = kinds or ["full_attention"] * count
     if others := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"config: layer_types {sorted(others)} are not supported")
     used = getattr(config, "no_rope_layers", None) or [1] * count
@@ -44,6 +46,9 @@ def layer_configs(config: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
     slides = [kind == "sliding_attention" for kind in kinds]
     if not any(slides):
         return frequencies, None
+    if config.sliding_window is None:
+        raise ValueError("config: sliding_window: expected a number, since layer_types has layers "
+                         "that slide; got null")  # fmt: skip
     window = np.where(slides, config.sliding_window, np.iinfo(np.int32).max)
     return frequencies, window.astype(np.int32)
 

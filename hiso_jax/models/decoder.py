@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hiso_jax._engine import lazy
+from hiso_jax._engine import checks, lazy
 from hiso_jax.models import attention, inputs
 from hiso_jax.models.layers import LlamaLayer, OptLayer, RMSNorm, Step, layer_norm, stack_of
 
@@ -253,6 +253,7 @@ class Decoder(nnx.Module):
           int32 [B, N].
         """
         body, before = self.body, 0 if prefix is None else prefix[0].shape[1]
+        checks.count("max_new_tokens", max_new_tokens)
         input_ids, attention_mask = inputs.check(
             body.config, input_ids, attention_mask, before, max_new_tokens
         )
@@ -288,6 +289,9 @@ def _check(config: Any) -> None:
     if getattr(config, "use_bidirectional_attention", None):
         raise ValueError("config: use_bidirectional_attention is not supported, each token sees "
                          "those before it")  # fmt: skip
+    if getattr(config, "is_causal", True) is False:
+        raise ValueError("config: is_causal is false: an encoder of this family is not supported, "
+                         "each token sees those before it")  # fmt: skip
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name, None) is not None:
             raise ValueError(f"config: {name} is not supported")

@@ -138,6 +138,25 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def small_files(folder: Path) -> list[Path]:
+    """The files that go with a folder's weights, relative to it: tokenizer, generation, and so on.
+
+    Of a folder of sentence-transformers also all that is in the modules beside the model.
+    """
+    found = [p.name for p in folder.iterdir() if p.is_file() and p.suffix in SMALL_FILES]
+    modules = folder / "modules.json"
+    try:
+        listed = json.loads(modules.read_bytes()) if modules.is_file() else []
+        named = [str(module["path"]) for module in listed if module["path"]]
+    except (ValueError, TypeError, KeyError):  # whose it is will say so
+        named = []
+    for name in named:
+        inner = folder / name
+        if Path(name).name == name and inner.is_dir():  # nothing above the folder, or deep in it
+            found += [f"{name}/{p.name}" for p in inner.iterdir() if p.is_file()]
+    return [Path(name) for name in sorted(found)]
+
+
 def _shards(index: Path) -> list[str]:
     """Names of the files that an index names.
 

@@ -378,10 +378,10 @@ def _copy_small(source: Path | None, folder: Path) -> None:
         warnings.warn(f"{source} is gone: the tokenizer does not go with the weights to {folder}",
                       stacklevel=3)  # fmt: skip
         return
-    for small in source.iterdir():
+    for small in folders.small_files(source):
         # Written anew; or of the files the weights came in, not of the one they are in now.
-        own = small.name in ("config.json", "adapter_config.json")
-        own |= small.name.endswith(".index.json")
-        if small.is_file() and small.suffix in SMALL_FILES and not own:
-            with files.atomic_write(folder / small.name) as part:
-                shutil.copyfile(small, part)  # without its mode, which some mounts refuse
+        own = str(small) in ("config.json", "adapter_config.json")
+        if not own and not small.name.endswith(".index.json"):
+            (folder / small).parent.mkdir(exist_ok=True)
+            with files.atomic_write(folder / small) as part:
+                shutil.copyfile(source / small, part)  # without its mode, which some mounts refuse

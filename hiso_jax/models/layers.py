@@ -154,8 +154,8 @@ class _Gated(nnx.Module):
         self.gate_proj = nnx.Linear(width, inner, use_bias=bias, rngs=rngs)
         self.up_proj = nnx.Linear(width, inner, use_bias=bias, rngs=rngs)
         self.down_proj = nnx.Linear(inner, width, use_bias=bias, rngs=rngs)
-        name = getattr(config, "hidden_act", None) or config.hidden_activation
-        self.activation = activation(name)
+        gemma = config.model_type == "gemma3_text"
+        self.activation = activation(config.hidden_activation if gemma else config.hidden_act)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

@@ -107,7 +107,8 @@ def lora_zeros(params: trees.Params, rank: int, targets: Sequence[str]) -> trees
     for target in targets:
         found = {n: x for n, x in trees.named(params).items() if n.endswith(f"/{target}/kernel")}
         if not found:
-            kernels = [n.split("/")[-2] for n in trees.named(params) if n.endswith("/kernel")]
+            inner = (n.split("/") for n in trees.named(params) if n.endswith("/kernel"))
+            kernels = [parts[-2] for parts in inner if len(parts) > 2]  # the head is never adapted
             raise ValueError(f"targets: expected some of {sorted(set(kernels))}, got {target!r}")
         for name, kernel in found.items():
             *stack, width, out = kernel.shape

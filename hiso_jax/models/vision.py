@@ -7,6 +7,7 @@ features of an image, [B, D].
 
 import copy
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,6 +171,13 @@ def _normalization(source: Path | None, channels: int) -> tuple[tuple[float, ...
     """
     path = None if source is None else source / "preprocessor_config.json"
     given = folders.read_json(path) if path is not None and path.is_file() else {}
+    # Ours are of pixels from 0 to 1, the file's of pixels times its factor.
+    factor = given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(f"{path}: rescale_factor: expected a number above 0, got {factor!r:.80}")
+    scale = 255 * factor
+    if not given.get("do_normalize", True):
+        return (0.0,) * channels, (1 / scale,) * channels
     found = []
     for name in ("image_mean", "image_std"):
         value = given.get(name, [0.5] * channels)
@@ -177,7 +185,7 @@ def _normalization(source: Path | None, channels: int) -> tuple[tuple[float, ...
         if not numbers or len(value) != channels or (name == "image_std" and min(value) <= 0):
             raise ValueError(f"{path}: {name}: expected {channels} numbers, one a channel, "
                              f"deviations above 0; got {value!r:.80}")  # fmt: skip
-        found.append(tuple(map(float, value)))
+        found.append(tuple(float(x) if scale == 1 else x / scale for x in value))
     return tuple(found)
 
 

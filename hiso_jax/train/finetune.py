@@ -333,6 +333,16 @@ def _not_used(options: Options) -> list[str]:
     ]
 
 
+def _beside(source: Path | None) -> list[str]:
+    """Notes on what an earlier run has trained beside the weights, which is not read."""
+    names = ("prefix.safetensors", "labels.safetensors") if source is not None else ()
+    return [
+        f"{name} of the model's folder is not read: the run begins at the weights alone"
+        for name in names
+        if source is not None and (source / name).is_file()
+    ]
+
+
 def _cut(train: Any, length: int, what: str) -> list[str]:
     """A note on the texts that `length` leaves nothing free in; whether it cut them is not kept."""
     mask = train["attention_mask"]
@@ -398,7 +408,8 @@ def build(
     if task.metric != "perplexity":  # whose text is dealt out in pieces, none is lost
         lost = "end" if encoder and not masked else "beginning"
         notes = [*notes, *_cut(built.clients.columns, length, lost)]
-    return built._replace(notes=(*_not_used(options), *notes, *built.notes), classes=classes)
+    notes = [*_beside(model.source), *_not_used(options), *notes]
+    return built._replace(notes=(*notes, *built.notes), classes=classes)
 
 
 LEARNING_RATES = {"hiso": 8e-4, "decomfl": 4e-4}
