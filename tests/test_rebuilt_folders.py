@@ -15,7 +15,7 @@ import hiso_jax as hj
 from hiso_jax import models
 from hiso_jax.ledger import rebuild
 from hiso_jax.models import vision
-from hiso_jax.train import finetune
+from hiso_jax.train import notes
 
 SMALL: dict[str, Any] = dict(vocab_size=32, hidden_size=16, intermediate_size=32,
                              num_hidden_layers=2, num_attention_heads=2)  # fmt: skip
@@ -117,9 +117,9 @@ def test_a_replayed_folder_is_the_one_that_the_run_saves(make: Any, tmp_path: Pa
 
 
 def test_what_an_earlier_run_left_beside_the_weights_is_named(tmp_path: Path):
-    assert finetune._beside(tmp_path) == finetune._beside(None) == []
+    assert notes.beside(tmp_path) == notes.beside(None) == []
     (tmp_path / "prefix.safetensors").write_bytes(b"")
-    assert finetune._beside(tmp_path) == [
+    assert notes.beside(tmp_path) == [
         "prefix.safetensors of the model's folder is not read: the run begins at the weights alone"
     ]
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from hiso_jax.tasks import text_problem
 from hiso_jax.tasks.prompts import TASKS, Task
-from hiso_jax.train import digits, finetune, report
+from hiso_jax.train import digits, finetune, notes, report
 from hiso_jax.train import settings as kept
 from tests.helpers import REVIEWS, refuse
 
@@ -288,10 +288,10 @@ def test_examples_are_shown_once():
 
 def test_what_has_no_effect_is_said():
     given: Any = dict(data=Path("x"), text="t", split="iid", alpha=0.3, lora_rank=2)
-    assert finetune._not_used(finetune.Options(**given)) == [
+    assert notes.not_used(finetune.Options(**given)) == [
         "--alpha is used with --split dirichlet only", "--lora-rank is used with --train lora only",
     ]  # fmt: skip
-    assert finetune._not_used(finetune.Options(alpha=0.3, train="lora", lora_rank=2)) == []
+    assert notes.not_used(finetune.Options(alpha=0.3, train="lora", lora_rank=2)) == []
 
 
 def test_many_clients_of_a_column_take_time_in_proportion(monkeypatch: pytest.MonkeyPatch):

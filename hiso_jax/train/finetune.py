@@ -16,7 +16,7 @@ from hiso_jax._engine import checks
 from hiso_jax.tasks import data, docstrings, labels, metrics, prompts, splits, text_problem
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.tasks.prompts import Task
-from hiso_jax.train import job
+from hiso_jax.train import job, notes
 
 DOCSTRINGS = Task(
     "{text}", verbalizer=tuple(docstrings.TOPICS), label_descriptions=docstrings.LABEL_SENTENCES
@@ -240,10 +240,10 @@ def _clients_of(options: Options, task: Task, rows: data.Rows) -> tuple[Any, lis
         if not named:
             raise ValueError(f"--client-column: column {column!r} is empty in all rows of train")
         own = splits.natural([rows[i][column] for i in named])
-        notes = [f"train: {count - len(named)} of {count} rows have no {column}, left out"]
+        told = [f"train: {count - len(named)} of {count} rows have no {column}, left out"]
         rows_of = np.array(named)
         return ({name: rows_of[picks] for name, picks in own.items()},
-                notes if len(named) < count else [])  # fmt: skip
+                told if len(named) < count else [])  # fmt: skip
     if number > count:
         raise ValueError(
             f"--clients: expected at most {count}, for train has {count} rows; got {number}"
@@ -255,9 +255,9 @@ def _clients_of(options: Options, task: Task, rows: data.Rows) -> tuple[Any, lis
         parts = splits.by_size(count, number, seed=seed)
     else:
         parts = splits.iid(count, number, seed)
-    notes = ["there are no classes to split by: examples are dealt out at random"]
+    told = ["there are no classes to split by: examples are dealt out at random"]
     return ({f"client {i}": part for i, part in enumerate(parts)},
-            notes if options.split == "dirichlet" and not task.is_class else [])  # fmt: skip
+            told if options.split == "dirichlet" and not task.is_class else [])  # fmt: skip
 
 
 class _Examples(NamedTuple):
@@ -291,8 +291,8 @@ def _examples(options: Options, values: Sequence[Any] | None, rows: Any) -> _Exa
                     task.label_of(row)
                 except ValueError as error:
                     raise ValueError(f"{name}, row {i + 1}: {error}") from None
-    own, notes = _clients_of(options, task, found.parts["train"])
-    return _Examples(task, found.parts, own, [*found.notes, *notes])
+    own, told = _clients_of(options, task, found.parts["train"])
+    return _Examples(task, found.parts, own, [*found.notes, *told])
 
 
 def _length(options: Options, task: Task, model: models.Model) -> int:
@@ -317,40 +317,6 @@ def _length(options: Options, task: Task, model: models.Model) -> int:
     return length
 
 
-_WITH = {"alpha": ("split", "dirichlet")} | {
-    f"lora_{name}": ("train", "lora") for name in ("rank", "alpha", "targets")
-}
-"""Options that are used where another has a value."""
-
-
-def _not_used(options: Options) -> list[str]:
-    """Notes on options that are not the job's defaults and change nothing."""
-    default = type(options)()
-    return [
-        f"--{name.replace('_', '-')} is used with --{other} {value} only"
-        for name, (other, value) in _WITH.items()
-        if getattr(options, name) != getattr(default, name) and getattr(options, other) != value
-    ]
-
-
-def _beside(source: Path | None) -> list[str]:
-    """Notes on what an earlier run has trained beside the weights, which is not read."""
-    names = ("prefix.safetensors", "labels.safetensors") if source is not None else ()
-    return [
-        f"{name} of the model's folder is not read: the run begins at the weights alone"
-        for name in names
-        if source is not None and (source / name).is_file()
-    ]
-
-
-def _cut(train: Any, length: int, what: str) -> list[str]:
-    """A note on the texts that `length` leaves nothing free in; whether it cut them is not kept."""
-    mask = train["attention_mask"]
-    full = int(np.all(mask, axis=-1).sum())
-    return [f"train: {full} of {len(mask)} texts take all of --length {length} tokens; of longer "
-            f"ones the {what} is not read"] if full else []  # fmt: skip
-
-
 def build(
     options: Options,
     values: Sequence[Any] | None = None,
@@ -366,7 +332,7 @@ def build(
     Raises:
       OSError, ValueError: what is wrong with options, files or checkpoint, in one line.
     """
-    task, parts, own, notes = _examples(options, values, rows)
+    task, parts, own, told = _examples(options, values, rows)
     folder = Path(options.model) if options.model else bundled_model()
     tokenizer = models.load_tokenizer(models.folder_of(folder))
     model = models.from_pretrained(folder, jnp.dtype(options.dtype))
@@ -407,9 +373,9 @@ def build(
     classes = tuple(zip(map(str, task.classes), shown, strict=True)) if task.is_class else ()
     if task.metric != "perplexity":  # whose text is dealt out in pieces, none is lost
         lost = "end" if encoder and not masked else "beginning"
-        notes = [*notes, *_cut(built.clients.columns, length, lost)]
-    notes = [*_beside(model.source), *_not_used(options), *notes]
-    return built._replace(notes=(*notes, *built.notes), classes=classes)
+        told = [*told, *notes.cut(built.clients.columns, length, lost)]
+    told = [*notes.beside(model.source), *notes.not_used(options), *told]
+    return built._replace(notes=(*told, *built.notes), classes=classes)
 
 
 LEARNING_RATES = {"hiso": 8e-4, "decomfl": 4e-4}

@@ -1,0 +1,39 @@
+"""What people are told of a fine-tuning before it begins: what of data and options is not used."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_WITH = {"alpha": ("split", "dirichlet")} | {
+    f"lora_{name}": ("train", "lora") for name in ("rank", "alpha", "targets")
+}
+"""Options that are used where another has a value."""
+
+
+def not_used(options: Any) -> list[str]:
+    """Notes on options that are not the job's defaults and change nothing."""
+    default = type(options)()
+    return [
+        f"--{name.replace('_', '-')} is used with --{other} {value} only"
+        for name, (other, value) in _WITH.items()
+        if getattr(options, name) != getattr(default, name) and getattr(options, other) != value
+    ]
+
+
+def beside(source: Path | None) -> list[str]:
+    """Notes on what an earlier run has trained beside the weights, which is not read."""
+    names = ("prefix.safetensors", "labels.safetensors") if source is not None else ()
+    return [
+        f"{name} of the model's folder is not read: the run begins at the weights alone"
+        for name in names
+        if source is not None and (source / name).is_file()
+    ]
+
+
+def cut(train: Any, length: int, what: str) -> list[str]:
+    """A note on the texts that `length` leaves nothing free in; whether it cut them is not kept."""
+    mask = train["attention_mask"]
+    full = int(np.all(mask, axis=-1).sum())
+    return [f"train: {full} of {len(mask)} texts take all of --length {length} tokens; of longer "
+            f"ones the {what} is not read"] if full else []  # fmt: skip
