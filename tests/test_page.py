@@ -90,6 +90,28 @@ def test_a_page_is_whole(run: Path):
     assert not list(run.glob("*.part*"))
 
 
+def test_settings_are_those_that_were_used_without_paths(run: Path):
+    given = {"task": "docstrings", "data": "/home/ann/wards.csv", "model": "/models/opt", "clients": 64,
+             "split": "column", "client_column": "ward", "alpha": 1.0, "lora_rank": 8,
+             "train": "all", "budget": 0.1, "select": None, "epsilon": None, "delta": 1e-5}  # fmt: skip
+    report.write_json(run / "options.json", {"job": "finetune", "options": given})
+    shown = page.page(run)
+    assert "/home/ann" not in shown and "wards.csv" in shown and "/models" not in shown
+    for name in ("clients", "alpha", "lora_rank", "budget", "delta"):
+        assert f"<td>{name}</td>" not in shown.partition("<h2>Settings")[2], name
+    assert "<td>client_column</td>" in shown and "hiso replay" in shown
+    report.write_json(run / "options.json", {"job": "digits", "options": {"alpha": 0.5}})
+    shown = page.page(run)  # which begins at random: there is no folder to replay onto
+    assert "<td>alpha</td>" in shown and "hiso replay" not in shown
+
+
+def test_masks_are_not_in_the_bytes(run: Path):
+    assert "beside its masks" not in page.page(run)
+    summary = json.loads((run / "summary.json").read_text())
+    report.write_json(run / "summary.json", summary | {"secure": True})
+    assert "sent by a client, beside its masks" in page.page(run)
+
+
 def test_a_run_of_models_has_no_ledger_to_replay(run: Path):
     assert "hiso replay" in page.page(run)
     summary = json.loads((run / "summary.json").read_text())

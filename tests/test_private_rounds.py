@@ -221,8 +221,11 @@ def test_noise_of_another_size_is_other_noise():
 
 
 @pytest.mark.parametrize("clients, asked, rounds", [(10, 6, 10), (100, 40, 50), (50, 20, 200)])
-def test_noise_for_an_epsilon_is_enough_for_a_balanced_draw(clients: int, asked: int, rounds: int):
+def test_noise_for_an_epsilon_is_enough_for_a_balanced_draw(
+    clients: int, asked: int, rounds: int, caplog: pytest.LogCaptureFixture
+):
     noise = privacy.calibrate(8.0, rounds=rounds, clients=clients, asked=asked)
+    assert not caplog.records
     accountant, everybody = privacy.Accountant(1e-5), [str(i) for i in range(clients)]
     for round in range(rounds):
         names = federation.draw(everybody, asked, round, balanced=True)

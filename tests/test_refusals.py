@@ -272,7 +272,7 @@ def test_labels_are_shown_with_words_and_counts(place: Path):
         patch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
         labels = {n: built.clients[n]["label"] for n in built.clients.names}
         report.draw_split(labels, built.clients.sizes, place / "split.png", built.classes)
-    (legend,) = (axis.get_legend() for axis in drawn[0].axes)
+    (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["label 9 down", "label 10 up"]
     assert "train: 12 of 120 rows have no mood, left out" in built.notes
     assert built.name.startswith(place.name) and "docstring" not in built.name

@@ -5,6 +5,7 @@ accountant sees nothing else, so a run that was resumed, a replay and an audit f
 epsilon.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -74,6 +75,19 @@ def epsilon_of(rounds: Mapping[tuple[float, float], int], delta: float) -> float
         return 0.0
     library = _library()
     accountant = library.rdp.RdpAccountant()
+    # It warns of every order that it leaves out, dozens a look; others give the bound.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return _composed(library, accountant, rounds, delta)
+    finally:
+        logger.setLevel(level)
+
+
+def _composed(
+    library: Any, accountant: Any, rounds: Mapping[tuple[float, float], int], delta: float
+) -> float:
     for (noise, rate), count in sorted(rounds.items()):
         event = library.GaussianDpEvent(noise)
         if rate < 1:

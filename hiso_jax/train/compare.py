@@ -82,7 +82,7 @@ class Compare:
     vary: tuple[str, ...] = ()
     """Other options of the job, each with the values to run: num_perturbations=5,20."""
     data: Path | None = None
-    """File or folder of the data, for sst2, images and mnist."""
+    """File or folder of the data, for tasks that read one."""
     columns: tuple[str, ...] = ()
     """Names of its columns, if it has no header line."""
     processes: int = 1

@@ -61,7 +61,8 @@ def _panels(names: Sequence[str], best: dict[str, Curve], every: Sequence[Curve]
             x = curve.rounds[first:] * unit(curve)
             for axis, values in ((upper, scale * curve.figures), (lower, curve.losses)):
                 mean, off = values.mean(0)[first:], values.std(0)[first:]
-                line = axis.plot(x, mean, linewidth=1.4, **look)[0]
+                dots = "." if len(x) < 4 else None  # or one look would be a line of no length
+                line = axis.plot(x, mean, linewidth=1.4, marker=dots, **look)[0]
                 band = axis.fill_between(x, mean - off, mean + off, color=look["color"], alpha=0.12)
                 for what in (line, band):  # its id is what the style rules know it by
                     what.set_gid(f"{mark}{number}-{next(count)}")

@@ -150,6 +150,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
                     dev, _ = measure.evaluate(problem, base.score, state.params, "dev", bar)
                     row.update({"dev_loss": dev[0], f"dev_{metric}": dev[1]})
                     last_dev = dev[1]
+                start = time.perf_counter()  # what the commit takes is in the next round's time
                 # The row comes first: a record without its row could not be given one later.
                 note(row)
                 rows.append(row)
@@ -170,7 +171,6 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
                 bar.update(task, completed=done, status=status)
                 if looked and not console.is_terminal:
                     report.say(f"round {done}/{options.rounds}  {status}")
-                start = time.perf_counter()
                 if stop.is_set():
                     break
         except (FloatingPointError, hj.privacy.BudgetSpent) as error:
@@ -259,6 +259,7 @@ def train(
     )
     if found.epsilon is not None:
         summary |= {"epsilon_spent": found.epsilon, "delta": options.delta}
+    summary |= {"secure": True} if options.secure else {}
     summary |= {"stopped": found.broken} if found.broken else {}
     summary |= {"failed": failed} if failed else {}
     if options.select is not None:

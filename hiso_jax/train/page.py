@@ -144,8 +144,9 @@ def _text(value: Any, digits: int = 6) -> str:
 def _results(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     metric = summary["metric"]
     show = lambda value: report.figure(metric, value)  # noqa: E731
-    named = (("sent by a client", "uplink_bytes_per_client"),
-             ("received by a client", "downlink_bytes_per_client"),
+    masks = report.beside(summary)
+    named = ((f"sent by a client{masks}", "uplink_bytes_per_client"),
+             (f"received by a client{masks}", "downlink_bytes_per_client"),
              ("the whole run as a file", "shipped_bytes"),
              ("FedAvg would have moved, per client", "fedavg_bytes_per_client"))  # fmt: skip
     spent = []
@@ -163,6 +164,27 @@ def _results(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("forward passes per round", _text(summary.get("passes_per_round", ""))),
         ("seconds per round", _text(summary["seconds_per_round"], 3)),
     ]
+
+
+def _used(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run's figures depend on, without the paths of the machine it was on."""
+    left_out = {"out", "resume", "distributed", "answers"}
+    if options.get("data"):
+        left_out |= {"task"} if options.get("task") == "docstrings" else set()
+        left_out |= {"clients"} if options.get("split") == "column" else set()
+    elif options.get("task") == "docstrings":
+        left_out |= {"split", "clients"}
+    left_out |= {"alpha"} if options.get("split") != "dirichlet" or "split" in left_out else set()
+    left_out |= {"client_column"} if options.get("split") != "column" else set()
+    left_out |= {"budget", "renew"} if options.get("select") is None else set()
+    left_out |= {"delta", "clip"} if options.get("epsilon") is None else set()
+    if options.get("train") != "lora":
+        left_out |= {"lora_rank", "lora_alpha", "lora_targets"}
+    if "split" not in options:  # of a job that splits by alpha alone
+        left_out.discard("alpha")
+    kept = {k: v for k, v in options.items() if k not in left_out}
+    paths = {k: Path(str(kept[k])).name for k in ("data", "model") if kept.get(k)}
+    return kept | paths
 
 
 def page(folder: Path) -> str:
@@ -198,12 +220,14 @@ def page(folder: Path) -> str:
         parts += ["<h2>Predictions</h2>",
                   table([[row[c] for c in columns] for row in answers],
                         ["prompt", "wanted", "before", "after"])]  # fmt: skip
-    settings = options["options"] | {"learning_rate": summary["learning_rate"]}
+    settings = _used(options["options"]) | {"learning_rate": summary["learning_rate"]}
     parts += [
         "<h2>Proof</h2><p>After the last round everybody who took part has this digest:</p>",
         f"<pre>{html.escape(summary['digest'])}</pre>",
     ]
-    if not sends_models(summary["method"]):
+    # What begins at random has no folder to begin with.
+    begun = settings.get("model") != "cnn" and options.get("job") != "digits"
+    if begun and not sends_models(summary["method"]):
         parts += [
             "<p>Whoever has the base model rebuilds the fine-tuned one from the ledger; "
             "every round's digest is compared:</p>",

@@ -22,6 +22,8 @@ from hiso_jax.train.methods import title
 
 MOST = 40
 """Labels that are printed; the file has all."""
+NAMED = 12
+"""Clients, and labels, whose names a picture has room for."""
 console = Console(emoji=False, highlight=False)
 
 
@@ -141,6 +143,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], metric: str, title: str, path:
         axes[1].plot(rounds, [r["dev_loss"] for r in points], marker=".", label=name)
     for axis, label in zip(axes, (f"dev {metric}" + ", %" * (scale > 1), "dev loss"), strict=True):
         axis.set(xlabel="round", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     framed(picture)
     axes[0].legend(frameon=False)
     picture.suptitle(title, fontsize=10, parse_math=False)  # a name may have a $ in it
@@ -167,19 +170,35 @@ def draw_split(
     names = sorted(sizes, key=lambda name: -sizes[name])
     edges, bottom = np.arange(len(names) + 1) - 0.5, np.zeros(len(names))
     if labels:
-        for kind in np.unique(np.concatenate(list(labels.values()))):
+        kinds = np.unique(np.concatenate(list(labels.values()))).tolist()
+        for number, kind in enumerate(kinds):
             top = bottom + [(labels[name] == kind).sum() for name in names]
-            name = " ".join(filter(None, classes[kind])) if kind < len(classes) else str(kind)
-            axis.stairs(top, edges, baseline=bottom, fill=True, label=f"label {name:.40}")
+            words = dict.fromkeys(filter(None, classes[kind])) if kind < len(classes) else [kind]
+            shown = " ".join(map(str, words))
+            shown = f"label {shown:.40}" if number < NAMED or len(kinds) == NAMED + 1 else None
+            if number == NAMED and shown is None:
+                shown = f"and {len(kinds) - NAMED} more"
+            axis.stairs(top, edges, baseline=bottom, fill=True, label=shown)
             bottom = top
-        for text in axis.legend(frameon=False, ncols=2, fontsize=8).get_texts():
+        beside = picture.legend(loc="outside right upper", frameon=False, fontsize=8)
+        for text in beside.get_texts():
             text.set_parse_math(False)
     else:
         axis.stairs([sizes[name] for name in names], edges, fill=True)
-    axis.set(xlabel=f"{len(names)} clients", ylabel="examples")
+    if len(names) <= NAMED:
+        shown = [f"{name:.20}" for name in names]
+        axis.set_xticks(range(len(names)), shown, fontsize=8, parse_math=False)
+    else:
+        axis.set_xticks([])
+    axis.set(xlabel=f"{len(names)} clients, the largest first", ylabel="examples")
     axis.spines[["top", "right"]].set_visible(False)
     with files.atomic_write(path) as part:
         picture.savefig(part, dpi=150)
+
+
+def beside(summary: Mapping[str, Any]) -> str:
+    """What is not in the bytes of a run whose scalars are masked."""
+    return ", beside its masks" * bool(summary.get("secure"))
 
 
 def table(summaries: list[dict[str, Any]]) -> Table:
@@ -203,8 +222,8 @@ def table(summaries: list[dict[str, Any]]) -> Table:
     if "epsilon_spent" in first:
         lines[f"epsilon spent, delta {first['delta']:g}"] = lambda s: f"{s['epsilon_spent']:.3g}"
     lines |= {
-        "sent by a client": lambda s: size(s["uplink_bytes_per_client"]),
-        "received by a client": lambda s: size(s["downlink_bytes_per_client"]),
+        f"sent by a client{beside(first)}": lambda s: size(s["uplink_bytes_per_client"]),
+        f"received by a client{beside(first)}": lambda s: size(s["downlink_bytes_per_client"]),
         "the whole run as a file": lambda s: size(s["shipped_bytes"]) * bool(s["shipped_bytes"]),
         "FedAvg would have moved": lambda s: size(s["fedavg_bytes_per_client"]),
         "seconds a round": lambda s: f"{s['seconds_per_round']:.3g}",

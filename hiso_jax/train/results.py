@@ -154,7 +154,8 @@ def draw(
         for axis, unit in zip(axes, units, strict=False):
             first = int(axis is axes[2])  # which is logarithmic
             x, y, off = curve.rounds[first:] * unit, mean[first:], spread[first:]
-            (line,) = axis.plot(x, y, label=title(method), linewidth=1.3)
+            dots = "." if len(x) < 4 else None  # or one look would be a line of no length
+            (line,) = axis.plot(x, y, label=title(method), linewidth=1.3, marker=dots)
             axis.fill_between(x, y - off, y + off, color=line.get_color(), alpha=0.15)
         own = sorted((c for c in every if c.method == method), key=lambda c: c.learning_rate)
         rates = [c.learning_rate / curve.learning_rate for c in own]
