@@ -72,7 +72,14 @@ def sentences(folder: Path) -> None:
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     (folder.parent / "secret").mkdir()
     (folder.parent / "secret" / "key").write_text("x")
-    listed = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize"}, {"path": "../secret"}]
+    (folder.parent / "secret.txt").write_text("x")
+    listed = [
+        {"path": ""},
+        {"path": "1_Pooling"},
+        {"path": "2_Normalize"},
+        {"path": "../secret"},
+        {"path": ".."},
+    ]
     (folder / "modules.json").write_text(json.dumps(listed))
     (folder / "tokenizer.json").write_text("{}")
 

@@ -60,23 +60,17 @@ def written(config: Any, raw: dict[str, Any] | None, dtype: str) -> dict[str, An
         changed = {k: x for k, x in now.items() if k not in was or was[k] != x}
         out = {k: x for k, x in raw.items() if k not in was.keys() - now.keys()} | changed
         out |= _older(changed.get("rope_parameters") or {})
-    return with_dtype(out, dtype, both=raw is not None and "torch_dtype" in raw)
+    return with_dtype(out, dtype)
 
 
-def with_dtype(raw: dict[str, Any], dtype: str, both: bool | None = None) -> dict[str, Any]:
+def with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
     """What a config.json says, with the dtype of the weights: readers convert to what it names.
-
-    Args:
-      raw: what it says.
-      dtype: of the parameters.
-      both: whether under its older name, too; by default if that is there.
 
     Example:
       >>> with_dtype({"torch_dtype": "float16", "vocab_size": 9}, "float32")
       {'torch_dtype': 'float32', 'vocab_size': 9, 'dtype': 'float32'}
     """
-    both = "torch_dtype" in raw if both is None else both
-    return raw | ({"torch_dtype": dtype} if both else {}) | {"dtype": dtype}
+    return raw | ({"torch_dtype": dtype} if "torch_dtype" in raw else {}) | {"dtype": dtype}
 
 
 def _older(rope: dict[str, Any]) -> dict[str, Any]:

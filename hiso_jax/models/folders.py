@@ -152,7 +152,8 @@ def small_files(folder: Path) -> list[Path]:
         named = []
     for name in named:
         inner = folder / name
-        if Path(name).name == name and inner.is_dir():  # nothing above the folder, or deep in it
+        # Nothing above the folder, or deep in it.
+        if Path(name).name == name != ".." and inner.is_dir():
             found += [f"{name}/{p.name}" for p in inner.iterdir() if p.is_file()]
     return [Path(name) for name in sorted(found)]
 
