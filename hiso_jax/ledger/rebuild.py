@@ -228,8 +228,8 @@ def rebuild(
         made = stack.enter_context((files.whole_folder if folder else files.atomic_write)(out))
         # A reader that finds the base's beside what has moved takes them for a head of their own.
         copies = COPIES.difference(p.tensor for p in pieces) if folder else frozenset()
-        note = lambda what, count: on_step(what, count, size)  # noqa: E731
-        _write(replay, pieces, opened, made, copies, note)
+        step = lambda what, count: on_step(what, count, size)  # noqa: E731
+        _write(replay, pieces, opened, made, copies, step)
         if folder:
             dtype = str(next(piece.leaf.dtype for piece in pieces if piece.file))
             if file := huggingface.gguf_of(base):

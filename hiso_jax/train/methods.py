@@ -175,10 +175,10 @@ SETTLED = {
 def not_used(options: Any) -> list[str]:
     """Options that are not the job's defaults and that the method does not use, for a note."""
     (name, _), default = parse(options.method), type(options)()
-    none = SETTLED.get(name, ())
-    none += tuple({x for own in OPTIONAL.values() for x in own}.difference(OPTIONAL.get(name, ())))
     used = {x for other in options.methods for x in OPTIONAL.get(parse(other)[0], ())}
-    return [x for x in none if x not in used and getattr(options, x) != getattr(default, x)]
+    others = [x for own in OPTIONAL.values() for x in own if x not in used]
+    none = (*SETTLED.get(name, ()), *others)
+    return [x for x in none if getattr(options, x) != getattr(default, x)]
 
 
 def _function(name: str) -> Callable[..., Any]:

@@ -23,11 +23,12 @@ def not_used(options: Any) -> list[str]:
 
 def beside(source: Path | None) -> list[str]:
     """Notes on what an earlier run has trained beside the weights, which is not read."""
-    names = ("prefix.safetensors", "labels.safetensors") if source is not None else ()
+    if source is None:
+        return []
     return [
         f"{name} of the model's folder is not read: the run begins at the weights alone"
-        for name in names
-        if source is not None and (source / name).is_file()
+        for name in ("prefix.safetensors", "labels.safetensors")
+        if (source / name).is_file()
     ]
 
 

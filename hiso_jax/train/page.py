@@ -174,14 +174,14 @@ def _used(options: Mapping[str, Any]) -> dict[str, Any]:
         left_out |= {"clients"} if options.get("split") == "column" else set()
     elif options.get("task") == "docstrings":
         left_out |= {"split", "clients"}
-    left_out |= {"alpha"} if options.get("split") != "dirichlet" or "split" in left_out else set()
+    # A job without the option splits by alpha alone.
+    by_alpha = options.get("split", "dirichlet") == "dirichlet" and "split" not in left_out
+    left_out |= set() if by_alpha else {"alpha"}
     left_out |= {"client_column"} if options.get("split") != "column" else set()
     left_out |= {"budget", "renew"} if options.get("select") is None else set()
     left_out |= {"delta", "clip"} if options.get("epsilon") is None else set()
     if options.get("train") != "lora":
         left_out |= {"lora_rank", "lora_alpha", "lora_targets"}
-    if "split" not in options:  # of a job that splits by alpha alone
-        left_out.discard("alpha")
     kept = {k: v for k, v in options.items() if k not in left_out}
     paths = {k: Path(str(kept[k])).name for k in ("data", "model") if kept.get(k)}
     return kept | paths
