@@ -223,7 +223,8 @@ def draw(options: Robustness, rows: list[dict[str, Any]], path: Path) -> None:
     noises = sorted({r["noise"] for r in rows} - {0.0})
     x = [privacy.epsilon(n, _taken_part(options), options.delta) for n in noises]
     of = lambda n: [100 * r["accuracy"] for r in rows if r["noise"] == n]  # noqa: E731
-    axis.errorbar(x, [np.mean(of(n)) for n in noises], [np.std(of(n)) for n in noises], marker=".")
+    off = [curves.deviation(np.array(of(n))) for n in noises]
+    axis.errorbar(x, [np.mean(of(n)) for n in noises], off, marker=".")
     if plain := of(0.0):
         axis.axhline(np.mean(plain), linestyle="--", color="grey", label="clipped, no noise")
         axis.legend()

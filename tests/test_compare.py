@@ -286,6 +286,8 @@ def test_a_perplexity_is_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert results.summary(rows)[1][0][3] == "1.65 ± 0.00"
     assert results.pivot(rows)[1] == [["as most", "0.500, 1.6 ± 0.0 at 1"]]
     assert results.summary(rows[:1])[1][0][3] == "1.65"  # a spread over one seed would be a lie
+    rows[1]["curve"][-1][2] += 0.1
+    assert results.summary(rows)[1][0][3] == "1.70 ± 0.07"  # of a sample: 0.1 over sqrt(2)
     drawn: list[Any] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     results.draw(rows, "plays", tmp_path / "none.png")

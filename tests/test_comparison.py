@@ -41,7 +41,7 @@ def test_the_page_is_whole(tmp_path: Path):
     assert not tags.open and "script" not in tags.seen and "link" not in tags.seen
     assert tags.seen.count("svg") == 2 * 4 + 6  # pictures, and a piece of each method's line
     assert tags.seen.count("input") == 6
-    for expected in ("HiSo", "DeComFL / rms", NASTY, "0.01 (edge)", "0.305 ± 0.005", "36 runs"):
+    for expected in ("HiSo", "DeComFL / rms", NASTY, "0.01 (edge)", "0.305 ± 0.007", "36 runs"):
         assert expected in tags.text, expected
     assert comparison.comparison(rows()) == comparison.comparison(rows())
     assert [p.name for p in tmp_path.iterdir()] == ["compare.html"]

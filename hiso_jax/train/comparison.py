@@ -60,7 +60,7 @@ def _panels(names: Sequence[str], best: dict[str, Curve], every: Sequence[Curve]
             first = int(bytes_sent)  # which is logarithmic, and begins at nothing
             x = curve.rounds[first:] * unit(curve)
             for axis, values in ((upper, scale * curve.figures), (lower, curve.losses)):
-                mean, off = values.mean(0)[first:], values.std(0)[first:]
+                mean, off = values.mean(0)[first:], curves.deviation(values)[first:]
                 dots = "." if len(x) < 4 else None  # or one look would be a line of no length
                 line = axis.plot(x, mean, linewidth=1.4, marker=dots, **look)[0]
                 band = axis.fill_between(x, mean - off, mean + off, color=look["color"], alpha=0.12)
@@ -156,7 +156,7 @@ def comparison(rows: list[Row], chosen_by: str = "loss") -> str:
     parts = [
         f"<h1>{html.escape(name)}</h1>",
         f"<p>{len(rows)} runs. Each method is shown at the learning rate with the {best}, "
-        "mean and standard deviation over seeds; \"edge\" says that this is the lowest or highest "
+        "mean and sample standard deviation over seeds; \"edge\" says that this is the lowest or highest "
         "rate that was tried. Diverged are counted at all rates.</p>",
         "<p>Check a method to see its curves.</p>",
         *(section for section, _ in sections),

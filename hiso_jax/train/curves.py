@@ -160,7 +160,15 @@ def edge(best: Curve, every: list[Curve]) -> bool:
     return best.learning_rate in (min(rates), max(rates)) and len(rates) > 1
 
 
+def deviation(values: np.ndarray) -> np.ndarray:
+    """Sample standard deviation over the first axis, the seeds; 0 where there is one seed.
+
+    Its square has the divisor S - 1: that of few seeds is not too small on average.
+    """
+    return values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
+
+
 def spread(values: np.ndarray, shown: Callable[[float], str]) -> str:
-    """Mean and standard deviation over seeds, of which one has none."""
-    off = f" ± {shown(values.std())}" if len(values) > 1 and np.isfinite(values).all() else ""
-    return shown(values.mean()) + off
+    """Mean and sample standard deviation over seeds, of which one has none."""
+    alike = len(values) > 1 and np.isfinite(values).all()
+    return shown(values.mean()) + (f" ± {shown(float(deviation(values)))}" if alike else "")

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hiso_jax.train import comparison, report
-from hiso_jax.train.curves import Curve, compared, curves, edge, read, spread, tuned
+from hiso_jax.train.curves import Curve, compared, curves, deviation, edge, read, spread, tuned
 from hiso_jax.train.methods import title
 from hiso_jax.train.rows import Row
 from hiso_jax.train.settings import RENAMED
@@ -149,7 +149,7 @@ def draw(
     for axis in axes:
         axis.set_prop_cycle(looks)
     for method, curve in best.items():
-        mean, spread = values(curve).mean(0), values(curve).std(0)
+        mean, spread = values(curve).mean(0), deviation(values(curve))
         units = (1, curve.passes, curve.bytes / 4)
         for axis, unit in zip(axes, units, strict=False):
             first = int(axis is axes[2])  # which is logarithmic
