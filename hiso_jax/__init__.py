@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from hiso_jax import aggregators, directions, estimators, privacy, rules
-from hiso_jax._engine import exact, lazy, meshes, trees
+from hiso_jax._engine import exact, extras, lazy, meshes, trees
 from hiso_jax._engine.exact import compiler_options
 from hiso_jax.algorithm import Spec
 from hiso_jax.algorithms import (
@@ -105,7 +105,7 @@ def __getattr__(name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             if name not in ("models", "tasks", "train") or "hiso_jax" in str(error.name):
                 raise
-            needed = f"hiso_jax.{name} needs {error.name}: pip install 'hiso-jax[{name}]'"
+            needed = extras.needs(f"hiso_jax.{name}", str(error.name), name)
             raise ModuleNotFoundError(needed, name=error.name) from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

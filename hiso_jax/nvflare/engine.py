@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hiso_jax import federation, privacy
-from hiso_jax._engine import files
+from hiso_jax._engine import extras, files
 from hiso_jax.federation import wire
 from hiso_jax.federation.host import Closed, Host
 from hiso_jax.ledger import digests, snapshots
@@ -35,9 +35,8 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "nvflare":
         raise
-    raise ModuleNotFoundError(
-        "hiso_jax.nvflare.engine needs nvflare: pip install 'hiso-jax[nvflare]'", name="nvflare"
-    ) from None
+    needed = extras.needs("hiso_jax.nvflare.engine", "nvflare", "nvflare")
+    raise ModuleNotFoundError(needed, name="nvflare") from None
 
 MESSAGE = "message"
 LOOK_AGAIN = 10.0

@@ -17,8 +17,8 @@ INTERVAL = 0.05
 """Seconds between looks for a task; NVFlare's own, 2, are most of a round."""
 OF_A_SITE = ("data",)
 OF_A_SIMULATION = ("compare", "resume", "mesh", "distributed", "split", "clients", "alpha",
-                   "client_column", "dropout", "answers", "log", "select", "budget",
-                   "renew")  # fmt: skip
+                   "client_column", "dropout", "answers", "log", "select", "budget", "renew",
+                   "eval_every")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,10 @@ class Options(finetune.Options):
 
     A site keeps where its data are, and its copy of the model, in local/hiso.json of its own
     NVFlare folder: {"data": "/data/reviews.csv", "model": "/models/opt-125m"}. docs/deploy.md
-    goes from nothing to a running job.
+    goes from nothing to a running job. Of hiso finetune's options --data is refused here, for it
+    belongs to a site, and those of a simulation are: --clients, --split, --alpha,
+    --client-column, --dropout, --select, --budget, --renew, --compare, --resume, --mesh,
+    --distributed, --eval-every, --answers, --log.
     """
 
     out: Path = Path("runs/nvflare-job")
@@ -44,7 +47,7 @@ class Options(finetune.Options):
     """Which sites take part: all alike, or in turns, which costs the least of a budget."""
     threshold: int = 0
     """With --secure, fewest sites that a sum is revealed of, and shares that unmask one: more than
-    half of those asked; by default more than two thirds. With fewer a round is void."""
+    half of those asked; 0 for more than two thirds. With fewer a round is void."""
     step_deadline: float = 60.0
     """With --secure, seconds that each of the four steps after measuring waits for a site."""
     deadline: float = 600.0

@@ -8,7 +8,7 @@ Neither is ever sent.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -24,7 +24,7 @@ RESOURCES = "resources.json"
 class Options:
     """Prepare the startup kit of the server (without --data) or of a site for jobs of hiso."""
 
-    kit: tyro.conf.Positional[Path]
+    kit: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="KIT")]
     """Folder of the startup kit, with startup/ and local/ in it."""
     data: Path | None = None
     """File or folder of this site's examples; none for the server."""

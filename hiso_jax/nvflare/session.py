@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
-from hiso_jax._engine import checks
+from hiso_jax._engine import checks, extras
 from hiso_jax.nvflare.parties import PLAN, Plan
 
 QUICK, MOST_QUICK = 60.0, 3
@@ -35,14 +35,14 @@ COMPLETED, ABORTED = "FINISHED:COMPLETED", "FINISHED:ABORTED"
 class Options:
     """Submit a job and stay with it: it is submitted again until all its rounds are done."""
 
-    job: tyro.conf.Positional[Path]
+    job: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="JOB")]
     """Folder that hiso nvflare job wrote."""
-    kit: tyro.conf.Positional[Path]
+    kit: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="KIT")]
     """Startup kit of the one who may submit, with startup/fed_admin.json in it."""
     attempts: int = 100
     """Times that the job is submitted at most."""
     wait: float = 60.0
-    """Seconds to wait for sites that are not connected before each."""
+    """Seconds to wait, before each submission, for sites that are not connected."""
 
 
 class Lead:
@@ -67,9 +67,8 @@ class Lead:
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] != "nvflare":
                 raise
-            raise ModuleNotFoundError(
-                "hiso nvflare run needs nvflare: pip install 'hiso-jax[nvflare]'", name="nvflare"
-            ) from None
+            needed = extras.needs("hiso nvflare run", "nvflare", "nvflare")
+            raise ModuleNotFoundError(needed, name="nvflare") from None
         self._open: Callable[..., Any] = flare_api.new_secure_session
         self.kit, self._session = kit.absolute(), None
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hiso_jax._engine import checks
+from hiso_jax._engine import checks, extras
 
 Event = Mapping[str, Any]
 """``{"noise": z, "participation": "known"}``, or ``"poisson"`` with its ``"rate"``: a Gaussian
@@ -31,7 +31,7 @@ def _library() -> Any:
         import dp_accounting
         import dp_accounting.rdp
     except ImportError:
-        raise ImportError("accounting needs dp-accounting: pip install 'hiso-jax[dp]'") from None
+        raise ImportError(extras.needs("accounting", "dp-accounting", "dp")) from None
     return dp_accounting
 
 

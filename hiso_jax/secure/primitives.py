@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from hiso_jax._engine import extras
+
 SEED = 16
 """Bytes of what is shared: Shamir's shares of pycryptodome are of 16 bytes, 128 bits."""
 
@@ -32,9 +34,8 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(
-            "secure aggregation needs cryptography and pycryptodome: pip install 'hiso-jax[secure]'"
-        ) from error
+        both = "cryptography and pycryptodome"
+        raise ImportError(extras.needs("secure aggregation", both, "secure")) from error
 
 
 _PRIMITIVES = "cryptography.hazmat.primitives"

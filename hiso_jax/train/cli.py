@@ -1,19 +1,22 @@
 """The console script `hiso`: one command per job."""
 
 import importlib
+import importlib.metadata
 import os
 import sys
+
+from hiso_jax._engine import extras
 
 COMMANDS = {
     "finetune": "fine-tune a language model over clients that send a few bytes per round",
     "llm": "fine-tune SmolLM2 (134.5 M parameters) like that, with FedAdam beside it",
-    "digits": "the same in twenty seconds: a small network on handwritten digits",
+    "digits": "train a small network on handwritten digits, in twenty seconds",
     "images": "train on MNIST, CIFAR-10 or folders of images: a small CNN, EfficientNet or a ViT",
     "watch": "the figures of a run in a terminal, as they come",
     "replay": "rebuild a fine-tuned model from its base and a ledger, and prove it",
     "compare": "run a grid of methods, learning rates and seeds",
     "results": "tables and figures of what compare wrote",
-    "nvflare": "the job for a run of real clients over a network, with NVFlare",
+    "nvflare": "prepare machines, write a job and run it over real sites, with NVFlare",
 }
 ELSEWHERE = {"nvflare": "hiso_jax.nvflare.job"}
 """Modules of commands that are not of this folder."""
@@ -56,6 +59,6 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "hiso_jax":
             raise
-        sys.exit(f"hiso {name} needs {error.name}: pip install 'hiso-jax[train]'")
+        sys.exit(extras.needs(f"hiso {name}", str(error.name), "train"))
     sys.argv = [f"hiso {name}", *rest]
     job.cli()

@@ -59,22 +59,22 @@ class Compare:
     """Run a grid of methods, learning rates and seeds on the dev split, and print the best."""
 
     grid: Path | None = None
-    """A TOML file that says what is run, in the place of all other options but --data, --out and
-    --processes; there are some in experiments/grids."""
+    """A TOML file that says what is run, in the place of all other options but --data, --out,
+    --processes and --dry-run; there are some in experiments/grids."""
     dry_run: bool = False
     """Only say how many runs are missing."""
     task: Literal["finetune", "sst2", "llm", "digits", "images", "mnist"] = "digits"
-    """The job whose options are used."""
+    """The job whose options are used; sst2 is finetune on SST-2, and mnist is in a clone only."""
     method: tuple[str, ...] = job.COMPARED
     """Methods, as of the job's --method: hiso, "hiso(update_steps=all)"."""
     learning_rate: tuple[float, ...] = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
-    """Peak learning rates; they fall linearly to 0."""
+    """Peak learning rates, falling linearly to 0; the default is for the digits."""
     seeds: int = grids.FIRST_LOOK
-    """Seeds 0 to this number less one."""
+    """Number of seeds, from 0 on."""
     extend: bool = False
     """While the best rate is the lowest or highest, go on by the same factor."""
     refine: bool = False
-    """Then run the two rates halfway, in factors, between the best one and its neighbors."""
+    """Then run the geometric means of the best rate and its two neighbors."""
     seeds_at_best: int = 1
     """Seeds at the best rate in the end, if more than --seeds."""
     by: Literal["loss", "metric"] = "loss"

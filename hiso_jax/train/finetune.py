@@ -51,7 +51,7 @@ class Options(job.Options):
     out: Path = Path("runs/finetune")
     """Folder of the run; one that is there is moved aside, to a name with a number."""
     sampling: Literal["uniform", "size", "balanced"] = "size"
-    """Which clients take part: all alike, or in proportion to their examples."""
+    """Which clients take part: all alike, in proportion to their examples, or in turns."""
     model: str | None = None
     """Folder or hub id of a Hugging Face checkpoint, or a GGUF file; by default MiniLM."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

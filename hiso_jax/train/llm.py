@@ -35,9 +35,9 @@ def bundled_model() -> Path:
 class Options(finetune.Options):
     """Fine-tune all 134.5 M parameters of SmolLM2 over clients that send a few bytes per round.
 
-    The docstrings of Python's standard library, each module a client: what is it about? Prompt,
-    words, method and rates were chosen on the training split. FedAdam, whose clients send whole
-    models, runs beside it on the same clients and batches.
+    The docstrings of Python's standard library, each module a client: what is it about? Prompt and
+    words were chosen on the training split, method and rates on the dev split. FedAdam, whose
+    clients send whole models, runs beside it on the same clients and batches.
     """
 
     method: str = "rms"
@@ -62,7 +62,8 @@ class Options(finetune.Options):
     num_perturbations: int = 12
     """Scalars a local step (P)."""
     upper_directions: tuple[int, ...] | Literal["auto"] = (10,)
-    """Of these, so many along directions that move the upper layers only."""
+    """Of the scalars of a local step, so many along directions that move the upper layers only;
+    auto as in `hiso finetune`."""
     upper_layers: tuple[int, ...] = (3,)
     """How many layers those are."""
     eval_every: int = 20

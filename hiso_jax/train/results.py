@@ -195,13 +195,14 @@ class Results:
     where: tuple[str, ...] = ()
     """Which rows: task=mnist, alpha=1.0, method=hiso,decomfl; all must be of one task."""
     by: Literal["metric", "loss"] = "metric"
-    """What of the tuned baseline's best is to be reached, and what is drawn."""
+    """Which best of the tuned baseline is to be reached, and what is drawn; rates are chosen by
+    the dev loss in any case."""
     baseline: str | None = None
     """The method whose best is to be reached; by default decomfl, if it is among the rows."""
     pivot: bool = False
     """Options against methods, in one table."""
     only: tuple[str, ...] = ()
-    """Methods to draw; by default all."""
+    """Methods to draw, by the names of the rows: "rms, per-client directions"; by default all."""
     picture: Path | None = None
     """Where to draw the figure, a PNG."""
     page: Path | None = None

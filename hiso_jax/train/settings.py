@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import jax
 
 from hiso_jax import directions
-from hiso_jax._engine import checks
+from hiso_jax._engine import checks, extras
 from hiso_jax.train import logs, report, selecting
 from hiso_jax.train.report import console
 
@@ -28,7 +28,8 @@ class Options:
 
     method: str = "hiso"
     """The algorithm to run: hiso, decomfl, rms, mezo, meazo, fzoo, hizoo, momentum, adam, fedkseed;
-    fedavg, fedadam, fedyogi, fedadagrad, fedzo, which send models; or module:function of yours."""
+    fedavg, fedadam, fedyogi, fedadagrad, fedzo, which send models; or module:function of yours.
+    Arguments go in parentheses: "rms(decay=0.9)"."""
     compare: bool = False
     """Run HiSo and DeComFL on the same seeds and draw both curves."""
     rounds: int = 200
@@ -38,10 +39,11 @@ class Options:
     resume: Path | None = None
     """Go on with the run in this folder, with the options it was started with."""
     seed: int = 0
-    """Of the noise, of who takes part and of the batches; of texts of yours also of how they are
-    split over clients, which `hiso compare` splits alike for all seeds."""
+    """Seed of the noise, of who takes part and of the batches; for texts of your own also of how
+    they are split over clients, which `hiso compare` splits alike for all seeds."""
     learning_rate: float | None = None
-    """Peak learning rate, falling linearly to 0; by default the tuned one of the method."""
+    """Peak learning rate, falling linearly to 0; by default the one that was tuned for the method
+    on the job's own model and data, if one was."""
     clients_per_round: int = 8
     """Clients sampled a round (C)."""
     sampling: Literal["uniform", "size", "balanced"] = "uniform"
@@ -61,7 +63,7 @@ class Options:
     """Examples of a client in a local step."""
     select: str | None = None
     """Which of its examples a client learns from: uniform, balanced, k_center, k_means, active_ft,
-    vecaf, loss, entropy, margin, el2n, importance; by default from all."""
+    vecaf, loss, entropy, margin, el2n, importance, or "vecaf(eta=0.2)"; by default from all."""
     budget: float = 0.1
     """Share of its examples that --select keeps."""
     renew: int = 20
@@ -83,7 +85,7 @@ class Options:
     estimator: Literal["forward", "central"] = "forward"
     """Differences: forward costs P + 1 forward passes, central 2 P."""
     decay: float = 0.95
-    """Weight of the old curvature (HiSo only)."""
+    """Weight of the old curvature, of hiso; other rules take theirs as "rms(decay=0.9)"."""
     distribution: directions.Distribution = "rademacher"
     """Noise: normal is the paper's, near_normal and rademacher are cheaper."""
     eval_every: int = 25
@@ -340,7 +342,7 @@ def _check_private(options: Options) -> None:
             raise ValueError("--upper-directions: auto looks at clients' data before a run, which "
                              "no noise hides; with --epsilon give numbers")  # fmt: skip
         if importlib.util.find_spec("dp_accounting") is None:
-            raise ValueError("--epsilon needs dp-accounting: pip install 'hiso-jax[dp]'")
+            raise ValueError(extras.needs("--epsilon", "dp-accounting", "dp"))
     if not options.secure:
         return
     if options.clients_per_round < 2:
@@ -350,4 +352,4 @@ def _check_private(options: Options) -> None:
         raise ValueError("--secure: scalars of --per-client-directions are never added up")
     for package in ("cryptography", "Crypto"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"--secure needs {package}: pip install 'hiso-jax[secure]'")
+            raise ValueError(extras.needs("--secure", package, "secure"))
