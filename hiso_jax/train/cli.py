@@ -46,6 +46,9 @@ def choose(program: str, commands: dict[str, str], more: str) -> list[str] | Non
 
 def main() -> None:
     """Run the command that is named; each has its own --help."""
+    if sys.argv[1:] == ["--version"]:
+        print("hiso_jax", importlib.metadata.version("hiso-jax"))
+        return
     if (chosen := choose("hiso", COMMANDS, "hiso COMMAND --help has the options.")) is None:
         return
     name, *rest = chosen

@@ -156,8 +156,8 @@ def comparison(rows: list[Row], chosen_by: str = "loss") -> str:
     parts = [
         f"<h1>{html.escape(name)}</h1>",
         f"<p>{len(rows)} runs. Each method is shown at the learning rate with the {best}, "
-        "mean and sample standard deviation over seeds; \"edge\" says that this is the lowest or highest "
-        "rate that was tried. Diverged are counted at all rates.</p>",
+        "mean and sample standard deviation over seeds; \"edge\" says that this is the lowest or "
+        "highest rate that was tried. Diverged are counted at all rates.</p>",
         "<p>Check a method to see its curves.</p>",
         *(section for section, _ in sections),
     ]  # fmt: skip

@@ -6,11 +6,12 @@ import fcntl
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hiso_jax.train import report
+from hiso_jax.train.methods import sends_models
 from hiso_jax.train.rows import Row, read
 
 
@@ -83,3 +84,16 @@ def make_room(out: Path) -> None:
         with alone(out):
             out.rename(aside)
         report.say("The run that was in ", f"{out}/", " is now in ", f"{aside}/")
+
+
+def say_where(out: Path, methods: Sequence[str]) -> None:
+    """Print which files a job has left; of several methods each has a folder of its own."""
+    several = len(methods) > 1
+    for method in methods:
+        ledgers = "" if sends_models(method) else "ledger.sqlite, ledger.safetensors, "
+        report.say(
+            "Written to ", f"{out / method if several else out}/", ": report.html, curve.png, "
+            f"{'' if several else 'split.png, '}metrics.jsonl, summary.json, {ledgers}and the model"
+        )  # fmt: skip
+    if several:
+        report.say("Of all of them, in ", f"{out}/", ": curve.png, split.png, summary.json")

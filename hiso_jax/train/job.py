@@ -24,6 +24,7 @@ from hiso_jax.train import (
     logs,
     measure,
     methods,
+    notes,
     page,
     report,
     resume,
@@ -337,6 +338,8 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
         for name in methods.not_used(options):
             title, option = methods.title(options.method), name.replace("_", "-")
             report.say(f"Note: {title} does not use --{option}", style="yellow")
+        for note in notes.untuned(options):
+            report.say(f"Note: {note}", style="yellow")
         made_of = resume.made_of(problem)
         if saved and (other := [k for k, v in made_of.items() if saved.get(k, v) != v]):
             what = resume.MADE_OF[other[0]]
@@ -369,11 +372,7 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
 def _say_how_it_ended(options: Options, summaries: list[dict[str, Any]]) -> None:
     """Print the table and where the files are; exit with 1 unless all is as it was asked for."""
     console.print(report.table(summaries))
-    scalars = not all(map(methods.sends_models, options.methods))
-    report.say(
-        "Written to ", f"{options.out}/", ": report.html, curve.png, split.png, metrics.jsonl, "
-        f"summary.json, {'ledger.sqlite, ledger.safetensors, ' * scalars}and the model"
-    )  # fmt: skip
+    folders.say_where(options.out, options.methods)
     broken = [s for s in summaries if s.get("stopped")]
     for summary in (s for s in summaries if s.get("failed")):
         report.fail(f"Not measured: {'; '.join(summary['failed'])}. The weights are written.")

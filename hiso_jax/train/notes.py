@@ -21,6 +21,23 @@ def not_used(options: Any) -> list[str]:
     ]
 
 
+def untuned(options: Any) -> list[str]:
+    """A note that the rate was not tuned for these options' model or data.
+
+    Example:
+      >>> from hiso_jax.train.finetune import Options
+      >>> untuned(Options()), untuned(Options(model="gpt", learning_rate=1e-3))
+      ([], [])
+    """
+    default = type(options)()
+    other = [f"--{name}" for name in ("model", "task", "data")
+             if getattr(options, name, None) != getattr(default, name, None)]  # fmt: skip
+    if options.learning_rate is not None or options.resume is not None or not other:
+        return []
+    return [f"the learning rate was tuned for the job's own model and data, not for {other[0]}; "
+            "hiso compare finds one"]  # fmt: skip
+
+
 def beside(source: Path | None) -> list[str]:
     """Notes on what an earlier run has trained beside the weights, which is not read."""
     if source is None:
