@@ -17,6 +17,7 @@ from typing import Any
 
 from hiso_jax.nvflare import job as jobs
 from hiso_jax.nvflare import machine, session
+from hiso_jax.train import rows
 from tests.helpers import ROOT
 
 PROJECT = """
@@ -175,9 +176,7 @@ class Flare:
 
     def rows(self, run: str = "hiso") -> list[dict[str, Any]]:
         """The rounds that the server has written down."""
-        path = self.kept("server", run) / "rounds.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        return rows.read(self.kept("server", run) / "rounds.jsonl")
 
     def result(self, name: str = "server") -> dict[str, Any]:
         return json.loads((self.kept(name) / "result.json").read_text())

@@ -128,6 +128,7 @@ class MaskedHost(Host):
     """
 
     server: PrivateServer
+    void = ""  # why the last round has no sum, where it has none
 
     def __init__(
         self,
@@ -157,10 +158,11 @@ class MaskedHost(Host):
 
     def _gather(self, stop: Callable[[], bool], gone: Callable[[str], bool], minimum: int) -> bool:
         lost: set[str] = set()  # who is gone; nobody waits for them any more
+        self.void = ""
         try:
             return self._session(lost, stop, gone, minimum)
         except ValueError as error:  # too few for a sum, or somebody has forged
-            self.server.masked = None
+            self.server.masked, self.void = None, str(error)
             log.warning("round %d is void: %s", self.server.round, error)
             return True
         finally:

@@ -4,8 +4,10 @@ What is said in those bytes is `hiso_jax.federation`'s (`hiso_jax.federation.Hos
 `hiso_jax.federation.Site`). Another engine would be another file like this one.
 """
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import numpy as np
 from hiso_jax import federation, privacy
 from hiso_jax._engine import extras, files
 from hiso_jax.federation import wire
-from hiso_jax.federation.host import Closed, Host
+from hiso_jax.federation.host import Closed, Count, Host
 from hiso_jax.ledger import digests, snapshots
 from hiso_jax.ledger.store import Ledger, LedgerWriteError
+from hiso_jax.nvflare import notes
 from hiso_jax.nvflare.parties import PLAN, TASK, Local, Party, Plan, read_local
 from hiso_jax.nvflare.sockets import Wire
 from hiso_jax.protocol import Algorithm
@@ -136,10 +139,14 @@ class HisoController(Controller):
             server = host.server
             del state
             self._say(f"{ledger.rounds} of {plan.rounds} rounds are in {path}")
-            empty, spent = 0, ""
+            lines = notes.Notes(folder / "rounds.jsonl", server.round)
+            with self._spared("rounds.jsonl"):
+                lines.write()
+            empty, spent, said = 0, "", ""
             while server.round < plan.rounds and empty < plan.most_empty:
+                asked = plan.draw(server.round)
                 try:
-                    closed = self._round(host, plan, plan.draw(server.round), abort)
+                    closed = self._round(host, plan, asked, abort)
                 except privacy.BudgetSpent as error:
                     self._say(spent := f"after {server.round} rounds: {error}")
                     break
@@ -147,17 +154,19 @@ class HisoController(Controller):
                 if closed is None:
                     self._say("aborted; what was recorded is safe: submit the job again")
                     return
-                try:
-                    self._note(folder, host, plan, closed)
-                    if server.round % plan.snapshot_every == 0 or server.round == plan.rounds:
+                void = getattr(host, "void", "")  # of a host of masked rounds only
+                row = notes.row_of(closed, asked, plan.needed, void)
+                said = notes.told(row)
+                with self._spared(f"line of round {closed.round}"):
+                    self._note(lines, host, plan, row)
+                if server.round % plan.snapshot_every == 0 or server.round == plan.rounds:
+                    with self._spared(f"snapshot after round {closed.round}"):
                         snapshots.save(folder / "snapshots", algorithm, server.state)
-                except OSError as error:  # the round itself is recorded
-                    self._say(f"round {closed.round}: {error}")
                 empty = 0 if closed.reported else empty + 1
             if server.round < plan.rounds and not spent:
                 raise RuntimeError(
-                    f"nobody counted in the last {empty} rounds ({host.faults or 'all silent'}); "
-                    "submit the job again when sites can answer"
+                    f"nobody counted in the last {empty} rounds; in the last one: {said}. "
+                    "Submit the job again when sites can answer"
                 )
             self._finish(host, plan, folder, party, abort, spent)
 
@@ -189,19 +198,17 @@ class HisoController(Controller):
     def _round(self, host: Host, plan: Plan, names: list[str], abort: Signal) -> Closed | None:
         stop = lambda: bool(abort.triggered)  # noqa: E731
         number, begin = host.server.round, time.monotonic()
-        try:
-            return host.conduct(
-                names, plan.deadline, plan.min_responses, plan.grace, stop, self._is_gone
-            )
-        except LedgerWriteError as error:
-            while not stop():
+        while not stop():
+            try:
+                if host.server.asked:  # it is open, and lacks nothing but its record
+                    return host.close(plan.min_responses, number, begin)
+                return host.conduct(
+                    names, plan.deadline, plan.min_responses, plan.grace, stop, self._is_gone
+                )
+            except LedgerWriteError as error:
                 self._say(f"round {number} is kept until it can be recorded: {error}")
                 time.sleep(LOOK_AGAIN)
-                try:
-                    return host.close(plan.min_responses, number, begin)
-                except LedgerWriteError as again:
-                    error = again
-            return None
+        return None
 
     def _finish(
         self, host: Host, plan: Plan, folder: Path, party: Party, abort: Signal, spent: str
@@ -227,31 +234,23 @@ class HisoController(Controller):
             part.write_text(json.dumps(result, indent=2) + "\n")
         self._say(f"{server.round} rounds, digest {result['digest']}, held by {', '.join(there)}")
 
-    def _note(self, folder: Path, host: Host, plan: Plan, closed: Closed) -> None:
+    def _note(self, lines: notes.Notes, host: Host, plan: Plan, row: dict[str, Any]) -> None:
         """One line for the log, one for ``rounds.jsonl``: who answered, and what it cost."""
-        up, down = self._wire.look()
-        row = {
-            "round": closed.round,
-            "seconds": round(closed.seconds, 4),
-            "answered": list(closed.reported),
-            "faults": closed.faults,
-            "silent": closed.silent,
-            "payload_up": sum(c.payload_up for c in host.counts.values()),
-            "payload_down": sum(c.payload_down for c in host.counts.values()),
-            "messages_up": sum(c.up for c in host.counts.values()),
-            "messages_down": sum(c.down for c in host.counts.values()),
-            "wire_sent": up,
-            "wire_received": down,
-        }
-        with open(folder / "rounds.jsonl", "a") as rows:
-            rows.write(json.dumps(row) + "\n")
-        missing = f"; silent: {', '.join(closed.silent)}" if closed.silent else ""
-        missing += "".join(f"; {name}: {why}" for name, why in closed.faults.items())
+        counts = zip(Count(), *host.counts.values(), strict=True)
+        (up, down, *messages), wire = [sum(each) for each in counts][:4], self._wire.look()
         self._say(
-            f"round {closed.round + 1}/{plan.rounds}: {len(closed.reported)} count, "
-            f"{closed.seconds:.2f} s, payload up {row['payload_up']} B down "
-            f"{row['payload_down']} B, wire {up + down} B{missing}"
+            f"round {row['round'] + 1}/{plan.rounds}: {notes.told(row)}; {row['seconds']:.2f} s, "
+            f"payload up {up} B down {down} B, wire {sum(wire)} B"
         )
+        lines.add(row, (up, down, *messages, *wire))
+
+    @contextlib.contextmanager
+    def _spared(self, what: str) -> Iterator[None]:
+        """Say what a full disk costs beside the round, which is recorded."""
+        try:
+            yield
+        except OSError as error:
+            self._say(f"{what}: {error}")
 
     # NVFlare.
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_type_hints
 import jax
 import jax.numpy as jnp
 
-from hiso_jax import federation
+from hiso_jax import federation, secure
 from hiso_jax._engine import checks
 from hiso_jax.privacy import Terms
 from hiso_jax.protocol import Algorithm, State
@@ -160,6 +160,14 @@ class Plan:
     def terms(self) -> Terms | None:
         """What the job promises of privacy; None: nothing."""
         return None if self.privacy is None else Terms.from_config(self.privacy)
+
+    @property
+    def needed(self) -> int:
+        """So many must answer, or else the round is void."""
+        if (terms := self.terms) is None or not terms.masked:
+            return self.min_responses
+        least = self.threshold or terms.least or secure.two_thirds(self.clients_per_round)
+        return max(least, self.min_responses)
 
     def make(self, local: Local) -> Party:
         """What this machine works with.

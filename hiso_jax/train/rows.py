@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def append(path: Path) -> Iterator[Callable[[Row], None]]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        if path.stat().st_size and not _ended(path):
             file.write("\n")
 
         def add(row: Row) -> None:
@@ -43,6 +44,13 @@ def append(path: Path) -> Iterator[Callable[[Row], None]]:
             file.flush()
             if not path.stat().st_size:
                 path.unlink()
+
+
+def _ended(path: Path) -> bool:
+    """Whether the last line of a file is whole; nothing before it is read."""
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def key(row: Row, names: Iterable[str]) -> str:
