@@ -11,7 +11,7 @@ import pytest
 
 import hiso_jax as hj
 from hiso_jax import federation
-from hiso_jax.nvflare import job, machine, parties, session, sockets
+from hiso_jax.nvflare import job, machine, parties, sockets
 from hiso_jax.train import cli
 from tests.helpers import REVIEWS, assert_same_bits
 
@@ -72,6 +72,58 @@ def test_options_that_make_no_job_are_named_and_nothing_is_written(
     with pytest.raises((ValueError, TypeError), match=re.escape(text)):
         job.write(dataclasses.replace(OPTIONS, out=tmp_path / "job", **given))
     assert list(tmp_path.iterdir()) == []
+
+
+OTHERS: dict[str, Any] = dict(
+    compare=True, resume=Path("run"), mesh=1, distributed=True, split="iid", clients=3,
+    alpha=0.1, client_column="ward", dropout=0.5, answers=True, log="csv", select="random",
+    budget=7, renew=2, eval_every=3,
+)  # fmt: skip
+"""Options of a simulation, each with a value that is not its default."""
+
+
+@pytest.mark.parametrize("name", job.OF_A_SIMULATION)
+def test_an_option_of_a_simulation_is_refused_and_the_help_says_so(name: str):
+    assert getattr(OPTIONS, name) != OTHERS[name]
+    option = f"--{name.replace('_', '-')}"
+    with pytest.raises(ValueError, match=f"^{option}: for simulations only"):
+        job.check(dataclasses.replace(OPTIONS, **{name: OTHERS[name]}))
+    assert re.search(rf"{option}[,.]", " ".join((job.Options.__doc__ or "").split()))
+
+
+def test_a_threshold_may_be_more_than_the_neighbors_that_a_site_has_by_default():
+    """With one, masks are shared among all; half of who is asked is what it must exceed."""
+    secure = pytest.importorskip("hiso_jax.secure")
+    sites = tuple(f"site-{number}" for number in range(50))
+    asked = dict(sites=sites, clients_per_round=50, secure=True)
+    for threshold in (26, 40, 50):
+        plan = job.check(dataclasses.replace(OPTIONS, **asked, threshold=threshold))
+        assert plan.needed == threshold
+        assert secure.Session("run", 0, sites, 9, threshold, None, threshold).circle_size == 50
+    for threshold in (25, 51):
+        with pytest.raises(ValueError, match="threshold: expected more than half of 50"):
+            job.check(dataclasses.replace(OPTIONS, **asked, threshold=threshold))
+
+
+def test_so_many_must_answer():
+    """Of masked rounds the threshold, by default more than two thirds; else --min-responses."""
+    needed = lambda **given: job.check(dataclasses.replace(OPTIONS, **given)).needed  # noqa: E731
+    assert (needed(), needed(min_responses=2), needed(secure=True)) == (1, 2, 3)
+    assert (
+        needed(secure=True, threshold=2),
+        needed(secure=True, threshold=2, min_responses=3),
+    ) == (2, 3)
+
+
+def test_a_budget_is_for_the_sites_that_it_was_made_for():
+    """So a site that is new cannot join under the same name, as docs/deploy.md says."""
+    pytest.importorskip("dp_accounting", reason="needs the extra dp")
+    given = dict(epsilon=8.0, clip=2.0, sampling="balanced", rounds=60)
+    promises = [
+        job.check(dataclasses.replace(OPTIONS, **given, sites=sites)).privacy
+        for sites in (OPTIONS.sites, (*OPTIONS.sites, "site-4"))
+    ]
+    assert promises[0] != promises[1]
 
 
 def test_a_job_promises_the_noise_that_its_own_draw_needs():
@@ -240,52 +292,6 @@ def test_a_text_task_on_a_model_with_data_at_the_sites_only(
     assert measured["test_before"]["loss"] != measured["test_after"]["loss"]
     assert not np.array_equal(weights[0], (tiny / "model.safetensors").read_bytes())
     assert ledger.header["about"] == {"task": "docstrings"}
-
-
-def test_run_submits_again_until_all_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Against a server that is away at times, and two jobs that end before their time."""
-    # The second, of a server that was killed, is said to run for ever.
-    ends = iter(["FINISHED:EXECUTION_EXCEPTION", "RUNNING", "FINISHED:COMPLETED"])
-    said: list[str] = []
-
-    class Stub:
-        """What `session.Lead` asks a server, without one."""
-
-        def __init__(self, kit: Path):
-            self.asked = 0
-
-        def connected(self) -> list[str]:
-            self.asked += 1
-            return [] if self.asked < 3 else list(OPTIONS.sites)
-
-        def submit(self, folder: Path) -> str | None:
-            self.asked += 1
-            return None if self.asked % 2 else f"job {self.asked}"
-
-        def status(self, number: str) -> str:
-            known, self.known = getattr(self, "known", ""), number
-            return next(ends) if known == number else ""  # away when it is first asked
-
-        def runs(self, number: str) -> bool:
-            return False
-
-        def close(self) -> None:
-            self.asked = -1
-
-    out = job.write(dataclasses.replace(OPTIONS, out=tmp_path / "job"))
-    monkeypatch.setattr(session, "Lead", Stub)
-    monkeypatch.setattr(session, "LOST", 0.0)
-    assert session.run(session.Options(out, tmp_path), said.append, 0.0)
-    assert len([text for text in said if "submitted as" in text]) == 3
-    ends = iter(["FINISHED:ABORTED"])
-    assert not session.run(session.Options(out, tmp_path), said.append, 0.0)
-    for count, attempts in ((2, 2), (3, 20)):  # all are quick, so three are enough
-        ends, before = iter(["FINISHED:ABNORMAL"] * 9), len(said)
-        assert not session.run(session.Options(out, tmp_path, attempts), said.append, 0.0)
-        assert len([text for text in said[before:] if "submitted as" in text]) == count
-    assert "3 jobs in a row ended within 60 s" in said[-1]
-    with pytest.raises(ValueError, match="--attempts: expected an int >= 1"):
-        session.run(session.Options(out, tmp_path, attempts=0))
 
 
 def test_a_process_counts_what_it_sends():

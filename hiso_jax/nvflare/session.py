@@ -27,6 +27,8 @@ LOST = 10.0
 """Seconds for which the server says that a job runs, and has no process of it."""
 NO_ANSWER = ("no_reply", "error")
 """What NVFlare says of a site that did not tell which jobs it has."""
+RUNNING, GONE = "RUNNING", "GONE"
+"""Of a job: NVFlare's word, and ours for one that the server does not know, or no more."""
 FOR_THEM = "ended for who is back"
 COMPLETED, ABORTED = "FINISHED:COMPLETED", "FINISHED:ABORTED"
 
@@ -40,7 +42,7 @@ class Options:
     kit: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="KIT")]
     """Startup kit of the one who may submit, with startup/fed_admin.json in it."""
     attempts: int = 100
-    """Times that the job is submitted at most."""
+    """Times that the job is submitted at most, or tried to be where the server is away."""
     wait: float = 60.0
     """Seconds to wait, before each submission, for sites that are not connected."""
 
@@ -50,6 +52,9 @@ class Lead:
 
     Args:
       kit: the startup kit, whose folder has the name of the user.
+
+    Attributes:
+      why: what went wrong when the server could last not be asked.
 
     Raises:
       FileNotFoundError: it is none.
@@ -63,23 +68,33 @@ class Lead:
                 "startup/fed_admin.json in it"
             )
         try:
-            from nvflare.fuel.flare_api import flare_api
+            from nvflare.fuel.flare_api import api_spec, flare_api
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] != "nvflare":
                 raise
             needed = extras.needs("hiso nvflare run", "nvflare", "nvflare")
             raise ModuleNotFoundError(needed, name="nvflare") from None
         self._open: Callable[..., Any] = flare_api.new_secure_session
-        self.kit, self._session = kit.absolute(), None
+        self._unknown = api_spec.JobNotFound
+        self._refusals = (api_spec.AuthenticationError, api_spec.AuthorizationError,
+                          api_spec.InvalidArgumentError, api_spec.InvalidJobDefinition)  # fmt: skip
+        self.kit, self._session, self.why = kit.absolute(), None, ""
 
     def _ask(self, what: Callable[[Any], Any]) -> Any:
-        """What the server says; None if it cannot be asked now."""
+        """What the server says; None if it cannot be asked now.
+
+        Raises:
+          PermissionError: it refuses, as it would again.
+        """
         try:
             if self._session is None:
                 with contextlib.redirect_stdout(io.StringIO()):  # it says that it connects
                     self._session = self._open(self.kit.name, str(self.kit))
             return what(self._session)
-        except Exception:  # of many kinds; the server may be starting
+        except self._refusals as error:
+            raise PermissionError(f"NVFlare refuses: {error}") from None
+        except Exception as error:  # of many kinds; the server may be starting
+            self.why = f"{type(error).__name__}: {error}"
             self.close()
             return None
 
@@ -93,9 +108,15 @@ class Lead:
         return self._ask(lambda session: session.submit_job(str(job.absolute())))
 
     def status(self, job: str) -> str:
-        """How a job is, as NVFlare says it; empty if the server cannot be asked."""
-        meta = self._ask(lambda session: session.get_job_meta(job))
-        return "" if meta is None else str(meta["status"])
+        """How a job is, as NVFlare says it, or `GONE`; empty if the server cannot be asked."""
+
+        def look(session: Any) -> str:
+            try:
+                return str(session.get_job_meta(job)["status"])
+            except self._unknown:
+                return GONE
+
+        return self._ask(look) or ""
 
     def runs(self, job: str) -> bool:
         """Whether the server has a process of the job; true where it cannot be asked."""
@@ -110,9 +131,12 @@ class Lead:
         told = {row["client_name"] for row in rows or () if row["status"] not in NO_ANSWER}
         return inside, told - inside
 
-    def abort(self, job: str) -> None:
-        """End a job that runs."""
-        self._ask(lambda session: session.abort_job(job))
+    def abort(self, job: str) -> bool:
+        """End a job that runs; return whether the server has said that it does."""
+        try:
+            return self._ask(lambda session: (session.abort_job(job),)) is not None
+        except PermissionError:  # the job then goes on as it is
+            return False
 
     def close(self) -> None:
         """End the session."""
@@ -133,6 +157,7 @@ def run(options: Options, say: Callable[[str], Any] = print, pause: float = 2.0)
     Raises:
       ValueError: the folder is no job, or an option is out of range.
       FileNotFoundError: there is no startup kit.
+      PermissionError: NVFlare refuses the job, or the one who submits it.
     """
     plan = Plan.read(options.job / "app/config" / PLAN)
     checks.count("--attempts", options.attempts)
@@ -142,13 +167,13 @@ def run(options: Options, say: Callable[[str], Any] = print, pause: float = 2.0)
     try:
         for attempt in range(1, options.attempts + 1):
             _wait_for(lead, plan, options.wait, say, pause)
-            job = lead.submit(options.job)
-            while job is None:
-                say("the server cannot be reached; trying again")
+            job, begin = lead.submit(options.job), time.monotonic()
+            times = f"{attempt} of at most {options.attempts} times"
+            if job is None:
+                say(f"could not be submitted ({times}): {lead.why}")
                 time.sleep(pause)
-                job = lead.submit(options.job)
-            begin = time.monotonic()
-            say(f"submitted as {job} ({attempt} of at most {options.attempts} times)")
+                continue
+            say(f"submitted as {job} ({times})")
             status = _end_of(lead, job, plan, in_vain, say, pause)
             say(f"{job}: {status}")
             if status in (COMPLETED, ABORTED):
@@ -174,25 +199,27 @@ def _end_of(
     """
     back: set[str] = set()
     looked = runs = time.monotonic()
-    ended = False
+    asked = ended = False
     while not (status := lead.status(job)).startswith("FINISHED"):
-        if status != "RUNNING" or lead.runs(job):
+        if status not in (RUNNING, GONE) or lead.runs(job):
             runs = time.monotonic()
         elif time.monotonic() - runs >= LOST:
-            # A server that was killed goes on to say that its jobs run, when it is back.
+            # A server that was killed goes on to say that its jobs run, when it is back; one whose
+            # store is lost does not know them.
             return "lost, since the server has been away"
-        if status == "RUNNING" and not ended and time.monotonic() - looked >= LOOK:
+        if status == RUNNING and not asked and time.monotonic() - looked >= LOOK:
             inside, outside = lead.members(job, plan.sites)
             in_vain -= inside
             # Where nobody is inside, the job has come to its end, or will for want of answers.
             if inside and (again := sorted((back & outside) - in_vain)):
                 say(f"{job}: ends, so that {', '.join(again)} can take part again")
                 in_vain |= set(again)
-                lead.abort(job)
-                ended = True
+                asked = True
             back, looked = outside, time.monotonic()
+        if asked and not ended:  # again, if what the server said did not come here
+            ended = lead.abort(job)
         time.sleep(pause)
-    return FOR_THEM if ended and status == ABORTED else status
+    return FOR_THEM if asked and status == ABORTED else status
 
 
 def _wait_for(
