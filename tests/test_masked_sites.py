@@ -158,6 +158,22 @@ def test_a_trusted_server_adds_noise_to_what_sites_send():
         parties.site("site-2", ALGORITHM, promised=TERMS)
 
 
+@pytest.mark.parametrize("threshold, degree", [(0, masked.NEIGHBORS), (2, None)])
+def test_with_a_threshold_each_site_has_all_others_for_neighbors(
+    threshold: int, degree: int | None
+):
+    """It is of all who answer, however many they are; without one, a site has so many neighbors."""
+    net, given = Net(threshold=threshold), []
+    mask = net.server.mask
+
+    def spy(few: int, many: int | None, *names: Any, **options: Any) -> Any:
+        given.append((few, many))
+        return mask(few, many, *names, **options)
+
+    net.server.mask = spy
+    assert len(net.round().reported) == 3 and given == [(threshold, degree)]
+
+
 @pytest.mark.parametrize("step, left, silent", [
     (b"A", 2, ["site-2"]), (b"B", 2, ["site-2"]), (b"K", 2, ["site-2"]), (b"S", 2, ["site-2"]),
     (b"M", 3, []),  # its vector had come
