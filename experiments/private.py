@@ -332,8 +332,11 @@ def draw(options: Private, rows: list[dict[str, Any]], path: Path) -> None:
     for axis, task in zip(np.atleast_1d(picture.subplots(1, len(tasks))), tasks, strict=True):
         for color, size in zip(("C0", "C1", "C2"), SIZES[task], strict=False):
             for kind, style in (("central", "-"), ("local", ":")):
-                own = sorted((c.epsilon, 100 * t.mean(), 100 * curves.deviation(t)) for c, _, t, _ in found
-                             if (c.task, c.size, c.kind) == (task, size, kind))  # fmt: skip
+                own = sorted(
+                    (c.epsilon, 100 * t.mean(), 100 * curves.deviation(t))
+                    for c, _, t, _ in found
+                    if (c.task, c.size, c.kind) == (task, size, kind)
+                )
                 if own:
                     label = f"{size.clients:,}, {'sum' if kind == 'central' else 'local'}"
                     axis.errorbar(*zip(*own, strict=True), color=color, linestyle=style,

@@ -95,7 +95,7 @@ def test_the_table_says_what_the_rows_say(tmp_path: Path):
     header, lines = results.summary(rows)
     assert header[6:8] == ["rounds to 80.8%", "to 85.0%"]
     assert lines[0][:2] == ["HiSo", "2"] and lines[0][5:] == ["0", "10", "10", "60", "50"]
-    assert lines[1][1] == "1 (edge)" and lines[1][3] == "85.0% ± 5.0%"
+    assert lines[1][1] == "1 (edge)" and lines[1][3] == "85.0% ± 7.1%"
     assert lines[1][5:] == ["1", "30", "30", "180", "150"]
     worse = [r for r in rows if r["method"] == "decomfl" or r["learning_rate"] == 4.0]
     assert results.summary(worse)[1][-1][6:] == ["never", "never", "", ""]
