@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -297,3 +299,47 @@ def test_a_text_task_on_a_model_with_data_at_the_sites_only(
 def test_a_process_counts_what_it_sends():
     before = sockets.Wire().look()
     assert len(before) == 2 and min(before) >= 0
+
+
+def test_a_site_s_folder_has_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two jobs of one name, or two sites of one folder: the second waits, and is refused."""
+    pytest.importorskip("nvflare", reason="the engine is the extra hiso-jax[nvflare]")
+    from nvflare.apis.event_type import EventType
+
+    from hiso_jax.nvflare import engine
+
+    options: Any = dict(
+        name="run", sites=["site-1"], rounds=1, clients_per_round=1, party="tests.parties:party"
+    )
+    (tmp_path / parties.PLAN).write_text(parties.Plan(**options).text())
+    (tmp_path / "hiso.json").write_text('{"functions": ["tests.parties:party"]}')
+    asked = dict(root_dir=tmp_path, site_config_dir=tmp_path, startup_kit_dir=tmp_path)
+    workspace = mock.Mock(**{f"get_{name}.return_value": str(p) for name, p in asked.items()})
+    workspace.get_app_config_dir.return_value = str(tmp_path)
+    context = mock.Mock()
+    context.get_workspace.return_value = workspace
+    context.get_identity_name.return_value = "site-1"
+    failed: list[str] = []
+    monkeypatch.setattr(engine.HisoExecutor, "log_info", lambda *_: None)
+    monkeypatch.setattr(
+        engine.HisoExecutor, "log_exception", lambda *given: failed.append(given[-1])
+    )
+    monkeypatch.setattr(engine, "WAIT_FOR_FOLDER", 0.3)
+    one, other = engine.HisoExecutor(), engine.HisoExecutor()
+    for executor in (one, other):
+        executor.handle_event(EventType.START_RUN, context)
+    assert failed == ["this site cannot take part"]
+    with pytest.raises(BlockingIOError, match="run: another process is running there"):
+        other._begin(context)
+    ends = threading.Timer(0.3, one.handle_event, (EventType.END_RUN, context))
+    monkeypatch.setattr(engine, "WAIT_FOR_FOLDER", 30.0)
+    ends.start()
+    other.handle_event(EventType.START_RUN, context)
+    ends.join()
+    assert len(failed) == 1 and other._site is not None
+    other.handle_event(EventType.END_RUN, context)
+    monkeypatch.setattr(engine, "_promised", mock.Mock(side_effect=OSError("no certificate")))
+    third = engine.HisoExecutor()
+    for _ in range(2):  # who cannot begin lets the folder go
+        with pytest.raises(OSError, match="no certificate"):
+            third._begin(context)

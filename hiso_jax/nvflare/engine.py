@@ -44,6 +44,8 @@ except ModuleNotFoundError as error:
 MESSAGE = "message"
 LOOK_AGAIN = 10.0
 """Seconds until a round that could not be recorded (a full disk) is tried again."""
+WAIT_FOR_FOLDER = 60.0
+"""Seconds that a site which begins waits for the process of the job before to be gone."""
 
 
 def _opened(fl_ctx: FLContext, site: str | None) -> tuple[Plan, Local]:
@@ -293,18 +295,21 @@ class HisoExecutor(Executor):
     def __init__(self) -> None:
         super().__init__()
         self._site: federation.Site | None = None
+        self._held = contextlib.ExitStack()  # the folder, which one process at a time works in
         self._wire = Wire()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Read model and data before the first task comes; say at the end what was sent."""
         if event_type == EventType.START_RUN:
             try:
-                self._begin(fl_ctx)
+                self._begin(fl_ctx, WAIT_FOR_FOLDER)
             except Exception:  # said again, to the server too, when a task comes
                 self.log_exception(fl_ctx, "this site cannot take part")
         elif event_type == EventType.ABOUT_TO_END_RUN:
             up, down = self._wire.look()
             self.log_info(fl_ctx, f"wire: {up} B sent, {down} B received by this job's process")
+        elif event_type == EventType.END_RUN:
+            self._held.close()
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
@@ -327,25 +332,31 @@ class HisoExecutor(Executor):
         reply[MESSAGE] = answer
         return reply
 
-    def _begin(self, fl_ctx: FLContext) -> federation.Site:
+    def _begin(self, fl_ctx: FLContext, patience: float = 0.0) -> federation.Site:
         if self._site is None:
             name = str(fl_ctx.get_identity_name())
             plan, local = _opened(fl_ctx, name)
-            party, number = plan.make(local), plan.number_of(name)
-            if party.batches is None:
-                raise ValueError(f"--party: {plan.party} gives no batches at a site")
-            batches = party.batches
-            self._site = federation.Site(
-                party.algorithm,
-                party.begin,
-                lambda round: batches(round, number),
-                local.folder / "snapshots",
-                plan.snapshot_every,
-                lambda state: self._keep(party, local.folder, state),
-                _promised(plan, local.folder, name, _kit(fl_ctx)),
-            )
+            with contextlib.ExitStack() as stack:  # what fails here lets the folder go again
+                stack.enter_context(folders.alone(local.folder, patience))
+                self._site = self._made(plan, local, name, _kit(fl_ctx))
+                self._held = stack.pop_all()
             self.log_info(fl_ctx, f"at round {self._site.round} of run {self._site.run.hex()}")
         return self._site
+
+    def _made(self, plan: Plan, local: Local, name: str, kit: Path) -> federation.Site:
+        party, number = plan.make(local), plan.number_of(name)
+        if party.batches is None:
+            raise ValueError(f"--party: {plan.party} gives no batches at a site")
+        batches = party.batches
+        return federation.Site(
+            party.algorithm,
+            party.begin,
+            lambda round: batches(round, number),
+            local.folder / "snapshots",
+            plan.snapshot_every,
+            lambda state: self._keep(party, local.folder, state),
+            _promised(plan, local.folder, name, kit),
+        )
 
     def _keep(self, party: Party, folder: Path, state: Any) -> None:
         party.finish(folder, state)

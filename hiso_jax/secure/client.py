@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hiso_jax._engine import files
+from hiso_jax._engine import files, locks
 from hiso_jax.secure import pads, primitives
 from hiso_jax.secure import session as sessions
 from hiso_jax.secure.primitives import SecureError, TooFew
@@ -26,7 +26,8 @@ class Journal:
 
     Two sums of one round that differ by a few clients would show what these few sent, with the
     noise of few. A journal on disk keeps this from happening after a crash as well: the round
-    of the crash is void.
+    of the crash is void. Any number of processes may share it: it has a lock, ``.NAME.lock``
+    beside it.
 
     Args:
       path: of a small file; None to remember it in this process only.
@@ -46,21 +47,38 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str] | None = None):
         self._path = None if path is None else Path(path)
         self._last: dict[str, int] = {}
-        if self._path is not None and self._path.exists():
-            lines = [x.partition(" ") for x in self._path.read_text().splitlines()]
-            if not all(last.isdecimal() and run for last, _, run in lines):
-                raise ValueError(f"path: {path} is no journal: expected lines of a round and a run")
-            self._last = {run: int(last) for last, _, run in lines}
+        self._read()
+
+    def _read(self) -> None:
+        """Learn what other processes have noted; a file that has gone takes nothing back."""
+        if self._path is None or not self._path.exists():
+            return
+        lines = [x.partition(" ") for x in self._path.read_text().splitlines()]
+        if not all(last.isdecimal() and run for last, _, run in lines):
+            raise ValueError(
+                f"path: {self._path} is no journal: expected lines of a round and a run"
+            )
+        for last, _, run in lines:
+            self._last[run] = max(int(last), self._last.get(run, -1))
 
     def take(self, run: str, round: int) -> None:
         """Note that a vector is about to leave; it is on disk when this returns.
 
         Raises:
-          SecureError: one has left for this round or a later one; or the run's name, which may be
-            the server's word, is not a line of text.
+          SecureError: one has left for this round or a later one, whichever process gave it; or
+            the run's name, which may be the server's word, is not a line of text.
+          ValueError: the file is no journal any more.
+          OSError: it cannot be written; no vector may leave.
         """
         if run.splitlines() != [run]:
             raise SecureError(f"run: expected one line of text, got {run!r}")
+        if self._path is None:
+            return self._take(run, round)
+        with locks.held(self._path.with_name(f".{self._path.name}.lock")):
+            self._read()
+            return self._take(run, round)
+
+    def _take(self, run: str, round: int) -> None:
         if (last := self._last.get(run, -1)) >= round:
             raise SecureError(f"round {round} of run {run!r}: a vector was given for round {last} "
                               "before; another one would show what the first one hid")  # fmt: skip

@@ -1,15 +1,14 @@
 """What runs leave: a folder with one holder, its rows, and Ctrl-C, which loses nothing."""
 
 import contextlib
-import errno
-import fcntl
-import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hiso_jax._engine import locks
 from hiso_jax.train import report
 from hiso_jax.train.methods import sends_models
 from hiso_jax.train.rows import Row, read
@@ -40,40 +39,35 @@ def rows(folder: Path, done: int) -> list[Row]:
     return [row for row in read(folder / "metrics.jsonl") if row["round"] <= done]
 
 
-# What file systems without locks answer: NFS and Lustre without a lock daemon, some of FUSE.
-_NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-
-
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold a folder, so that no other process resumes or moves a run that is under way.
 
     On a file system without locks nobody can hold it; that is said, and it goes on.
+
+    Args:
+      folder: made if absent.
+      patience: seconds to wait for a process that holds it.
 
     Raises:
       BlockingIOError: another process holds it.
       OSError: the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    # NFS gives an exclusive lock only on what is open for writing, so not on the folder itself.
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            os.close(handle)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise BlockingIOError(f"{folder}: another process is running there") from None
-            raise
-        report.say(
-            f"Note: the file system of {folder} has no locks ({os.strerror(error.errno)}); see "
-            "to it that no other process works there",
-            style="yellow",
-        )
-    try:
+    end = time.monotonic() + patience
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                why = stack.enter_context(locks.held(folder / ".lock", wait=False))
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    text = f"{folder}: another process is running there"
+                    raise BlockingIOError(text) from None
+            time.sleep(0.1)
+        if why:
+            report.say(f"Note: the file system of {folder} has no locks ({why}); see to it that no "
+                       "other process works there", style="yellow")  # fmt: skip
         yield
-    finally:
-        os.close(handle)
 
 
 def make_room(out: Path) -> None:
