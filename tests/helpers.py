@@ -100,6 +100,15 @@ def laid_out(alg: hj.Algorithm, **options: Any) -> hj.Algorithm:
     return algorithm(alg.spec._replace(layout=layout))
 
 
+def refuse_with(number: int) -> Any:
+    """What a file system does that cannot do something, or will not now."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
 def replay_in_blocks(ledger: hj.Ledger, params: Any, rule: Any = None, most: int = 10**9) -> Any:
     """The model after a ledger, in parts of at most so many numbers; the digest is the ledger's."""
     parts = replay.Replay(ledger, rule)

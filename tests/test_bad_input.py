@@ -2,6 +2,9 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import numpy as np
 import pytest
 
 import hiso_jax as hj
+from hiso_jax import privacy
 from hiso_jax._engine import files
-from tests.helpers import assert_same_bits, quadratic_loss
+from tests.helpers import assert_same_bits, quadratic_loss, refuse_with
 
 PARAMS = {"w": jnp.zeros(3)}
 BATCHES = jnp.ones((2, 1, 3))
@@ -149,13 +153,6 @@ def test_nobody_left():
     assert_same_bits((end.params, end.rule), (state.params, state.rule))
 
 
-def refuse_with(number: int) -> Any:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return refuse
-
-
 def write(path: Path) -> None:
     with files.atomic_write(path) as part:
         part.write_text("all")
@@ -184,6 +181,65 @@ def test_file_systems_that_cannot_do_something(
             assert str(target) in str(caught.value) and "does not rename" in str(caught.value)
     assert target.read_text() == ("before" if fatal else "all")
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_is_in_its_place_is_there_after_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Files are synced before they are renamed, and their folder after it."""
+    real, seen = os.fsync, list[tuple[str, bool]]()
+
+    def fsync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        seen.append((path.name, target.exists()))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    target = tmp_path / "a.txt"
+    write(target)
+    assert [done for _, done in seen] == [False, True] and seen[-1][0] == tmp_path.name
+    seen.clear()
+    target = tmp_path / "folder"
+    with files.whole_folder(target) as part:
+        (part / "in.it").mkdir()
+        (part / "in.it" / "a.txt").write_text("all")
+    assert seen == [("a.txt", False), (tmp_path.name, True)]
+    seen.clear()
+    target = tmp_path / "secret"
+    privacy.secret(target)
+    assert [done for _, done in seen] == [False, True] and seen[-1][0] == tmp_path.name
+
+
+KILLED = """
+import contextlib, os, pathlib, signal, sys
+from hiso_jax._engine import files
+folder, stack = pathlib.Path(sys.argv[1]), contextlib.ExitStack()
+for write in (files.atomic_write, files.whole_folder):
+    for name in ("a.txt", "b.txt"):
+        part = stack.enter_context(write(folder / write.__name__ / name))
+        (part / "x" if part.is_dir() else part).write_text("half of i")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_goes_with_the_next_of_its_name(tmp_path: Path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    one, other = tmp_path / "atomic_write", tmp_path / "whole_folder"
+    assert len(list(one.iterdir())) == len(list(other.iterdir())) == 2
+    kept = other / ".a.txt-settings"  # as long as what is random, and somebody's own
+    kept.mkdir()
+    with files.atomic_write(one / "a.txt", sweeps=True) as part:
+        young = one / ".a-part-abcdefgh.txt"
+        young.write_text("another writer's, who is still at it")
+        os.utime(young, ns=(part.stat().st_mtime_ns + 1,) * 2)
+    with files.whole_folder(other / "a.txt"):
+        pass
+    assert {p.name[:7] for p in one.iterdir()} == {"a.txt", ".a-part", ".b-part"}
+    assert young.exists() and kept.exists()
+    assert {p.name[:7] for p in other.iterdir()} == {"a.txt", ".a.txt-", ".b.txt-"}
+    write(one / "b.txt")  # where two may write at once, nothing is taken away
+    assert len([p for p in one.iterdir() if p.name.startswith(".b-part")]) == 1
 
 
 def test_files_in_the_place_of_folders_and_long_names(tmp_path: Path):

@@ -101,7 +101,8 @@ def test_masked_sites_and_a_simulation_write_one_ledger(terms: privacy.Terms):
     begin = lambda: parties.begin(ALGORITHM)  # noqa: E731
     simulated = hj.Ledger.create(":memory:", ALGORITHM, begin(), None, terms.config)
     summed = private.Simulated(terms, bytes(range(32)), "run")
-    summed._own = lambda purpose, name: name.encode().ljust(32, b"!")  # as the sites have it
+    own = lambda name: privacy.of_run(name.encode().ljust(32, b"!"), net.host.run.hex())  # noqa: E731
+    summed._own = lambda purpose, name: own(name)  # as the sites have it
     net, few = Net(terms), 0
     for number, report in enumerate(federation.run(
         ALGORITHM, begin(), parties.everybody(), rounds=rounds, clients_per_round=3,
@@ -139,7 +140,7 @@ def test_a_trusted_server_adds_noise_to_what_sites_send():
     sites = {name: parties.site(name, ALGORITHM, promised=CENTRAL) for name in NAMES}
     send = lambda name, message: host.receive(name, sites[name].answer(message))  # noqa: E731
     host = federation.Host(server, send)
-    summed = private.Simulated(CENTRAL, secret, "run")
+    summed = private.Simulated(CENTRAL, privacy.of_run(secret, private.run_name(ledgers[0])), "run")
     for number, report in enumerate(federation.run(
         ALGORITHM, begin(), parties.everybody(), rounds=3, clients_per_round=3,
         batch_size=parties.BATCH, prepare=parties.one, summed=summed,

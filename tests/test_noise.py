@@ -1,8 +1,11 @@
 """Noise on integers has exactly its law, and what the accountant says of it bounds what is exact."""
 
+import errno
 import math
 import os
+import resource
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ pytest.importorskip("dp_accounting", reason="needs the extra dp")
 
 from hiso_jax import privacy
 from hiso_jax.privacy import noise
+from tests.helpers import refuse_with
 
 KEY = bytes(range(32))
 
@@ -68,8 +72,39 @@ def test_a_secret_is_made_once_and_only_its_owner_may_read_it(tmp_path: Path):
     assert os.stat(path).st_mode & 0o077 == 0
     assert privacy.secret(tmp_path / "other") != first
     path.write_bytes(b"short")
-    with pytest.raises(ValueError, match="path: expected a secret of at least 32 .*got 5 bytes"):
+    with pytest.raises(ValueError, match=f"path: {path}: expected a secret .* 32 .*got 5 bytes"):
         privacy.secret(path)
+    assert len({privacy.of_run(first, run) for run in ("one", "other", "")} | {first}) == 4
+    assert privacy.of_run(first, "one") == privacy.of_run(first, "one")
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "links", None])
+def test_a_first_start_that_fails_or_is_not_alone_leaves_a_whole_secret_or_none(
+    call: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A full disk, a mount without links, and many processes that begin at once."""
+    path, found = tmp_path / "secret", set[bytes]()
+    with monkeypatch.context() as patch:
+        if call == "fsync":
+            patch.setattr(os, "fsync", refuse_with(errno.ENOSPC))
+        elif call == "links":
+            patch.setattr(os, "link", refuse_with(errno.EPERM))
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if call == "write":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9, limit[1]))
+        try:
+            if call in ("write", "fsync"):
+                with pytest.raises(OSError):
+                    privacy.secret(path)
+                assert list(tmp_path.iterdir()) == []
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        if call == "links":
+            found = {privacy.secret(path)}
+    with ThreadPoolExecutor(8) as pool:
+        found |= set(pool.map(lambda _: privacy.secret(path), range(32)))
+    assert len(found) == 1 and list(tmp_path.iterdir()) == [path]
+    assert os.stat(path).st_mode & 0o077 == 0
 
 
 TERMS = privacy.Terms.of(privacy.distributed(1.5, 3.0, clients=4, least=4))

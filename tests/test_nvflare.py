@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import hiso_jax as hj
-from hiso_jax import federation
-from hiso_jax.federation import private
+from hiso_jax import federation, privacy
+from hiso_jax.federation import private, wire
 from hiso_jax.nvflare import parties as nvflare_parties
 from hiso_jax.nvflare import session
 from tests import parties
@@ -162,9 +162,10 @@ def masked_simulation(flare: Flare, rounds: int, last: int) -> hj.Ledger:
     state = parties.begin(alg)
     ledger = hj.Ledger.create(":memory:", alg, state, None, terms.config)
     summed = private.Simulated(terms, bytes(range(32)), "run")
-    own = summed._own
+    own, run = summed._own, wire.identity(ledger.header).hex()
+    secret_of = lambda name: privacy.of_run((flare.kept(name) / "secret").read_bytes(), run)  # noqa: E731
     summed._own = lambda purpose, name: (
-        (flare.kept(name) / "secret").read_bytes() if purpose == b"noise" else own(purpose, name)
+        secret_of(name) if purpose == b"noise" else own(purpose, name)
     )
     compiled = dict(compiler_options=hj.compiler_options())
     probe = jax.jit(alg.probe, static_argnums=2, **compiled)

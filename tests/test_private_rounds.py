@@ -330,7 +330,8 @@ def test_clients_with_directions_of_their_own_have_each_the_noise_of_a_sum(kind:
     state = own.init({"w": jnp.ones(33)}, jax.random.key(4))
     ledger = hj.Ledger.create(":memory:", own, state, privacy=terms.config)
     host = private.PrivateServer(own, state, ledger, secret=SECRET)
-    simulated = private.Simulated(terms, SECRET, "run")
+    secret = privacy.of_run(SECRET, private.run_name(ledger))
+    simulated = private.Simulated(terms, secret, "run")
     secret_of = lambda name: simulated._own(b"noise", name)  # noqa: E731
     blocks, plain = [], []
     for round in range(20):

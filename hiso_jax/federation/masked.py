@@ -37,7 +37,8 @@ class Masks:
       identity: its key and certificate.
       authority: certificate of who has provisioned the sites, PEM.
       journal: so that it gives one vector a round, also after a crash.
-      secret: of its share of the noise, from `hiso_jax.privacy.secret`; None if it adds none.
+      secret: from `hiso_jax.privacy.secret`, which its share of each run's noise comes from; None
+        if it adds none.
     """
 
     def __init__(
@@ -91,8 +92,10 @@ class Masks:
                 self._directory[text] = secure.holder(credential, text, self._authority)
             return [client.share(body)]
         if kind == SHARES:
+            # Of this run only: what two runs measure alike must not have one noise.
+            own = None if self._secret is None else privacy.of_run(self._secret, self.run)
             vector = self.terms.contribute(
-                self._kept[1], client=self.name, round=step.round, secret=self._secret
+                self._kept[1], client=self.name, round=step.round, secret=own
             )
             return [client.mask(body, vector)]
         return [client.unmask(body)]

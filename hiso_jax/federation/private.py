@@ -54,7 +54,8 @@ class PrivateServer(Server):
       algorithm: the run's; its aggregator is the mean.
       state: as of `Server`.
       ledger: whose header has `privacy`: the config of `hiso_jax.privacy.Terms`.
-      secret: of a central mechanism and its draw, from `hiso_jax.privacy.secret`.
+      secret: from `hiso_jax.privacy.secret`, which the noise of a central mechanism and its draw
+        come from; those of another ledger are others, unless its header is the same.
       directory: Ed25519 public keys [32] of the clients' sites by name, for masked rounds; who
         is added later counts from then on.
 
@@ -94,7 +95,8 @@ class PrivateServer(Server):
         if self.terms.masked and directory is None:
             raise ValueError("directory: masked rounds need the sites' public keys, got None")
         super().__init__(algorithm, state, ledger)
-        self._secret, self.directory = secret, directory
+        self._secret = None if secret is None else privacy.of_run(secret, run_name(ledger))
+        self.directory = directory
         self.accountant = accountant_of(ledger)
         self.masked: secure.Server | None = None
         self._released: tuple[dict[str, Any], dict[str, float]] | None = None

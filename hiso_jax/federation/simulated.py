@@ -48,7 +48,7 @@ class Simulated:
 
     Args:
       terms: of the run.
-      secret: from `hiso_jax.privacy.secret`.
+      secret: of this run, from `hiso_jax.privacy.of_run`.
       run: what it is called, as of `run_name`.
       accountant: of the rounds before.
       degree: as of `hiso_jax.secure.Session`.

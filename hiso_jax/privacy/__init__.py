@@ -16,10 +16,10 @@ from hiso_jax.privacy.accounting import Accountant, BudgetSpent, calibrate, epsi
 from hiso_jax.privacy.fixed import Grid, clip
 from hiso_jax.privacy.gaussian import epsilon, privatize
 from hiso_jax.privacy.mechanisms import Mechanism, Terms, central, distributed, draw, local
-from hiso_jax.privacy.noise import Bits, discrete_gaussian, secret
+from hiso_jax.privacy.noise import Bits, discrete_gaussian, of_run, secret
 
 __all__ = ["Accountant", "Bits", "BudgetSpent", "Grid", "Mechanism", "Terms", "calibrate",
            "central", "clip", "discrete_gaussian", "distributed", "draw", "epsilon", "epsilon_of",
-           "local", "privatize", "secret"]  # fmt: skip
+           "local", "of_run", "privatize", "secret"]  # fmt: skip
 
 __getattr__ = renamed.functions(globals(), privatise="privatize")

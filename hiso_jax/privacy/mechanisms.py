@@ -243,7 +243,7 @@ class Terms:
           scalars: [K, P], finite.
           client: its name.
           round: its number.
-          secret: the client's own, if it adds noise.
+          secret: the client's own of this run, from `hiso_jax.privacy.of_run`, if it adds noise.
           weight: must be 1 under a mechanism.
 
         Returns:
@@ -270,7 +270,7 @@ class Terms:
           scalars: [C, K, P], finite.
           clients: names, [C].
           round: its number.
-          secret_of: a client's secret by its name, asked if it adds noise.
+          secret_of: a client's secret of this run by its name, asked if it adds noise.
           weights: [C].
         """
         mechanism = self.mechanism
@@ -298,7 +298,7 @@ class Terms:
         Args:
           total: int64 [K P + 1].
           round: its number.
-          secret: the server's.
+          secret: the server's of this run, from `hiso_jax.privacy.of_run`.
           client: whose it is, where it is no sum: directions of the clients' own.
         """
         if self.mechanism is None or self.mechanism.kind != "central":
@@ -370,7 +370,7 @@ def draw(names: Iterable[str], rate: float, *, round: int, secret: bytes) -> lis
       names: of all clients.
       rate: chance of each, in (0, 1].
       round: its number.
-      secret: the server's.
+      secret: the server's of this run, from `hiso_jax.privacy.of_run`.
 
     Example:
       >>> drawn = draw(map(str, range(1000)), 0.1, round=0, secret=bytes(range(32)))

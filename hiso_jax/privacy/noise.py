@@ -2,18 +2,20 @@
 
 Noise is a function of a secret, of what it is for and of what it is added to (as the nonce of
 RFC 6979 is). Whoever computes a release again after a crash therefore gives the same one, and two
-different sums never get the same noise.
+different sums never get the same noise. Each run has a secret of its own (`of_run`), so neither do
+two runs that measure the same.
 """
 
 import hashlib
 import hmac
 import math
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from hiso_jax._engine import checks
+from hiso_jax._engine import checks, files
 
 
 def secret(path: str | os.PathLike[str]) -> bytes:
@@ -24,19 +26,50 @@ def secret(path: str | os.PathLike[str]) -> bytes:
         whoever loses it in the midst of a round must let that round be void.
 
     Raises:
-      ValueError: the file does not hold 32 bytes.
+      ValueError: the file does not hold 32 bytes; names it.
+      OSError: it cannot be made; nothing is there then.
     """
     path = Path(path)
+    if not path.exists():
+        _make(path)
+    return check_secret(f"path: {path}", path.read_bytes())
+
+
+def _make(path: Path) -> None:
+    """Put a new secret into its place, whole, unless another process is quicker."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-part-")  # mode 0600
+    part = Path(name)
     try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    except FileExistsError:
-        pass
-    else:
         with os.fdopen(handle, "wb") as file:
             file.write(os.urandom(32))
-            file.flush()
-            os.fsync(file.fileno())
-    return check_secret("path", path.read_bytes())
+        files.sync(part)
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links, where two at once may disagree
+            if not path.exists():
+                part.rename(path)
+        files.settle(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def of_run(secret: bytes, run: str) -> bytes:
+    """The secret [32] of one run: another run's noise is another, also on the very same sum.
+
+    Args:
+      secret: from `hiso_jax.privacy.secret`.
+      run: what tells it from others, in words of the secret's owner.
+
+    Raises:
+      ValueError: it is no secret.
+
+    Example:
+      >>> of_run(bytes(range(32)), "one") == of_run(bytes(range(32)), "other")
+      False
+    """
+    return hmac.digest(check_secret("secret", secret), b"hiso-run " + run.encode(), "sha256")
 
 
 def check_secret(argument: str, value: object) -> bytes:

@@ -89,7 +89,7 @@ def _summed(options: Options, ledger: Any) -> Any:
     from hiso_jax.federation import private
 
     terms, name = private.terms_of(ledger), private.run_name(ledger)
-    secret = hj.privacy.secret(options.out / "secret")
+    secret = hj.privacy.of_run(hj.privacy.secret(options.out / "secret"), name)
     return private.Simulated(terms, secret, name, private.accountant_of(ledger))
 
 
