@@ -55,7 +55,7 @@ def read(
     """Return header, scalars, learning rates and digest, as they were given to `write`.
 
     Raises:
-      BadFile: any byte has changed, or is missing.
+      BadFile: any byte has changed, or is missing; or the parts do not fit one another.
     """
     content = Path(path).read_bytes()
     try:
@@ -67,7 +67,12 @@ def read(
         headers.check(header)
     except (SafetensorError, LookupError, ValueError, TypeError, zlib.error) as error:
         raise BadFile(f"not a compact ledger, or edited: {error}") from error
-    if not same or scalars.shape[1:] != headers.shape(header):
+    scheduled = header["algorithm"]["learning_rate"] == "schedule"
+    if scheduled != (rates is not None) or scalars.shape[1:] != headers.shape(header):
+        same = False
+    if rates is not None and (rates.shape != scalars.shape[:1] or not np.isfinite(rates).all()):
+        same = False
+    if not same:
         raise BadFile("it is not as it was written")
     return header, scalars, rates, digest
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiso_jax import directions, estimators
-from hiso_jax._engine import trees
+from hiso_jax._engine import checks, trees
 from hiso_jax.ledger import digests
 from hiso_jax.protocol import Algorithm, State
 
@@ -108,13 +108,24 @@ def shape(header: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def check(header: Any) -> None:
-    """Raise ValueError unless all that others rely on is there."""
+    """Raise ValueError unless all that others rely on is there, and of its kind."""
+    try:
+        _check(header)
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"no header of a ledger: {error}") from error
+
+
+def _check(header: Any) -> None:
     missing = {"algorithm", "key", "base", "leaves", "software"} - set(header)
     if missing:
         raise ValueError(f"the header lacks {sorted(missing)}")
     wanted = {"rule", "learning_rate", "local_steps", "num_perturbations", "distribution"}
     if missing := wanted - set(header["algorithm"]):
         raise ValueError(f"the header's algorithm lacks {sorted(missing)}")
+    if not all(isinstance(n, int) and n > 0 for n in shape(header)):
+        raise ValueError(f"the header's records have shape {shape(header)}")
+    if (rate := header["algorithm"]["learning_rate"]) != "schedule":
+        checks.number("learning_rate", rate, 0)
     digests.parse(header["base"])
     if not isinstance(header["software"], Mapping):
         raise ValueError("the header's software: expected names and versions")

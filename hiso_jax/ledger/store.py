@@ -9,7 +9,7 @@ is a record that has gone.
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -46,6 +46,11 @@ class Records(NamedTuple):
         """Bytes that a client is sent: scalars, and learning rates if they follow a schedule."""
         rates = 0 if self.learning_rates is None else self.learning_rates.nbytes
         return self.scalars.nbytes + rates
+
+
+def _bytes(record: np.ndarray) -> bytes:
+    """A record as its row has it: nothing where nobody answered."""
+    return b"" if np.isnan(record).all() else record.astype("<f4").tobytes()
 
 
 class Ledger:
@@ -109,13 +114,18 @@ class Ledger:
         return cls._make(path, headers.describe(algorithm, state, about, privacy))
 
     @classmethod
-    def _make(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Self:
+    def _make(
+        cls,
+        path: str | os.PathLike[str],
+        header: dict[str, Any],
+        rows: Iterable[tuple[Any, ...]] = (),
+    ) -> Self:
         text = headers.canonical(header)
         if str(path) == ":memory:":
-            return cls(":memory:", tables.create(":memory:", text))
+            return cls(":memory:", tables.create(":memory:", text, rows))
         try:
             with files.atomic_write(path) as part:
-                tables.create(str(part), text).close()
+                tables.create(str(part), text, rows).close()
         except (sqlite3.Error, OSError) as error:
             raise LedgerWriteError(f"{path}: the ledger cannot be written: {error}") from error
         return cls.open(path)
@@ -201,29 +211,15 @@ class Ledger:
         names = checks.clients("reported", reported) if reported else []
         weights = [float(checks.number("reported", w, 0)) for w in reported.values()]
         said = json.dumps(dict(zip(names, weights, strict=True)))
-        return self._append(
-            record, rate, text, said, None if event is None else headers.canonical(event)
-        )
-
-    def _append(
-        self,
-        record: np.ndarray,
-        rate: float,
-        digest: str | None,
-        reported: str,
-        event: str | None = None,
-    ) -> int:
-        scalars = b"" if np.isnan(record).all() else record.astype("<f4").tobytes()
-        chain = tables.link(self._chain, self.rounds, scalars, rate, digest, reported, event)
+        row = (_bytes(record), rate, text, said)
+        told = None if event is None else headers.canonical(event)
+        chain = tables.link(self._chain, self.rounds, *row, told)
         with self._writing(f"round {self.rounds}") as connection:
-            connection.execute(
-                "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)",
-                (self.rounds, scalars, rate, digest, reported, chain),
-            )
+            tables.insert(connection, self.rounds, row, chain)
             connection.execute("UPDATE head SET rounds = ?, chain = ?", (self.rounds + 1, chain))
             tables.clear_places(connection)
-            if event is not None:
-                tables.put_event(connection, self.rounds, event)
+            if told is not None:
+                tables.put_event(connection, self.rounds, told)
         self.rounds, self._chain = self.rounds + 1, chain
         return self.rounds - 1
 
@@ -270,7 +266,10 @@ class Ledger:
                 )
             yield self._connection
             self._connection.execute("COMMIT")
-            tables.settle(self.path)
+            if self.path != ":memory:":
+                # Or a power cut brings back the journal. SQLite can do the same (EXTRA), but takes
+                # it for a failed commit where a file system does not sync folders.
+                files.settle(self.path)
         except sqlite3.Error as error:
             raise LedgerWriteError(
                 f"{self.path}: {what} is not recorded, the ledger is as it was: {error}"
@@ -351,14 +350,16 @@ class Ledger:
 
     @classmethod
     def import_(cls, path: str | os.PathLike[str], to: str | os.PathLike[str] = ":memory:") -> Self:
-        """Make a ledger again of what `export` wrote.
+        """Make a ledger again of what `export` wrote, whole or not at all.
 
         Args:
           path: of the compact file.
           to: of the ledger to write, which must not be there; in memory by default.
 
         Raises:
-          CorruptLedger: the file is not as it was written.
+          FileExistsError: as of `create`.
+          CorruptLedger: the file is not as it was written, or its header is none.
+          LedgerWriteError: the ledger cannot be written.
         """
         tables.check_free(to, "to")
         tables.check_path(path, "file")
@@ -366,11 +367,13 @@ class Ledger:
             header, scalars, rates, last = compact.read(path)
         except compact.BadFile as error:
             raise CorruptLedger(f"{path}: {error}{tables.hint(path, compact=True)}") from error
-        ledger = cls._make(to, {"about": {}} | header)
-        for i, record in enumerate(scalars):
-            rate = float(np.float32(ledger._constant) if rates is None else rates[i])
-            ledger._append(record, rate, last if i + 1 == len(scalars) else None, "{}")
-        return ledger
+        if rates is None:
+            constant = Rate.from_config(header["algorithm"]["learning_rate"]).value
+            rates = np.full(len(scalars), constant, np.float32)
+        known = [None] * (len(scalars) - 1) + [last]
+        rows = ((_bytes(record), float(rate), digest, "{}")
+                for record, rate, digest in zip(scalars, rates, known, strict=False))  # fmt: skip
+        return cls._make(to, {"about": {}} | header, rows)
 
     def close(self) -> None:
         """Close the file; the ledger cannot be used afterwards."""

@@ -6,11 +6,11 @@ is whole or is refused. (A write-ahead log, which earlier versions used, keeps t
 in a second file. Theirs are read with it, and made one file when they are opened for writing.)
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import sqlite3
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,14 @@ def check_free(path: str | os.PathLike[str], argument: str) -> None:
             )
 
 
-def create(name: str, text: str) -> sqlite3.Connection:
-    """Write a ledger without records; `name` as of ``sqlite3.connect``, `text` the header."""
+def create(name: str, text: str, rows: Iterable[tuple[Any, ...]] = ()) -> sqlite3.Connection:
+    """Write a ledger, in one transaction.
+
+    Args:
+      name: as of ``sqlite3.connect``.
+      text: the header.
+      rows: scalars, learning rate, digest and who reported, of each record.
+    """
     connection = _connection(name)
     try:
         # Nobody knows of the file yet: a journal on disk would guard nothing.
@@ -89,12 +95,22 @@ def create(name: str, text: str) -> sqlite3.Connection:
             f"PRAGMA journal_mode=MEMORY; BEGIN;{_TABLES}"
         )
         connection.execute("INSERT INTO header VALUES (?, ?)", (text, start(text)))
-        connection.execute("INSERT INTO head VALUES (0, ?)", (start(text),))
+        chain, count = start(text), 0
+        for row in rows:
+            chain = link(chain, count, *row)
+            insert(connection, count, row, chain)
+            count += 1
+        connection.execute("INSERT INTO head VALUES (?, ?)", (count, chain))
         connection.execute("COMMIT")
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def insert(connection: sqlite3.Connection, number: int, row: tuple[Any, ...], chain: bytes) -> None:
+    """Put a record beside the others, in the transaction that is open."""
+    connection.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)", (number, *row, chain))
 
 
 def connect(path: Path, read_only: bool) -> sqlite3.Connection:
@@ -147,22 +163,6 @@ def _connection(name: str, uri: bool = False) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
-
-
-def settle(path: str) -> None:
-    """Let no power cut bring back the journal that a commit deleted, and with it what was before.
-
-    SQLite can do the same (``synchronous=EXTRA``), but takes it for a failed commit where a file
-    system does not sync folders.
-    """
-    if path == ":memory:":
-        return
-    with contextlib.suppress(OSError):
-        folder = os.open(Path(path).resolve().parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def make_one_file(path: str, connection: sqlite3.Connection) -> None:
