@@ -1,5 +1,6 @@
 """The server against a plain model: whatever the network and the machine do, in any order."""
 
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -226,6 +227,22 @@ def test_excluded_replies_leave_an_empty_round(tmp_path: Path):
         assert_same_bits(host.state.params, state.params)
         with pytest.raises(RuntimeError, match="no round is open"):
             host.close()
+
+
+def test_a_kill_in_the_midst_of_a_snapshot_leaves_nothing_for_ever(tmp_path: Path):
+    """Of this version or an earlier one; only what is older than the snapshot goes."""
+    state = fresh()._replace(round=jnp.int32(7))
+    left = [".round-00000018-tdk8qsop.safetensors", ".round-00000006-part-tdk8qsop.safetensors",
+            ".tmpOR2oDY", "notes.txt"]  # fmt: skip
+    for name in left:
+        (tmp_path / name).write_bytes(bytes(99))
+        os.utime(tmp_path / name, (1e9, 1e9))
+    young = tmp_path / ".tmpabcdef"
+    young.write_bytes(b"")
+    os.utime(young, (4e9, 4e9))
+    path = snapshots.save(tmp_path, ALGORITHM, state)
+    assert {*tmp_path.iterdir()} == {path, young, tmp_path / "notes.txt"}
+    assert_same_bits(snapshots.read(path, ALGORITHM, fresh()), state)
 
 
 def test_snapshots_are_pruned_and_never_trusted(tmp_path: Path):

@@ -225,7 +225,8 @@ def rebuild(
         else:
             pieces = flat_pieces(replay.leaves, opened)
         size = sum(leaf.size for leaf in replay.leaves.values())
-        made = stack.enter_context((files.whole_folder if folder else files.atomic_write)(out))
+        place = files.whole_folder(out) if folder else files.atomic_write(out, sweeps=True)
+        made = stack.enter_context(place)
         # A reader that finds the base's beside what has moved takes them for a head of their own.
         copies = COPIES.difference(p.tensor for p in pieces) if folder else frozenset()
         step = lambda what, count: on_step(what, count, size)  # noqa: E731

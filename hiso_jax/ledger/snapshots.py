@@ -26,6 +26,7 @@ def save(folder: str | os.PathLike[str], algorithm: Algorithm, state: State, kee
     """Write what moves of a state (trainable leaves, rule state); delete all but the last `keep`.
 
     Those of later rounds are deleted as well: the run that they were of is not this one any more.
+    So is what killed processes have left: the folder is one run's, which one process writes to.
 
     Returns:
       The path of the file, ``round-00000050.safetensors`` after fifty rounds.
@@ -35,10 +36,12 @@ def save(folder: str | os.PathLike[str], algorithm: Algorithm, state: State, kee
     """
     path = _path(folder, int(state.round))
     with files.atomic_write(path) as part:
+        began = part.stat().st_mtime_ns
         try:
             tensorfiles.save_file(_moving(algorithm, state), part)
         except SafetensorError as error:  # how its writer says that the disk is full
             raise OSError(f"{path}: the snapshot cannot be written: {error}") from error
+    files.sweep(path.parent, began, ".round-*", ".tmp*")  # the latter are that writer's
     every = sorted(Path(folder).glob("round-*.safetensors"))
     before = [other for other in every if other <= path]
     for other in {*every} - {*before[-keep:]}:

@@ -325,7 +325,7 @@ def save_pretrained(
         for i, name in enumerate(tensor_names(leaf, model.config.num_hidden_layers)):
             own, name = shape[::-1] if is_turned(leaf) else shape, model.renamed.get(name, name)
             tensors[name], parts[name] = Tensor(np.dtype(array.dtype), own), (leaf, i)
-    with files.atomic_write(folder / "model.safetensors") as part:
+    with files.atomic_write(folder / "model.safetensors", sweeps=True) as part:
         with TensorFile.create(part, tensors, {"format": "pt"}) as file:
             for name, x in model.untouched.items():
                 file.write(name, 0, x.reshape(-1))

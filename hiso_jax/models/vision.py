@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as as_bytes
 
 from hiso_jax._engine import files, trees
 from hiso_jax.models import cnn, efficientnet, folders, huggingface, names, subsets, vit
@@ -81,8 +82,8 @@ def of_network(
 
     def save(folder: Path, params: Any, classes: Sequence[str]) -> None:
         del classes
-        with files.atomic_write(folder / "model.safetensors") as part:
-            save_file({n: np.asarray(x) for n, x in trees.named(params).items()}, part)
+        with files.atomic_write(folder / "model.safetensors", sweeps=True) as part:
+            part.write_bytes(as_bytes({n: np.asarray(x) for n, x in trees.named(params).items()}))
 
     return Vision(
         params, run, len(model.names), rows, save, lambda kernel, bias: {}, (size, size), channels,
@@ -111,8 +112,8 @@ def _save_lite0(folder: Path, params: Any, classes: Sequence[str]) -> None:
     tensors = {
         names.tensor_names(n, 0)[0]: np.ascontiguousarray(x) for n, x in trees.named(params).items()
     }
-    with files.atomic_write(folder / "model.safetensors") as part:
-        save_file(tensors, part, {"format": "pt"})
+    with files.atomic_write(folder / "model.safetensors", sweeps=True) as part:
+        part.write_bytes(as_bytes(tensors, {"format": "pt"}))
     with files.atomic_write(folder / "config.json") as part:
         part.write_text(json.dumps({"model_type": LITE0, "classes": list(classes)}, indent=2))
 
