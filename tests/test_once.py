@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,9 +57,11 @@ def test_journals_of_one_file_are_one_journal(takes: list[tuple[int, str, int]])
 
 def test_of_many_who_take_a_round_at_once_one_has_it(tmp_path: Path):
     numbers, many = range(40), 4
+    begun = threading.Barrier(many)
 
     def take(_: int) -> list[int]:
         journal, mine = secure.Journal(tmp_path / "journal"), list[int]()
+        begun.wait()
         for round in numbers:
             with contextlib.suppress(secure.SecureError):
                 journal.take("run", round)
