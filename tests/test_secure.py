@@ -212,8 +212,11 @@ def test_swapped_keys_are_named():
     keys = server.close()["ann"]
     names = [n for n in server.session.circle("ann") if n != "ann"]
     own = secure.Client(server.session, names[1], bytes(32), DIRECTORY).advertise()  # another site
-    with pytest.raises(secure.SecureError, match=f"client '{names[1]}': its keys are not signed"):
+    with pytest.raises(
+        secure.SecureError, match=f"client '{names[1]}': its keys are not signed"
+    ) as found:
         parties["ann"].share(edit(keys, 3, lambda _: own, server=True))
+    assert found.value.client == names[1]
     with pytest.raises(secure.SecureError, match=f"client {names[0]!r} is there twice"):
         parties["ann"].share(edit(keys, 2, lambda _: names[0].encode(), server=True))
     with pytest.raises(secure.SecureError, match=f"client {names[1]!r}: its message names"):
@@ -244,6 +247,8 @@ def test_keys_of_another_round_or_twice_are_named():
         server.receive("dia", parties["dia"].advertise()[:-1])
     with pytest.raises(secure.SecureError, match="client 'zoe' was not asked"):
         server.receive("zoe", old)
+    with pytest.raises(secure.SecureError, match="client 'dia': .*more fields than any step"):
+        server.receive("dia", parties["dia"].advertise() + bytes(4 * 23))
 
 
 def test_forged_swapped_and_repeated_shares_are_named_on_the_way():

@@ -56,7 +56,7 @@ def holder(credential: bytes, name: str, authority: bytes) -> bytes:
       SecureError: it proves nothing, or is another's; names the site.
     """
     x509, _ = _library()
-    who, root = f"client {name!r}: its certificate", x509.load_pem_x509_certificate(authority)
+    root = x509.load_pem_x509_certificate(authority)
     public, size = credential[:32], int.from_bytes(credential[32:34], "big")
     signature, shown = credential[34 : 34 + size], credential[34 + size :]
     try:
@@ -66,14 +66,17 @@ def holder(credential: bytes, name: str, authority: bytes) -> bytes:
         proved = certificate.public_key()
         proved.verify(signature, _PURPOSE + public, *_scheme(proved))
     except Exception as error:  # of many kinds, all of which mean that it is not a site's
-        raise SecureError(f"{who}, or what it has signed, is not of this authority "
-                          f"({type(error).__name__})") from error  # fmt: skip
+        raise SecureError.of(name, "its certificate, or what it has signed, is not of this "
+                             f"authority ({type(error).__name__})") from error  # fmt: skip
     if owner.value != name:
-        raise SecureError(f"{who} is that of {owner.value!r}")
+        raise SecureError.of(name, f"its certificate is that of {owner.value!r}")
     now = datetime.datetime.now(datetime.UTC)
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
-        raise SecureError(f"{who} was valid from {certificate.not_valid_before_utc:%Y-%m-%d} "
-                          f"to {certificate.not_valid_after_utc:%Y-%m-%d}")  # fmt: skip
+        raise SecureError.of(
+            name,
+            f"its certificate was valid from {certificate.not_valid_before_utc:%Y-%m-%d} "
+            f"to {certificate.not_valid_after_utc:%Y-%m-%d}",
+        )
     return public
 
 

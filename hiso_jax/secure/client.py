@@ -154,7 +154,7 @@ class Client:
         for name, theirs in found.items():
             for key in (theirs.seal, theirs.pads):
                 if key in public:
-                    raise SecureError(f"client {name!r}: its key is repeated: {key.hex()}")
+                    raise SecureError.of(name, f"its key is repeated: {key.hex()}")
                 public.append(key)
         self._enough(found, "advertised keys")
         self._keys = found
@@ -295,14 +295,12 @@ class Client:
         key, about = self._sealing(owner, self.name, owner)
         plain = primitives.unseal(key, sealed, about)
         if plain is None or len(plain) != 2 * primitives.SEED:
-            raise SecureError(
-                f"client {owner!r}: its shares for {self.name!r} are forged or swapped"
-            )
+            raise SecureError.of(owner, f"its shares for {self.name!r} are forged or swapped")
         both: dict[bytes, bytes] = dict(
             zip(_KINDS, (plain[: primitives.SEED], plain[primitives.SEED :]), strict=True)
         )
         for (kind, share), wanted in zip(both.items(), committed, strict=True):
             if sessions.commitment(self.session, kind, owner, self.name, share) != wanted:
-                raise SecureError(f"client {owner!r}: its share for {self.name!r} is not the one "
-                                  "that it has committed to")  # fmt: skip
+                raise SecureError.of(owner, f"its share for {self.name!r} is not the one that it "
+                                     "has committed to")  # fmt: skip
         return both

@@ -15,10 +15,30 @@ from hiso_jax._engine import extras
 
 SEED = 16
 """Bytes of what is shared: Shamir's shares of pycryptodome are of 16 bytes, 128 bits."""
+SEALED = 2 * SEED + 16
+"""Bytes of what is sealed: two shares, and what authenticates them."""
 
 
 class SecureError(ValueError):
-    """A message is not what the protocol asks for; the text names who sent it and what it is."""
+    """A message is not what the protocol asks for; the text names who sent it and what it is.
+
+    Attributes:
+      client: whose doing it is; empty where the text names nobody, or nobody for sure.
+    """
+
+    client = ""
+
+    @classmethod
+    def of(cls, client: str, what: str) -> "SecureError":
+        """The error that is a client's doing.
+
+        Example:
+          >>> str(SecureError.of("ann", "its keys are forged"))
+          "client 'ann': its keys are forged"
+        """
+        error = cls(f"client {client!r}: {what}")
+        error.client = client
+        return error
 
 
 class TooFew(SecureError):

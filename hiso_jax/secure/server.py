@@ -149,8 +149,8 @@ class Server:
         for name in names:
             seed = self._combine(name)
             if sessions.commitment(self.session, b"seed", name, "", seed) != self._seeds[name]:
-                raise SecureError(f"client {name!r}: its shares do not make the mask that it has "
-                                  "committed to")  # fmt: skip
+                raise SecureError.of(name, "its shares do not make the mask that it has "
+                                     "committed to")  # fmt: skip
             total = total + self._vectors[name] - pads.own(self.session, name, seed)
         for name in sorted(self._gone):
             left = self.session.neighbors(name) & self._vectors.keys()
@@ -158,8 +158,8 @@ class Server:
                 continue
             key = pads.private(self.session, name, self._combine(name))
             if primitives.public(key) != self._keys[name].pads:
-                raise SecureError(f"client {name!r}: its shares do not make the key that it has "
-                                  "advertised")  # fmt: skip
+                raise SecureError.of(name, "its shares do not make the key that it has "
+                                     "advertised")  # fmt: skip
             for other in left:  # what it would have added, and they have taken away
                 public = self._keys[other].pads
                 total = total + pads.pair(self.session, name, key, other, public)
@@ -181,6 +181,11 @@ class Server:
 
     def _take_keys(self, name: str, message: bytes) -> None:
         keys = sessions.read_keys(self.session, self._directory, name, message)
+        for key in (keys.seal, keys.pads):
+            try:  # the others cannot refuse it later without leaving the round
+                primitives.agree(bytes(32), key)
+            except SecureError as error:
+                raise SecureError.of(name, str(error)) from None
         for other, theirs in self._keys.items():
             if {keys.seal, keys.pads} & {theirs.seal, theirs.pads}:
                 raise SecureError(f"client {name!r}: its key is repeated: client {other!r} has it")
@@ -200,6 +205,8 @@ class Server:
             holder = field.decode(errors="replace")
             if holder in dealt:
                 raise SecureError(f"{who}: two shares for client {holder!r}")
+            if len(sealed) != (0 if holder == name else primitives.SEALED):
+                raise SecureError(f"{who}: {len(sealed)} bytes are no shares for {holder!r}")
             dealt[holder] = sealed, {b"pads": first, b"own": second}
         wanted = {other for other in self.session.circle(name) if other in self._messages[KEYS]}
         if dealt.keys() != wanted or len(seed) != 32:

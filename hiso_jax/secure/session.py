@@ -144,6 +144,8 @@ def unpack(kind: bytes, session: Session, sender: str, message: bytes) -> list[b
         raise SecureError(f"{who}: its message is of another session (round, roster or threshold)")
     fields, at = [], start
     while at < len(message):
+        if len(fields) > 2 + 4 * session.circle_size:  # no step has more; empty ones cost nothing
+            raise SecureError(f"{who}: its message has more fields than any step")
         size = int.from_bytes(message[at : at + 4], "big")
         fields.append(message[at + 4 : at + 4 + size])
         if len(message) < at + 4 + size:
@@ -195,8 +197,8 @@ def read_keys(
     keys = Advertised(*row)
     signed = session.about(KEYS, name.encode(), keys.seal, keys.pads)
     if not is_signed(directory[name], signed, keys.signature):
-        raise SecureError(f"client {name!r}: its keys are not signed by its site; they are forged, "
-                          "or somebody swapped them")  # fmt: skip
+        raise SecureError.of(name, "its keys are not signed by its site; they are forged, "
+                             "or somebody swapped them")  # fmt: skip
     return keys
 
 
