@@ -9,7 +9,6 @@ closes the round when all have answered or time is up. Nothing that a client sen
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -17,16 +16,13 @@ import numpy as np
 
 from hiso_jax._engine import checks
 from hiso_jax.federation import wire
-from hiso_jax.federation.past import Past
 from hiso_jax.federation.server import Server
-from hiso_jax.ledger import digests, snapshots
+from hiso_jax.federation.standing import Standing
 from hiso_jax.ledger import header as headers
 
 log = logging.getLogger(__name__)
-RESETS = 2
-"""Times that a client is sent back to the base model before it is only named."""
-CATCH_UPS = 3
-"""Times a round that a client is sent what it missed: its process may begin again meanwhile."""
+MOST_WHY = 1000
+"""Characters of a fault, whose text may be a client's."""
 
 
 class Closed(NamedTuple):
@@ -74,22 +70,17 @@ class Host:
         weights: dict[str, float] | None = None,
         base: Any = None,
     ):
-        self._past = Past(server, base)
+        self._standing = Standing(server, base)
         self.server, self._send, self._weights = server, send, dict(weights or {})
         header = server.ledger.header
         # Of the version that runs here, whatever version began the ledger.
         software = header["software"] | {"hiso-jax": headers.version("hiso-jax")}
         self.header = header | {"software": software}
         self.run = wire.identity(self.header)
-        self._room = snapshots.size(server.algorithm, server.state)
-        self._held: dict[str, int] = {}  # name -> round that the client is known to be at
-        self._reset: dict[str, int] = {}  # name -> times that it had to begin again
-        self._apart: set[str] = set()  # those that have to, at the next ask
         self._asked: dict[str, int] = {}  # name -> slot
         self._faults: dict[str, str] = {}
         self._done: set[str] = set()
-        self._catch_ups: Counter[str] = Counter()  # times, of the round
-        self._last = False
+        self._last, self._begun = False, 0.0
         self._enough: int | None = None  # so many answers begin to count time
         self._changed = threading.Condition()
         self.counts: dict[str, Count] = {}
@@ -119,7 +110,8 @@ class Host:
         Raises:
           ValueError: an argument is out of range.
           RuntimeError: a round is open that was stopped; nothing was asked.
-          LedgerWriteError: the round cannot be recorded; `close` when it can.
+          LedgerWriteError: the round cannot be recorded; `close` when it can. Or it could not
+            even be opened, and nobody is asked (``server.asked`` is empty): call this again.
         """
         checks.number("deadline", deadline, 0, above=True)
         checks.count("minimum", minimum)
@@ -129,18 +121,27 @@ class Host:
         with self._changed:
             round = self.server.open(names)
             self._begin(self.server.asked, last=False)
+            self._begun = begin
         for name in list(self._asked):
             self._ask(name)
         if not self._wait(begin + deadline, stop, gone, minimum, grace):
             return None
         if not self._gather(stop, gone, minimum):
             return None
-        return self.close(minimum, round, begin)
+        return self.close(minimum, round)
 
-    def close(self, minimum: int = 1, round: int | None = None, begin: float = 0.0) -> Closed:
+    def close(
+        self, minimum: int = 1, round: int | None = None, begin: float | None = None
+    ) -> Closed:
         """Close the round that `conduct` opened, where that could not be recorded.
 
+        Args:
+          minimum: as of `conduct`.
+          round: its number, if it is known.
+          begin: when it began, of ``time.monotonic()``; by default when `conduct` was called.
+
         Raises:
+          RuntimeError: no round is open.
           LedgerWriteError: it still cannot be.
         """
         with self._changed:
@@ -151,7 +152,8 @@ class Host:
             reported = {} if void else self.server.ledger.records(number).reported[0]
             silent = [n for n in self._asked if n not in self._done and n not in reported]
             faults, self._asked = self._faults, {}
-        return Closed(number, record, reported, faults, silent, time.monotonic() - begin)
+        seconds = time.monotonic() - (self._begun if begin is None else begin)
+        return Closed(number, record, reported, faults, silent, seconds)
 
     def end(
         self,
@@ -182,7 +184,7 @@ class Host:
     @property
     def digest(self) -> np.ndarray:
         """Of the state that the open round is measured at, uint32 [2]."""
-        return self._past.digest(self.server.round)
+        return self._standing.past.digest(self.server.round)
 
     @property
     def faults(self) -> dict[str, str]:
@@ -192,7 +194,7 @@ class Host:
     def fail(self, name: str, why: str) -> None:
         """Take from the engine that a client cannot answer, in its words; from any thread."""
         with self._changed:
-            if name in self._asked and name not in self._done:
+            if self._waits_for(name):
                 self._fault(name, why)
                 self._tell()
 
@@ -204,28 +206,50 @@ class Host:
           message: bytes, or what came in their place.
           late: the engine knows that it answers what is over: it is counted, and nothing else.
         """
-        again = None
+        size = len(message) if isinstance(message, (bytes, bytearray)) else 0
         with self._changed:
-            size = len(message) if isinstance(message, (bytes, bytearray)) else 0
             self._count(name, up=size)
-            if late or name not in self._asked or name in self._done:
-                self._count(name, late=1)
-                log.info("round %d: %s: late, it changes nothing", self.server.round, name)
-                return
-            spec = self.server.algorithm.spec
-            try:
-                parsed = wire.parse(message, self.run, spec.sent, spec.record)
-                again = self._take(name, parsed)
-            except (wire.WireError, headers.Mismatch, ValueError) as error:
-                self._fault(name, str(error))
-            except Exception as error:  # whatever a client sends, the others' round goes on
-                log.exception("round %d: %s: its message cannot be taken", self.server.round, name)
-                self._fault(name, f"its message cannot be taken: {type(error).__name__}")
+            if late or not self._waits_for(name):
+                return self._late(name)
+        # Not under the lock: what takes long to read keeps nobody else from being heard.
+        parsed, why = self._tried(name, self._parse, message)
+        with self._changed:
+            if not self._waits_for(name):
+                return self._late(name)
+            again, round = None, self.server.round
+            if parsed is not None and parsed.round < round:
+                self._late(name)
+            elif parsed is not None and parsed.round > round:
+                why = f"a reply to round {parsed.round}, which is to come"
+            elif parsed is not None:
+                again, why = self._tried(name, self._take, name, parsed)
+            if why:
+                self._fault(name, why)
             self._tell()
-        if again is not None:
-            self._post(name, again)
+        return None if again is None else self._post(name, again)
 
     # What it does with it.
+
+    def _waits_for(self, name: str) -> bool:
+        return name in self._asked and name not in self._done
+
+    def _late(self, name: str) -> None:
+        self._count(name, late=1)
+        log.info("round %d: %s: late, it changes nothing", self.server.round, name)
+
+    def _parse(self, message: Any) -> wire.Message:
+        spec = self.server.algorithm.spec
+        return wire.parse(message, self.run, spec.sent, spec.record)
+
+    def _tried(self, name: str, do: Callable[..., Any], *given: Any) -> tuple[Any, str]:
+        """What it gives, or why a client does not count: whatever it sends, the round goes on."""
+        try:
+            return do(*given), ""
+        except ValueError as error:
+            return None, str(error)
+        except Exception as error:
+            log.exception("round %d: %s: its message cannot be taken", self.server.round, name)
+            return None, f"its message cannot be taken: {type(error).__name__}"
 
     def _tell(self) -> None:
         """Wake who waits, but not a thousand times a round if there is nothing to do for it."""
@@ -234,7 +258,8 @@ class Host:
 
     def _begin(self, names: list[str], last: bool) -> None:
         self._asked = {name: slot for slot, name in enumerate(names)}
-        self._faults, self._done, self._last, self._catch_ups = {}, set(), last, Counter()
+        self._faults, self._done, self._last = {}, set(), last
+        self._standing.begin()
 
     def _wait(
         self,
@@ -265,31 +290,12 @@ class Host:
         return True
 
     def _ask(self, name: str) -> None:
-        held = self._held.get(name)
-        reset = name in self._apart
-        self._apart.discard(name)
         with self._changed:
-            ask = self._message(name, None if reset else held, reset)
+            ask = self._placed(name, self._standing.ask(name))
         self._post(name, ask)
 
-    def _message(self, name: str, held: int | None, reset: bool = False) -> wire.Ask:
-        """Ask a client that is at round `held`; None: it is to say where it is."""
-        server = self.server
-        ask = wire.Ask(
-            round=server.round,
-            digest=self._past.digest(server.round),
-            first=server.round,
-            records=np.zeros((0, *server.ledger.shape), np.float32),
-            slot=self._asked[name],
-            last=self._last,
-            reset=reset,
-        )
-        if held is None or held == server.round:
-            return ask
-        records = self._past.missed(held)
-        if records.nbytes > self._room or len(records.scalars) > wire.MOST_ROUNDS:
-            return ask._replace(snapshot=snapshots.pack(server.algorithm, server.state))
-        return ask._replace(first=held, records=records.scalars, rates=records.learning_rates)
+    def _placed(self, name: str, ask: wire.Ask) -> wire.Ask:
+        return ask._replace(slot=self._asked[name], last=self._last)
 
     def _post(self, name: str, ask: wire.Ask | wire.Step) -> None:
         message = wire.pack(ask, self.run)
@@ -306,95 +312,45 @@ class Host:
             log.exception("round %d: nothing could be sent to %s", ask.round, name)
 
     def _take(self, name: str, message: wire.Message) -> wire.Ask | None:
-        """Make something of a message; return what is to be sent for it."""
-        round = self.server.round
+        """Make something of a message of this round; return what is to be sent for it.
+
+        Raises:
+          ValueError: the client does not count; says why.
+        """
         if isinstance(message, wire.Reply):
-            if message.round < round:
-                self._count(name, late=1)
-                log.info("round %d: %s: of round %d, it changes nothing", round, name,
-                         message.round)  # fmt: skip
-                return None
-            self._reply(name, message)
+            self._standing.measured(name, message.digest)
+            if self._last:
+                self._done.add(name)
+            else:
+                self._measured(name, message)
         elif isinstance(message, wire.Behind):
-            return self._behind(name, message)
+            again = self._standing.behind(name, message)
+            return None if again is None else self._placed(name, again)
         elif isinstance(message, wire.Apart):
-            self._held.pop(name, None)
-            self._send_back(name)
-            self._fault(name, wire.where_apart(message, self.server.round, self._past.text))
+            raise ValueError(self._standing.apart(name, message))
         elif isinstance(message, wire.Other):
             headers.match(self.header, message.header)
             ours, theirs = (h["software"].get("hiso-jax") for h in (self.header, message.header))
             raise headers.Mismatch(f"another version of hiso-jax: {ours} there, {theirs} here")
         elif isinstance(message, wire.Failed):
-            self._fault(name, f"{message.kind} on its machine, whose log says more")
+            blames = f"; it blames {message.blames!r}" if message.blames in self._asked else ""
+            raise ValueError(f"{message.kind} on its machine, whose log says more{blames}")
         else:
-            self._fault(name, f"{type(message).__name__} is nothing that a client sends")
-        return None
-
-    def _reply(self, name: str, message: wire.Reply) -> None:
-        round = self.server.round
-        if message.round > round:
-            return self._fault(name, f"a reply to round {message.round}, which is to come")
-        if (message.digest != self._past.digest(round)).any():
-            self._held.pop(name, None)
-            return self._fault(
-                name,
-                f"measured at another state: after {round} rounds its digest is "
-                f"{digests.text(message.digest)} there and {self._past.text(round)} here",
-            )
-        self._held[name] = round
-        self._reset.pop(name, None)
-        if self._last:
-            self._done.add(name)
-        else:
-            self._measured(name, message)
+            raise ValueError(f"{type(message).__name__} is nothing that a client sends")
         return None
 
     def _measured(self, name: str, message: wire.Reply) -> None:
         if message.scalars is None:
-            return self._fault(name, "a reply without scalars")
+            raise ValueError("a reply without scalars")
         self._count(name, payload_up=message.scalars.nbytes + 8)
         weight = self._weights.get(name, 1.0)
-        if self.server.reply(name, message.round, message.scalars, weight):
-            self._done.add(name)
-        else:
-            self._fault(name, "its scalars do not count: they are NaN or infinite, or of "
-                              "another place in this round")  # fmt: skip
-        return None
-
-    def _behind(self, name: str, message: wire.Behind) -> wire.Ask | None:
-        round = message.round
-        if round > self.server.round:
-            self._send_back(name)
-            self._fault(
-                name,
-                f"it has gone through {round} rounds, the ledger has {self.server.round}: it is "
-                "of a run that this ledger, a copy from before, does not know",
-            )
-        elif (message.digest != self._past.digest(round)).any():
-            self._send_back(name)
-            self._fault(
-                name,
-                f"the model that it begins with is not the run's: after {round} rounds its digest "
-                f"is {digests.text(message.digest)} there and {self._past.text(round)} here",
-            )
-        elif self._held.get(name) == round:  # it was sent all that it needs, and did not move
-            self._fault(name, f"it stays at round {round}")
-        elif self._catch_ups[name] >= CATCH_UPS:  # each may cost a whole model
-            self._fault(name, f"it has been behind {CATCH_UPS} times in this round")
-        else:
-            self._held[name] = round
-            self._catch_ups[name] += 1
-            return self._message(name, round)
-        return None
-
-    def _send_back(self, name: str) -> None:
-        self._held.pop(name, None)
-        if self._reset.get(name, 0) < RESETS:
-            self._reset[name] = self._reset.get(name, 0) + 1
-            self._apart.add(name)
+        if not self.server.reply(name, message.round, message.scalars, weight):
+            raise ValueError("its scalars do not count: they are NaN or infinite, or of "
+                             "another place in this round")  # fmt: skip
+        self._done.add(name)
 
     def _fault(self, name: str, why: str) -> None:
+        why = why[:MOST_WHY]
         log.error("round %d: client %r does not count: %s", self.server.round, name, why)
         self._faults[name] = why
         self._done.add(name)

@@ -20,6 +20,7 @@ from hiso_jax.ledger import digests, snapshots
 from hiso_jax.ledger import header as headers
 from hiso_jax.privacy import Terms
 from hiso_jax.protocol import Algorithm, State
+from hiso_jax.secure import SecureError
 
 if TYPE_CHECKING:
     from hiso_jax.federation.masked import Masks  # needs the extra `secure`
@@ -117,13 +118,14 @@ class Site:
         """What goes up for a message that came down.
 
         What fails here (data that cannot be read, a full disk) is logged here; up goes the kind
-        of error only, since its text may hold data.
+        of error only, since its text may hold data, and whose message of a masked round is refused.
+        A message of another run is answered by what this client is.
 
         Raises:
           WireError: the message is none; nothing has been done.
         """
         if (run := wire.run_of(message)) is not None and run != self.run:
-            return self._pack(wire.Other(self.header))
+            return self._pack(wire.Other(wire.round_of(message), self.header))
         spec = self.algorithm.spec
         ask = wire.parse(message, self.run, spec.sent, spec.record)
         masks = self._masks
@@ -134,7 +136,8 @@ class Site:
                 return self._pack(self._answer(ask))
         except Exception as error:
             log.exception("this client cannot answer %s", type(ask).__name__)
-            return self._pack(wire.Failed(type(error).__name__))
+            blames = error.client if isinstance(error, SecureError) else ""
+            return self._pack(wire.Failed(ask.round, type(error).__name__, blames))
         raise wire.WireError(f"message: expected to be asked, got {type(ask).__name__}")
 
     def _pack(self, message: wire.Message) -> bytes:
@@ -147,7 +150,7 @@ class Site:
         if ask.snapshot is not None:
             self._hold(snapshots.unpack(ask.snapshot, ask.round, self.algorithm, self.state))
         elif self._apart:  # and no reset: the server has seen that it does not help
-            return wire.Apart(self._first, np.stack(self._digests))
+            return wire.Apart(ask.round, self._first, np.stack(self._digests))
         elif not ask.first <= self.round <= ask.round <= ask.first + len(ask.records):
             return self._where(ask)
         else:
@@ -156,7 +159,7 @@ class Site:
             log.error("round %d: the digest is %s here and %s at the server", ask.round,
                       digests.text(self.digest), digests.text(ask.digest))  # fmt: skip
             self._apart = True
-            return wire.Apart(self._first, np.stack(self._digests))
+            return wire.Apart(ask.round, self._first, np.stack(self._digests))
         if ask.last:
             self._end()
             return wire.Reply(ask.round, self.digest, None)
@@ -171,8 +174,8 @@ class Site:
         """What is said where the records do not fit: where this client stands."""
         if self.round == ask.round and (self.digest != ask.digest).any():
             self._apart = True
-            return wire.Apart(self._first, np.stack(self._digests))
-        return wire.Behind(self.round, self.digest)
+            return wire.Apart(ask.round, self._first, np.stack(self._digests))
+        return wire.Behind(ask.round, self.round, self.digest)
 
     def _catch_up(self, ask: wire.Ask) -> None:
         for i in range(self.round - ask.first, ask.round - ask.first):

@@ -5,9 +5,10 @@ missed (or a snapshot, where that is shorter). Up go the scalars, K x P float32,
 of the state that they were measured at: eight bytes, by which a client that holds another
 model is noticed in the round in which that happens. All numbers are little-endian.
 
-A message begins with ``b"hj"``, the number of this protocol, its kind, and the eight bytes of
-the run's identity (`identity`). What is longer, shorter or otherwise is refused by `parse`,
-whoever sent it, before anything is made of it.
+A message begins with ``b"hj"``, the number of this protocol, its kind, the eight bytes of the
+run's identity (`identity`), and the round that is asked: what goes up says which round it answers,
+so that a message that comes late is not taken for one of the round that is open. What is longer,
+shorter or otherwise is refused by `parse`, whoever sent it, before anything is made of it.
 """
 
 import hashlib
@@ -22,19 +23,20 @@ import numpy as np
 from hiso_jax.ledger import digests
 from hiso_jax.ledger import header as headers
 
-VERSION = 1
+VERSION = 2
 """Of the messages."""
-_HEAD = struct.Struct("<2sBB8s")
-_ASK = struct.Struct("<IIIHB8s")
-_REPLY = struct.Struct("<I8s")
+_HEAD = struct.Struct("<2sBB8sI")
+_ASK = struct.Struct("<IIHB8s")
+_BEHIND = struct.Struct("<I8s")
 _APART = struct.Struct("<I")
 MOST_ROUNDS = 2**20
 """Records, or digests, in one message."""
 MOST_TEXT = 2**20
 """Bytes of a header, compressed; sixteen times that when it is not."""
-
-MOST_PARTS = 2**26
+MOST_STEP = 2**26
 """Bytes of a step of a masked round: what 2,000 neighbors have sealed, with their certificates."""
+MOST_PARTS = 2**16
+"""Of a step: name and certificate of each neighbor. Empty ones cost nothing to send."""
 
 RATES, LAST, SNAPSHOT, RESET = 1, 2, 4, 8
 
@@ -69,12 +71,14 @@ class Behind(NamedTuple):
     """Up: where the client stands, when it cannot come to the round with what it was sent."""
 
     round: int
-    digest: np.ndarray  # uint32 [2]
+    held: int  # rounds that its state has gone through
+    digest: np.ndarray  # uint32 [2] of that state
 
 
 class Apart(NamedTuple):
     """Up: the client came to another digest; those that its states had."""
 
+    round: int
     first: int  # rounds of the first of those states
     digests: np.ndarray  # uint32 [R, 2]
 
@@ -82,13 +86,16 @@ class Apart(NamedTuple):
 class Other(NamedTuple):
     """Up: the client is of another run; what it is made of."""
 
+    round: int
     header: dict[str, Any]
 
 
 class Failed(NamedTuple):
     """Up: the client could not do it; the kind of error only, since a text may hold data."""
 
+    round: int
     kind: str
+    blames: str = ""  # the client whose message of a masked round it refuses
 
 
 class Step(NamedTuple):
@@ -132,7 +139,11 @@ def pack(message: Message, run: bytes) -> bytes:
       message: one of those above.
       run: from `identity`.
     """
-    head = _HEAD.pack(b"hj", VERSION, _KINDS.index(type(message)), run)
+    kind = _KINDS.index(type(message))
+    return _HEAD.pack(b"hj", VERSION, kind, run, message.round) + _body(message)
+
+
+def _body(message: Message) -> bytes:
     if isinstance(message, Ask):
         flags = (RATES * (message.rates is not None) | LAST * message.last
                  | SNAPSHOT * (message.snapshot is not None) | RESET * message.reset)  # fmt: skip
@@ -140,22 +151,21 @@ def pack(message: Message, run: bytes) -> bytes:
         if body is None:
             rates = () if message.rates is None else message.rates
             body = _floats(message.records) + _floats(rates)
-        count = len(message.records)
-        fixed = (message.round, message.first, count, message.slot, flags)
-        return head + _ASK.pack(*fixed, _digest(message.digest)) + body
+        fixed = (message.first, len(message.records), message.slot, flags)
+        return _ASK.pack(*fixed, _digest(message.digest)) + body
     if isinstance(message, Reply):
         scalars = b"" if message.scalars is None else _floats(message.scalars)
-        return head + _REPLY.pack(message.round, _digest(message.digest)) + scalars
+        return _digest(message.digest) + scalars
     if isinstance(message, Behind):
-        return head + _REPLY.pack(message.round, _digest(message.digest))
+        return _BEHIND.pack(message.held, _digest(message.digest))
     if isinstance(message, Step):
-        parts = b"".join(len(part).to_bytes(4, "little") + part for part in message.parts)
-        return head + _APART.pack(message.round) + parts
+        return b"".join(len(part).to_bytes(4, "little") + part for part in message.parts)
     if isinstance(message, Apart):
-        return head + _APART.pack(message.first) + np.asarray(message.digests, "<u4").tobytes()
+        return _APART.pack(message.first) + np.asarray(message.digests, "<u4").tobytes()
     if isinstance(message, Other):
-        return head + zlib.compress(headers.canonical(message.header).encode())
-    return head + message.kind.encode()[:200]
+        return zlib.compress(headers.canonical(message.header).encode())
+    texts = (message.kind, message.blames) if message.blames else (message.kind,)
+    return b"\n".join(text.encode()[:200] for text in texts)
 
 
 def parse(content: Any, run: bytes, sent: tuple[int, int], record: tuple[int, int]) -> Message:
@@ -174,7 +184,7 @@ def parse(content: Any, run: bytes, sent: tuple[int, int], record: tuple[int, in
         size = f"{len(content)} bytes" if isinstance(content, (bytes, bytearray)) else type(content)
         raise WireError(f"message: expected at least {_HEAD.size} bytes, got {size}")
     content = bytes(content)
-    mark, version, number, other = _HEAD.unpack_from(content)
+    mark, version, number, other, round = _HEAD.unpack_from(content)
     if mark != b"hj" or number >= len(_KINDS):
         raise WireError("message: not one of hiso_jax")
     if version != VERSION:
@@ -183,37 +193,41 @@ def parse(content: Any, run: bytes, sent: tuple[int, int], record: tuple[int, in
     if other != run and kind is not Other and kind is not Ask:
         raise WireError(f"message: it is of run {other.hex()}, expected {run.hex()}")
     if kind is Ask:
-        return _parse_ask(body, record)
+        return _parse_ask(round, body, record)
     if kind is Other:
-        return Other(_inflate(body))
+        return Other(round, _inflate(body))
     if kind is Failed:
-        if len(body) > 200:
-            raise WireError(f"message: expected at most 200 bytes of text, got {len(body)}")
-        return Failed(body.decode("utf-8", "replace"))
+        if len(body) > 401:
+            raise WireError(f"message: expected at most 401 bytes of text, got {len(body)}")
+        error, _, blames = body.decode("utf-8", "replace").partition("\n")
+        return Failed(round, error, blames)
     if kind is Step:
-        return _parse_step(body)
+        return Step(round, _parse_step(body))
     if kind is Apart:
         count, rest = divmod(len(body) - _APART.size, 8)
         if rest or not 0 < count <= MOST_ROUNDS:
             raise WireError(f"message: expected digests of 8 bytes, got {len(body)} bytes")
         found = np.frombuffer(body, "<u4", offset=_APART.size).astype(np.uint32)
-        return Apart(_APART.unpack_from(body)[0], found.reshape(-1, 2))
-    size = 4 * sent[0] * sent[1]
-    wanted = {_REPLY.size} if kind is Behind else {_REPLY.size, _REPLY.size + size}
-    if len(body) not in wanted:
-        raise WireError(f"message: expected {max(wanted)} bytes after its head, got {len(body)}")
-    round, digest = _REPLY.unpack_from(body)
-    found = np.frombuffer(digest, "<u4").astype(np.uint32)
+        return Apart(round, _APART.unpack_from(body)[0], found.reshape(-1, 2))
     if kind is Behind:
-        return Behind(round, found)
-    scalars = np.frombuffer(body, "<f4", offset=_REPLY.size).reshape(-1, *sent[1:])
+        _sized(body, {_BEHIND.size})
+        held, digest = _BEHIND.unpack(body)
+        return Behind(round, held, np.frombuffer(digest, "<u4").astype(np.uint32))
+    _sized(body, {8, 8 + 4 * sent[0] * sent[1]})
+    scalars = np.frombuffer(body, "<f4", offset=8).reshape(-1, *sent[1:])
+    found = np.frombuffer(body, "<u4", 2).astype(np.uint32)
     return Reply(round, found, scalars if scalars.size else None)
 
 
-def _parse_ask(body: bytes, record: tuple[int, int]) -> Ask:
+def _sized(body: bytes, sizes: set[int]) -> None:
+    if len(body) not in sizes:
+        raise WireError(f"message: expected {max(sizes)} bytes after its head, got {len(body)}")
+
+
+def _parse_ask(round: int, body: bytes, record: tuple[int, int]) -> Ask:
     if len(body) < _ASK.size:
         raise WireError(f"message: expected at least {_ASK.size} bytes to ask, got {len(body)}")
-    round, first, count, slot, flags, digest = _ASK.unpack_from(body)
+    first, count, slot, flags, digest = _ASK.unpack_from(body)
     rest = body[_ASK.size :]
     found = np.frombuffer(digest, "<u4").astype(np.uint32)
     each = record[0] * record[1]
@@ -229,18 +243,19 @@ def _parse_ask(body: bytes, record: tuple[int, int]) -> Ask:
     return ask._replace(records=records, rates=numbers[count * each :] if flags & RATES else None)
 
 
-def _parse_step(body: bytes) -> Step:
-    if not _APART.size <= len(body) <= MOST_PARTS:
-        raise WireError(f"message: expected {_APART.size} to {MOST_PARTS} bytes of a step, got "
-                        f"{len(body)}")  # fmt: skip
-    parts, at = [], _APART.size
+def _parse_step(body: bytes) -> tuple[bytes, ...]:
+    if len(body) > MOST_STEP:
+        raise WireError(f"message: expected at most {MOST_STEP} bytes of a step, got {len(body)}")
+    parts, at = [], 0
     while at < len(body):
+        if len(parts) == MOST_PARTS:
+            raise WireError(f"message: a step of more than {MOST_PARTS} parts")
         size = int.from_bytes(body[at : at + 4], "little")
         parts.append(body[at + 4 : at + 4 + size])
         at += 4 + size
     if at != len(body):
         raise WireError(f"message: a step of {len(body)} bytes is cut off")
-    return Step(_APART.unpack_from(body)[0], tuple(parts))
+    return tuple(parts)
 
 
 def _inflate(body: bytes) -> dict[str, Any]:
@@ -265,7 +280,7 @@ def where_apart(message: Apart, rounds: int, text_of: Callable[[int], str]) -> s
       text_of: number of rounds -> digest of the run's state after so many.
 
     Example:
-      >>> where_apart(Apart(3, np.array([[1, 0], [3, 0]])), 9, lambda n: f"{n - 2:016x}")[:34]
+      >>> where_apart(Apart(9, 3, np.array([[1, 0], [3, 0]])), 9, lambda n: f"{n - 2:016x}")[:34]
       'its state went apart in round 3: t'
     """
     for i, digest in enumerate(message.digests[: max(rounds - message.first + 1, 0)]):
@@ -292,5 +307,11 @@ def _digest(digest: Any) -> bytes:
 
 
 def run_of(content: bytes) -> bytes | None:
-    """The identity that a message names; None if it is too short to name one."""
-    return content[4:12] if isinstance(content, bytes) and len(content) >= _HEAD.size else None
+    """The identity that a message names, of any version; None if it does not begin as one."""
+    ours = isinstance(content, bytes) and len(content) >= _HEAD.size and content[:2] == b"hj"
+    return content[4:12] if ours else None
+
+
+def round_of(content: bytes) -> int:
+    """The round that a message names, of another run, too."""
+    return int.from_bytes(content[12:16], "little")

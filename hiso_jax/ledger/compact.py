@@ -22,6 +22,9 @@ from hiso_jax._engine import files
 from hiso_jax.ledger import digests
 from hiso_jax.ledger import header as headers
 
+MOST_TEXT = 2**26
+"""Bytes of a header when it is not compressed: of zeros a small file could hold gigabytes."""
+
 
 class BadFile(ValueError):
     """The bytes are not as they were written."""
@@ -61,11 +64,13 @@ def read(
     try:
         tensors = load(content)
         scalars, rates = tensors["scalars"], tensors.get("learning_rates")
-        header = json.loads(zlib.decompress(tensors["header"].tobytes()))
+        text = zlib.decompressobj().decompress(tensors["header"].tobytes(), MOST_TEXT)
+        header = json.loads(text)
         digest = digests.text(tensors["digest"]) if "digest" in tensors else None
         same = _encode(header, scalars, rates, digest) == content
         headers.check(header)
-    except (SafetensorError, LookupError, ValueError, TypeError, zlib.error) as error:
+    except (SafetensorError, LookupError, ValueError, TypeError, RecursionError,
+            zlib.error) as error:  # fmt: skip
         raise BadFile(f"not a compact ledger, or edited: {error}") from error
     scheduled = header["algorithm"]["learning_rate"] == "schedule"
     if scheduled != (rates is not None) or scalars.shape[1:] != headers.shape(header):

@@ -327,7 +327,8 @@ class HisoExecutor(Executor):
         except Exception as error:
             self.log_exception(fl_ctx, "this site cannot take part")
             # Its kind only: the text may hold data, and stays in this site's log.
-            answer = wire.pack(wire.Failed(type(error).__name__), wire.run_of(message) or bytes(8))
+            failed = wire.Failed(wire.round_of(message), type(error).__name__)
+            answer = wire.pack(failed, wire.run_of(message) or bytes(8))
         reply = make_reply(ReturnCode.OK)
         reply[MESSAGE] = answer
         return reply
