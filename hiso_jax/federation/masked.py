@@ -147,6 +147,7 @@ class MaskedHost(Host):
                              "added to")  # fmt: skip
         super().__init__(server, send, base=base)
         self._credentials: dict[str, bytes] = {}
+        self._forged: dict[str, str] = {}  # who has, as the server itself found, and what
         self._directory, self._authority = server.directory, authority
         self._threshold = threshold
         self._patience = checks.number("patience", patience, 0, above=True)
@@ -155,7 +156,9 @@ class MaskedHost(Host):
         if self.server.masked is not None:
             return None  # once more; it is a step that is waited for
         if message.scalars is not None:
-            return self._fault(name, "it sent its scalars in the open; replies are masked")
+            raise ValueError("it sent its scalars in the open; replies are masked")
+        if name in self._forged:  # one such round is enough
+            raise ValueError(f"left out: {self._forged[name]}")
         self._done.add(name)
         return None
 
@@ -166,7 +169,13 @@ class MaskedHost(Host):
             return self._session(lost, stop, gone, minimum)
         except ValueError as error:  # too few for a sum, or somebody has forged
             self.server.masked, self.void = None, str(error)
-            log.warning("round %d is void: %s", self.server.round, error)
+            why = f"round {self.server.round} is void: {error}"
+            log.warning("%s", why)
+            if isinstance(error, secure.SecureError) and error.client:
+                with self._changed:
+                    self._forged[error.client] = why
+                    self._fault(error.client, why)
+                    lost.discard(error.client)
             return True
         finally:
             with self._changed:
@@ -220,18 +229,21 @@ class MaskedHost(Host):
         masked = self.server.masked
         if not isinstance(message, wire.Step):
             return super()._take(name, message)
-        if message.round < self.server.round:
-            self._count(name, late=1)
+        if masked is None:  # the session has ended without a sum, or has not begun
+            self._late(name)
             return None
-        if masked is None or message.round != self.server.round or not message.parts:
-            self._fault(name, f"a step of round {message.round}, in which it was not asked for one")
-            return None
-        self._count(name, payload_up=sum(map(len, message.parts)))
+        if not message.parts:
+            raise ValueError("a step of nothing")
         body, *shown = message.parts
-        if body[4:5] == KEYS and shown:
+        if masked.step == body[4:5] == KEYS:
+            if not shown:
+                raise ValueError("it shows no certificate")
             self._directory[name] = secure.holder(shown[0], name, self._authority)
             self._credentials[name] = shown[0]
-        masked.receive(name, body)
+        if not masked.receive(name, body):  # of a step before, which a network may repeat
+            self._late(name)
+            return None
+        self._count(name, payload_up=sum(map(len, message.parts)))
         self._done.add(name)
         if masked.step == REVEALED:
             self._look(masked)
