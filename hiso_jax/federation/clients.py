@@ -34,8 +34,8 @@ def draw(
       round: number of the round.
       seed: of the run.
       shares: [clients] the chance of each, by default all alike.
-      balanced: in turns: nobody is drawn again before as many rounds as can be made of all the
-        clients have passed, so that nobody takes part in more than
+      balanced: in turns of ``clients // count`` rounds, each in an order of its own: nobody is
+        drawn twice in a turn, so that nobody takes part in more than
         ``ceil(rounds / (clients // count))``. Who is drawn most answers for a privacy budget.
 
     Raises:
