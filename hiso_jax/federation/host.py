@@ -117,14 +117,12 @@ class Host:
         checks.count("minimum", minimum)
         if grace is not None:
             checks.number("grace", grace, 0)
-        begin = time.monotonic()
         with self._changed:
             round = self.server.open(names)
             self._begin(self.server.asked, last=False)
-            self._begun = begin
         for name in list(self._asked):
             self._ask(name)
-        if not self._wait(begin + deadline, stop, gone, minimum, grace):
+        if not self._wait(self._begun + deadline, stop, gone, minimum, grace):
             return None
         if not self._gather(stop, gone, minimum):
             return None
@@ -138,7 +136,7 @@ class Host:
         Args:
           minimum: as of `conduct`.
           round: its number, if it is known.
-          begin: when it began, of ``time.monotonic()``; by default when `conduct` was called.
+          begin: when it began, of ``time.monotonic()``; by default when `conduct` opened it.
 
         Raises:
           RuntimeError: no round is open.
@@ -259,6 +257,7 @@ class Host:
     def _begin(self, names: list[str], last: bool) -> None:
         self._asked = {name: slot for slot, name in enumerate(names)}
         self._faults, self._done, self._last = {}, set(), last
+        self._begun = time.monotonic()
         self._standing.begin()
 
     def _wait(
