@@ -249,7 +249,7 @@ def test_sites_that_do_not_fit_are_named_and_do_not_count(flare: Flare):
          {"site-2": "another base model: its digest is", "site-3": "smoothing is 0.001 there and 0.002 here"}),
         ({"site-2": "another version", "site-3": "10 MB"},
          {"site-2": f"another version of hiso-jax: {metadata.version('hiso-jax')} there, 0.0.9 here",
-          "site-3": "expected 20 bytes after its head, got 10000012"}),
+          "site-3": "expected 16 bytes after its head, got 10000008"}),
         ({"site-2": "NaN", "site-3": "raises"},
          {"site-2": "expected finite ones of at most 1e+30, got [[nan, nan]]", "site-3": "FileNotFoundError on its machine"}),
     ]  # fmt: skip
