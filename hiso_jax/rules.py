@@ -70,9 +70,16 @@ def check(rule: Rule) -> Rule:
     would be of something else, without any error.
 
     Raises:
-      ValueError: it looks at more than one element at a time, but for `elementwise`.
+      ValueError: it looks at more than one element at a time, but for `elementwise`; or its
+        config names a rule of `RULES`, and its functions are not that one's.
     """
-    if not rule.elementwise or (rule.config or {}).get("rule") in RULES:
+    if (rule.config or {}).get("rule") in RULES:
+        code = lambda r: [getattr(f, "__code__", f) for f in (r.init, r.direction, r.update)]  # noqa: E731
+        if code(rule) != code(from_config(rule.config or {})):
+            raise ValueError(f"rule: functions of yours under the name {rule.config}, by which a "
+                             "ledger builds another; give config={'rule': a new name}")  # fmt: skip
+        return rule
+    if not rule.elementwise:
         return rule
     leaves = {"leaf": jax.ShapeDtypeStruct((101, 103), jnp.float32)}
     scalars = jax.ShapeDtypeStruct((4 if rule.second else 2,), jnp.float32)
@@ -82,7 +89,7 @@ def check(rule: Rule) -> Rule:
         ("direction", rule.direction, (state, leaves)),
         ("update", rule.update, (state, delta, scalars, last)),
     ):
-        if found := elementwise.mixing(function, *given):
+        if found := elementwise.mixing(101 * 103, function, *given):
             raise ValueError(
                 f"rule: its {name} looks at more than one element of a leaf at a time ({found}), "
                 "and would be given packs and blocks of leaves; say Rule(..., elementwise=False)"

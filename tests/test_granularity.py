@@ -256,16 +256,47 @@ def test_a_rule_that_does_not_say_that_it_needs_whole_leaves_is_refused():
 def test_the_rules_of_the_library_work_element_by_element(name: str):
     rule = rules.RULES[name]()
     own = rule._replace(config={"rule": "mine"})
-    assert rule.elementwise and rules.check(own) is own
+    assert rule.elementwise and rules.check(own) is own and rules.check(rule) is rule
+
+
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_functions_of_ones_own_may_not_have_the_name_of_a_rule_of_the_library(elementwise: bool):
+    """A ledger would build that one."""
+    rule = rules.hiso()._replace(direction=lambda s, u: u, elementwise=elementwise)
+    with pytest.raises(ValueError, match="'hiso'.*give config="):
+        hj.scalar_algorithm(odd_loss, 0.1, rule=rule)
+
+
+ROWS, KERNEL = np.array([3, 0, 2, 5, 1, 4]), jnp.ones((1, 1, 3))
 
 
 def test_what_mixes_elements():
-    x = jnp.ones((6, 5))
+    x, lax = jnp.ones((6, 5)), jax.lax
+    unit = lambda row: row / jnp.linalg.norm(row)  # noqa: E731
+    sums = lambda sum, row: (sum + row, sum + row)  # noqa: E731
     for function in (jnp.sort, jnp.cumsum, lambda x: x.T, lambda x: x @ x.T, lambda x: x / x.max(),
                      lambda x: jnp.roll(x, 1), lambda x: x[:, :2], lambda x: jnp.var(x) * x,
-                     lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y - y.mean(), x),
-                     lambda x: jnp.where(jnp.isfinite(x).all(), x, 0)):  # fmt: skip
-        assert elementwise.mixing(function, x), function
+                     lambda x: lax.fori_loop(0, 3, lambda i, y: y - y.mean(), x),
+                     lambda x: jnp.where(jnp.isfinite(x).all(), x, 0), lambda x: x[ROWS],
+                     lambda x: x.at[ROWS].set(x), lambda x: lax.top_k(x, 5)[0],
+                     lambda x: lax.conv_general_dilated(x[:, None], KERNEL, (1,), "SAME"),
+                     lambda x: lax.reduce_window(x, 0.0, lax.add, (3, 1), (1, 1), "SAME"),
+                     lambda x: jax.pure_callback(np.asarray, x, x), lambda x: lax.map(unit, x),
+                     jax.vmap(unit), lambda x: lax.scan(sums, jnp.zeros(5), x)[1]):  # fmt: skip
+        assert elementwise.mixing(x.size, function, x), function
     for function in (jnp.tanh, lambda x: x.reshape(-1) * 2, lambda x: jnp.where(x > 0, x, 1),
-                     lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y * 0.5, x)):  # fmt: skip
-        assert elementwise.mixing(function, x) is None
+                     lambda x: lax.fori_loop(0, 3, lambda i, y: y * 0.5, x),
+                     lambda x: lax.cond(True, jax.nn.relu, jax.nn.gelu, x),
+                     lambda x: jnp.clip(lax.optimization_barrier((x, 1.0))[0], -1, 1) ** 2 % 3,
+                     lambda x: jnp.full_like(x, 3)):  # fmt: skip
+        assert elementwise.mixing(x.size, function, x) is None, function
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: x * jnp.arange(5.0)[None], lambda x: x * jax.lax.iota(float, 30).reshape(6, 5),
+    lambda x: x + jax.random.normal(jax.random.key(0), x.shape),
+    lambda x: x + jax.lax.map(lambda i: i + jnp.zeros(5), jnp.arange(6.0)),
+])  # fmt: skip
+def test_what_depends_on_where_an_element_stands(function: Any):
+    """A block of a leaf would begin at its own first place."""
+    assert elementwise.mixing(30, function, jnp.ones((6, 5)))

@@ -177,7 +177,7 @@ def test_bfloat16_small_steps_survive():
     """A step of a hundredth of a unit in the last place still moves the mean."""
     params = {"w": jnp.ones(20_000, jnp.bfloat16)}
     rule = hj.rules.identity()._replace(
-        update=lambda state, delta, scalars, last: ({"w": jnp.ones(20_000)}, state)
+        update=lambda state, delta, scalars, last: ({"w": jnp.ones(20_000)}, state), config=None
     )
     alg = hj.scalar_algorithm(lambda p, b: jnp.float32(0) * b.sum(), 1e-4, rule=rule)
     state = alg.init(params, jax.random.key(0))
