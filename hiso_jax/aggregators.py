@@ -210,8 +210,8 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
 """By the name in a config."""
 
 
-MOST = 1e30
-"""Scalars beyond it count as infinite, so that no sum or mean of those that count is."""
+MOST = 1e12
+"""Scalars beyond it count as infinite: no square of those that count, or of a step, is."""
 
 
 def _finite(scalars: Float[ArrayLike, "C K P"]) -> Bool[Array, "C"]:

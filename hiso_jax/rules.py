@@ -43,6 +43,7 @@ RuleState = Any
 """A rule's state: any pytree; see `Rule.init`."""
 Delta = Any
 """Leaves; a pair of them for a rule that takes second differences."""
+_LARGE = 2.0**120  # an infinite average would stay, and has no root
 
 
 class Rule(NamedTuple):
@@ -168,7 +169,8 @@ def _normalized(
         del last
         average = lambda old, new: exact.mul(decay, old) + exact.mul(1 - decay, new)  # noqa: E731
         state = ScaleState(
-            average(state.square, square(scalars)), average(state.weight, jnp.float32(1))
+            average(state.square, jnp.minimum(square(scalars), _LARGE)),
+            average(state.weight, jnp.float32(1)),
         )
         # 1 / sqrt(square / weight), the root of the average free of its start at zero. Below
         # 2^-60, where all scalars are, nothing is left to normalize.
@@ -235,7 +237,7 @@ def fzoo() -> Rule:
         mean = exact.mul(exact.total(scalars), 1 / count)
         off = scalars - mean
         variance = exact.mul(exact.total(exact.mul(off, off)), 1 / (count - 1))
-        scale = exact.rsqrt(jnp.maximum(variance, 2.0**-60))
+        scale = exact.rsqrt(jnp.clip(variance, 2.0**-60, _LARGE))
         return {n: exact.mul(scale, d) for n, d in delta.items()}, state
 
     return Rule(lambda leaves: (), lambda state, u: u, update, dict(rule="fzoo"))
@@ -263,8 +265,8 @@ def hizoo(decay: Number = 1 - 1e-6) -> Rule:
         step, seconds = delta
 
         def average(h: Array, second: Array) -> Array:
-            new = exact.mul(jnp.abs(exact.mul(0.5, second)), h)
-            # A floor, since a product of many decays could leave the normal numbers.
+            # Ends, since a product of many decays, or of many c, could leave the normal numbers.
+            new = jnp.minimum(exact.mul(jnp.abs(exact.mul(0.5, second)), h), _LARGE)
             return jnp.maximum(exact.mul(decay, h) + exact.mul(1 - decay, new), 2.0**-60)
 
         return step, HisoState({n: average(h, seconds[n]) for n, h in state.curvature.items()})

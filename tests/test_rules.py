@@ -190,6 +190,24 @@ def test_scalars_of_zero_move_nothing(name: str):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(end.rule))
 
 
+@pytest.mark.parametrize("name", rules.RULES)
+def test_no_record_of_scalars_that_count_makes_a_model_nan(name: str):
+    """One of twenty clients may send so much, in every round, and alone where they are few."""
+    rule = rules.RULES[name]()
+    alg = hj.scalar_algorithm(
+        lambda p, b: jnp.float32(1) + 0 * p["w"].sum(), 1e-2, rule=rule,
+        estimator="three_point" if rule.second else "forward",
+    )  # fmt: skip
+    state, advance = alg.init({"w": jnp.ones(5)}, jax.random.key(0)), jax.jit(alg.advance)
+    width, rng = alg.spec.record[1], np.random.default_rng(0)
+    sizes = [hj.aggregators.MOST] * 20 + [1, 0, hj.aggregators.MOST / 20, 1e-3] * 3
+    for size in sizes:
+        record = np.float32(size) * np.sign(rng.normal(size=(1, width))).astype(np.float32)
+        record[0, : width // 2] = 1
+        state = advance(state, record)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.rule)))
+
+
 def test_rms_does_not_care_for_the_loss_s_unit():
     ends = []
     for unit in (1.0, 2.0**10):

@@ -138,7 +138,7 @@ class Server:
         """Take a client's scalars [K, P]; return whether they count.
 
         A reply to a round that is closed, a second one of the same client, one of a client whose
-        place has changed (see `open`), and one with NaN or infinite scalars (or any beyond 1e30)
+        place has changed (see `open`), and one with NaN or infinite scalars (or any beyond 1e12)
         where the algorithm excludes those, do not count.
 
         Raises:
