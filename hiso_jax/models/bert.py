@@ -13,7 +13,7 @@ from flax import nnx
 
 from hiso_jax._engine import lazy
 from hiso_jax.models import attention, inputs
-from hiso_jax.models.layers import stack_of
+from hiso_jax.models.layers import layer_norm, stack_of
 
 
 class _Embeddings(nnx.Module):
@@ -22,7 +22,7 @@ class _Embeddings(nnx.Module):
         self.word_embeddings = nnx.Embed(config.vocab_size, width, rngs=rngs)
         self.position_embeddings = nnx.Embed(config.max_position_embeddings, width, rngs=rngs)
         self.token_type_embeddings = nnx.Embed(config.type_vocab_size, width, rngs=rngs)
-        self.LayerNorm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.LayerNorm = layer_norm(width, config.layer_norm_eps, rngs)
         # RoBERTa counts tokens only, and begins after the place of its padding.
         self.first = config.pad_token_id + 1 if config.model_type == "roberta" else None
 
@@ -45,7 +45,7 @@ class _Dense(nnx.Module):
 
     def __init__(self, inputs: int, config: Any, rngs: nnx.Rngs):
         self.dense = nnx.Linear(inputs, config.hidden_size, rngs=rngs)
-        self.LayerNorm = nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.LayerNorm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
 
     def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
         return self.LayerNorm(self.dense(x) + residual)
@@ -109,7 +109,7 @@ class _Transform(nnx.Module):
     def __init__(self, config: Any, norm: str, rngs: nnx.Rngs):
         width = config.hidden_size
         self.dense = nnx.Linear(width, width, rngs=rngs)
-        setattr(self, norm, nnx.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs))
+        setattr(self, norm, layer_norm(width, config.layer_norm_eps, rngs))
         self.norm = norm
 
     def __call__(self, x: jax.Array) -> jax.Array:

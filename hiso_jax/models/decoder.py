@@ -15,7 +15,7 @@ from flax import nnx
 
 from hiso_jax._engine import checks, lazy
 from hiso_jax.models import attention, inputs
-from hiso_jax.models.layers import LlamaLayer, OptLayer, RMSNorm, Step, layer_norm, stack_of
+from hiso_jax.models.layers import LlamaLayer, OptLayer, RMSNorm, Step, opt_norm, stack_of
 
 
 class Cache(NamedTuple):
@@ -43,7 +43,7 @@ class _Body(nnx.Module):
                 self.project_in = nnx.Linear(width, config.hidden_size, use_bias=False, rngs=rngs)
                 self.project_out = nnx.Linear(config.hidden_size, width, use_bias=False, rngs=rngs)
             if config.do_layer_norm_before and not config._remove_final_layer_norm:
-                self.final_layer_norm = layer_norm(config, rngs)
+                self.final_layer_norm = opt_norm(config, rngs)
         else:
             offset = int(config.model_type == "gemma3_text")
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, offset)

@@ -122,10 +122,10 @@ class OptLayer(nnx.Module):
             width, config.num_attention_heads, config.num_attention_heads, head, head**-0.5,
             (bias, bias), "out_proj", rngs,
         )  # fmt: skip
-        self.self_attn_layer_norm = layer_norm(config, rngs)
+        self.self_attn_layer_norm = opt_norm(config, rngs)
         self.fc1 = nnx.Linear(width, config.ffn_dim, use_bias=bias, rngs=rngs)
         self.fc2 = nnx.Linear(config.ffn_dim, width, use_bias=bias, rngs=rngs)
-        self.final_layer_norm = layer_norm(config, rngs)
+        self.final_layer_norm = opt_norm(config, rngs)
         self.before = config.do_layer_norm_before
         self.activation = activation(config.activation_function)
 
@@ -139,12 +139,17 @@ class OptLayer(nnx.Module):
         return x + y if self.before else norm(x + y), cache
 
 
-def layer_norm(config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """OPT's norm; some of its models have no weights there."""
-    affine = config.layer_norm_elementwise_affine
+def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs, affine: bool = True) -> nnx.LayerNorm:
+    """A layer norm that keeps its digits where the mean is large, as flax's own does not."""
     return nnx.LayerNorm(
-        config.hidden_size, epsilon=1e-5, use_bias=affine, use_scale=affine, rngs=rngs
-    )
+        width, epsilon=epsilon, use_bias=affine, use_scale=affine, use_fast_variance=False,
+        rngs=rngs,
+    )  # fmt: skip
+
+
+def opt_norm(config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """OPT's norm; some of its models have no weights there."""
+    return layer_norm(config.hidden_size, 1e-5, rngs, config.layer_norm_elementwise_affine)
 
 
 class _Gated(nnx.Module):

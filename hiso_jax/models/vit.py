@@ -12,7 +12,7 @@ from flax import nnx
 
 from hiso_jax._engine import lazy
 from hiso_jax.models import attention
-from hiso_jax.models.layers import stack_of
+from hiso_jax.models.layers import layer_norm, stack_of
 
 
 def sides(size: Any) -> tuple[int, int]:
@@ -98,8 +98,8 @@ class _Layer(nnx.Module):
         self.attention = _Attention(config, rngs)
         self.intermediate = _Dense(width, inner, rngs)
         self.output = _Dense(inner, width, rngs)
-        self.layernorm_before = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
-        self.layernorm_after = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.layernorm_before = layer_norm(width, epsilon, rngs)
+        self.layernorm_after = layer_norm(width, epsilon, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attention(self.layernorm_before(x))
@@ -144,9 +144,7 @@ class ViT(nnx.Module):
         self.vit: Any = nnx.Module()
         self.vit.embeddings = _Embeddings(config, rngs)
         self.vit.encoder = _Encoder(config, rngs)
-        self.vit.layernorm = nnx.LayerNorm(
-            config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs
-        )
+        self.vit.layernorm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
         if headed:
             self.classifier = nnx.Linear(config.hidden_size, config.num_labels, rngs=rngs)
 
