@@ -69,9 +69,13 @@ def test_lazy_leaf(law: Any):
     np.testing.assert_allclose(whole, x + 0.25 * z, rtol=1e-5, atol=1e-6)
     assert_same_bits(whole, late[...])
     assert_same_bits(whole, jnp.asarray(late))
-    ids = jnp.array([[4, 0], [5, 4]])
+    ids = jnp.array([[4, 0], [5, 4], [-1, -6]])
     assert_same_bits(whole[ids], lazy.take(late, ids))
     assert_same_bits(whole[ids], lazy.take(whole, ids))
+    assert len(late) == 6 and len(list(late)) == 6
+    assert_same_bits(list(whole), list(late))
+    outside = lazy.take(late, jnp.array([6, -7]))
+    assert_same_bits(outside, lazy.take(whole, jnp.array([6, -7])))
     scanned = lazy.scan(lambda i, inputs: (i + 1, inputs), 0, {"a": late, "b": x}, {"n": x})
     assert scanned[0] == 6
     assert_same_bits(scanned[1], ({"a": whole, "b": x}, {"n": x}))
@@ -83,7 +87,7 @@ def test_lazy_leaf(law: Any):
 
 
 def test_a_loss_that_knows_nothing_of_lazy_leaves():
-    """Array functions make arrays of them; what cannot, says so."""
+    """``jnp.asarray`` and ``[...]`` make arrays of them; what needs one says so."""
     params = {"w": jnp.ones((64, 32))}
     batches = jnp.ones((2, 1, 32))
     good = lambda params, batch: jnp.tanh(jnp.dot(jnp.asarray(params["w"]), batch)).sum()  # noqa: E731
@@ -92,7 +96,7 @@ def test_a_loss_that_knows_nothing_of_lazy_leaves():
     state = probes[0].init(params, jax.random.key(0))
     one, two = (jax.jit(alg.probe)(state, batches) for alg in probes)
     np.testing.assert_allclose(one, two, atol=1e-2)
-    with pytest.raises(AttributeError, match="Lazy"):
+    with pytest.raises(AttributeError, match=r"Lazy.*leaf\[\.\.\.\]"):
         jax.jit(laid_out(hj.decomfl(bad, 0.1, lazy=True)).probe)(state, batches)
 
 

@@ -1,13 +1,13 @@
 """Perturbed leaves computed where they are used, so that no perturbed copy of all ever lives.
 
 A loss that is given `Lazy` leaves gets one layer's perturbed weights in one turn of its scan
-over layers (`scan`), and the perturbed rows of the tokens it looks up (`rows`); whatever else
-is done with such a leaf makes an array of it first. The numbers are those of
+over layers (`scan`), and the perturbed rows of the tokens it looks up (`take`). For whatever else
+is done with such a leaf, take ``leaf[...]``, which is an array. The numbers are those of
 `hiso_jax.directions.perturb` to the bit: number i of a leaf's noise can be drawn alone.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -61,6 +61,15 @@ class Lazy:
         array = self.__jax_array__()
         return array if index is ... else array[index]
 
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self[...])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a Lazy leaf has no {name}: take leaf[...], which is an array")
+
     def starts(self, indices: Integer[Array, "*runs"]) -> UInt32[Array, "*runs"]:
         """Numbers of the first elements of ``self[indices]``."""
         run = np.uint32(math.prod(self.shape[1:]))
@@ -81,11 +90,12 @@ def take(table: Any, indices: Integer[Array, "..."]) -> Array:
 
     Args:
       table: [V, ...].
-      indices: int array of any shape.
+      indices: int array of any shape; -1 is the last row.
     """
     if not isinstance(table, Lazy):
         return jnp.take(table, indices, axis=0)
     parts = tuple(jnp.take(x, indices, axis=0) for x in table.parts)
+    indices = jnp.where(indices < 0, indices + table.shape[0], indices)
     return table.compute(table.starts(indices), table.shape[1:], parts)
 
 
