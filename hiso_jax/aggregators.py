@@ -8,7 +8,9 @@ matter. One of your own is such a function; a ledger needs its name: the functio
 
 import ast
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple, Self
 
 import jax.numpy as jnp
@@ -146,13 +148,15 @@ def trimmed_mean(trim: float = 0.1) -> Aggregator:
       trim: fraction cut at each end, in [0, 0.5).
     """
     checks.number("trim", trim, 0, 0.5, below=True)
+    # In floats, the product of 0.42 and 150 is below 63, and an attacker would stay in.
+    exact = Fraction(str(trim))
 
     def aggregate(
         scalars: Float[Array, "C K P"], weights: Float[Array, "C"]
     ) -> Float[Array, "K P"]:
         values, sorted_weights = _sorted(scalars, weights)
         present = (weights > 0).sum()
-        cut = jnp.floor(trim * present.astype(jnp.float32)).astype(jnp.int32)
+        cut = jnp.array([math.floor(exact * n) for n in range(len(scalars) + 1)])[present]
         rank = jnp.arange(scalars.shape[0])[:, None, None]
         inner = jnp.where((rank >= cut) & (rank < present - cut), sorted_weights, 0)
         return (inner / inner.sum(0, keepdims=True) * values).sum(0)

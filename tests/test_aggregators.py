@@ -89,6 +89,17 @@ def test_the_largest_numbers_never_make_a_record_infinite(
     assert finite[2:4].tolist() == [counts] * 2 and (np.asarray(used[2:4]) > 0).all() == counts
 
 
+@pytest.mark.parametrize("trim, present, cut", [(0.42, 150, 63), (0.21, 300, 63), (0.39, 300, 117),
+                                                (0.42, 300, 126), (0.1, 9, 0)])  # fmt: skip
+def test_as_many_are_trimmed_as_the_fraction_says(trim: float, present: int, cut: int):
+    """So many attackers change nothing; one more does."""
+    weights = (np.arange(300) < present).astype(np.float32)
+    for attackers in (cut, cut + 1):
+        g = np.where(np.arange(300) < attackers, 1e6, 0).astype(np.float32).reshape(300, 1, 1)
+        record = float(aggregators.trimmed_mean(trim)(jnp.asarray(g), jnp.asarray(weights))[0, 0])
+        assert (record > 0) == (attackers > cut)
+
+
 def test_krum_with_too_few_present_moves_nothing():
     """Two attackers among seven are withstood, among four that have answered they need not be."""
     g = scalars(7)

@@ -1,5 +1,9 @@
 """Named leaves: selection, masks, and what is refused."""
 
+import dataclasses
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +18,24 @@ def test_select_and_merge_are_inverse():
     assert list(leaves) == ["a/w", "b/0"]  # integers and bools are never trainable
     merged = trees.merge(PARAMS, {n: x + 1 for n, x in leaves.items()})
     assert float(merged["a"]["w"][0, 0]) == 2 and merged["b"][1] is PARAMS["b"][1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    """A module as equinox has them: a pytree that can be called."""
+
+    w: Any
+    b: Any
+
+    def __call__(self, x: Any) -> Any:
+        return self.w * x + self.b
+
+
+def test_a_mask_may_be_a_tree_that_can_be_called():
+    params = Layer(jnp.ones(2), jnp.ones(3))
+    assert list(trees.select(params, Layer(False, True))) == ["b"]
+    assert list(trees.select(params, lambda params: Layer(True, False))) == ["w"]
 
 
 @pytest.mark.parametrize("mask", [

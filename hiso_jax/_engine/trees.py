@@ -7,7 +7,7 @@ another, and a subtree can be worked on alone.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,7 +66,9 @@ def _mask(params: Params, trainable: Trainable) -> list[bool]:
     """One bool per leaf of `params`, in tree order."""
     if trainable is None:
         return [True] * len(jax.tree.leaves(params))
-    tree = trainable(params) if isinstance(trainable, Callable) else trainable
+    # A module of some libraries can be called, and is a pytree: of bools, then.
+    called = callable(trainable) and jax.tree_util.all_leaves([trainable])
+    tree = trainable(params) if called else trainable
     try:
         mask = jax.tree.leaves(
             jax.tree.map(lambda keep, sub: jax.tree.map(lambda _: keep, sub), tree, params)
