@@ -127,7 +127,7 @@ def client(
 
 
 def evaluate(
-    spec: Spec, state: State, batches: Batch, slot: int = 0
+    spec: Spec, state: State, batches: Batch, slot: Index = 0
 ) -> tuple[Float[Array, "C K"], Float[Array, "C K P"]]:
     """Losses and scalars of clients; `slot` is the first one's place among the asked."""
     checks.batches(spec.loss_fn, state.params, batches, spec.steps)

@@ -60,8 +60,8 @@ def scalar_algorithm(
         raises ValueError naming it; inside jit, where nothing can be raised, the whole
         round moves nothing, its record is NaN, and ``metrics.finite`` names the client.
         ``"exclude"``: it gets weight 0.
-      seed_pool: every direction is one of so many, picked by the shared key, as in FedKSeed;
-        by default no two are the same. See `hiso_jax.pool`.
+      seed_pool: every direction is one of so many (below 2^32), picked by the shared key, as in
+        FedKSeed; by default no two are the same. See `hiso_jax.pool`.
       per_client_directions: C, the clients asked in a round, of whom each then evaluates P
         directions of its own: client c of the round the directions c P to c P + P - 1. By default
         all evaluate the same. A client does and sends no more, the record is [K, C P], and the
@@ -94,7 +94,7 @@ def scalar_algorithm(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function (params, batch) -> loss, got {loss_fn!r}")
     if not callable(learning_rate):
-        checks.number("learning_rate", learning_rate, 0)
+        learning_rate = checks.number("learning_rate", learning_rate, 0)
     steps = checks.count("local_steps", local_steps)
     perturbations = checks.count("num_perturbations", num_perturbations)
     checks.number("smoothing", smoothing, 0, above=True)
@@ -102,7 +102,7 @@ def scalar_algorithm(
     checks.choice("nonfinite", nonfinite, ("raise", "exclude"))
     measure = estimators.make(estimator, perturbations, smoothing, rules.check(rule).second)
     if seed_pool is not None:
-        checks.count("seed_pool", seed_pool)
+        checks.number("seed_pool", checks.count("seed_pool", seed_pool), 1, 2**32 - 1)
     combine = aggregators.mean() if aggregator is None else aggregators.named(aggregator)
     if per_client_directions is not None:
         checks.count("per_client_directions", per_client_directions)
@@ -252,4 +252,5 @@ def fedkseed(
     Args: as `hiso_jax.scalar_algorithm`, without `rule`; `seed_pool` is 4,096 by default.
     """
     given: Any = {"seed_pool": 4096} | options
+    checks.count("seed_pool", given["seed_pool"])  # None would be DeComFL
     return scalar_algorithm(loss_fn, learning_rate, rule=rules.identity(), **given)

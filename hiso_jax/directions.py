@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from hiso_jax._engine import exact, lazy, packing, trees
+from hiso_jax._engine import checks, exact, lazy, packing, trees
 from hiso_jax._engine import still as stills
 from hiso_jax._engine.prng import (  # noqa: F401  # all that is drawn with, under one name
     DEFAULT,
@@ -206,9 +206,11 @@ class Directions(NamedTuple):
         if self.still is not None:
             self.still.check(leaves)
 
-    def check_slots(self, slot: int, count: int) -> None:
-        """Raise ValueError unless `count` clients have directions from a slot on."""
-        if self.clients is not None and not 0 <= slot <= self.clients - count:
+    def check_slots(self, slot: Index, count: int) -> None:
+        """Raise ValueError unless `count` clients have directions from a known slot on."""
+        if self.clients is None or not checks.is_concrete(slot):
+            return
+        if not 0 <= slot <= self.clients - count:
             raise ValueError(f"batches: {count} clients from place {slot} on, but "
                              f"per_client_directions={self.clients}")  # fmt: skip
 

@@ -92,6 +92,9 @@ def test_record():
     records[2, 0, 3] = np.inf
     with pytest.raises(ValueError, match=r"records: NaN or infinite scalars in records \[2\]"):
         alg.replay(state, records)
+    for rate in (jnp.nan, jnp.inf, -1):
+        with pytest.raises(ValueError, match="learning_rates: expected finite numbers >= 0"):
+            alg.replay(state, jnp.ones((2, 1, 5)), jnp.array([0.1, rate]))
 
 
 @pytest.mark.parametrize("weights, text", [

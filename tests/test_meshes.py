@@ -114,6 +114,16 @@ def test_a_simulation_on_a_mesh():
                             mesh=meshes.make(2)))  # fmt: skip
 
 
+def test_probes_without_jit_on_a_mesh():
+    loss_fn = lambda params, batch: (params["w"].sum() - batch["x"].mean()) ** 2  # noqa: E731
+    alg = hj.decomfl(loss_fn, 1e-3, num_perturbations=P)
+    state = alg.init({"w": jnp.ones(4)}, jax.random.key(0))
+    batches = {"x": jnp.arange(12.0).reshape(4, 1, 3)}
+    with jax.set_mesh(meshes.make(2)):
+        found = alg.probe(state, batches)
+    np.testing.assert_allclose(found, alg.probe(state, batches), rtol=1e-4)
+
+
 def test_bad_meshes():
     with pytest.raises(ValueError, match="8 x 2 devices wanted, 8 are there"):
         meshes.make(8, 2)

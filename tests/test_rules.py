@@ -280,6 +280,13 @@ def _picks(key: jax.Array, size: int) -> list[int]:
     return [int(directions.pool_pick(key, r, 0, p, size)) for r in range(12) for p in range(5)]
 
 
+def test_pools_that_are_none():
+    with pytest.raises(TypeError, match="seed_pool: .*None"):
+        hj.fedkseed(odd_loss, 1e-2, seed_pool=None)
+    with pytest.raises(ValueError, match="seed_pool: .*4.29497e"):
+        hj.fedkseed(odd_loss, 1e-2, seed_pool=2**32)
+
+
 def test_a_run_without_a_pool_has_no_numbers():
     alg = hj.decomfl(odd_loss, 1e-2)
     start = alg.init(odd_tree()["second"], jax.random.key(1))
@@ -305,8 +312,10 @@ def test_a_client_s_own_directions_are_its_part_of_the_record():
     assert scalars.shape == (3, 1, 2)
     for c in range(3):
         np.testing.assert_allclose(scalars[c], every[c, :, 2 * c : 2 * c + 2], rtol=1e-4, atol=1e-4)
-    alone = jax.jit(functools.partial(own.probe, slot=1))(start, batches[1:2])
-    np.testing.assert_allclose(alone[0], scalars[1], rtol=1e-4, atol=1e-4)
+    alone = jax.jit(own.probe)  # one program for every place
+    for c in (1, 2):
+        found = alone(start, batches[c : c + 1], c)[0]
+        np.testing.assert_allclose(found, scalars[c], rtol=1e-4, atol=1e-4)
     weights = np.array([1.0, 0.0, 3.0], np.float32)
     record = np.asarray(own.aggregate(scalars, weights))
     assert record.shape == (1, 6)

@@ -45,7 +45,8 @@ def number(
 ) -> Any:  # fmt: skip
     """Return a real number in [low, high], without low if `above`, without high if `below`.
 
-    Traced values pass.
+    Traced values pass. Arrays and NumPy's numbers become Python's, which have no type of their own
+    to make others of theirs, and can be hashed and written down.
     """
     if isinstance(value, Tracer):
         return value
@@ -60,7 +61,7 @@ def number(
     out = real > high or real < low or (above and real == low) or (below and real == high)
     if not math.isfinite(real) or out:
         raise ValueError(f"{name}: expected a finite number {wanted}, got {value!r}")
-    return value
+    return real if isinstance(value, (np.generic, np.ndarray, jax.Array)) else value
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
@@ -209,6 +210,10 @@ def records(
         if rates.shape != records.shape[:1]:
             raise ValueError(f"learning_rates: expected shape ({len(records)},), one a record, "
                              f"got {rates.shape}")  # fmt: skip
+        if is_concrete(rates):
+            values = np.asarray(rates)
+            if (bad := values[~(np.isfinite(values) & (values >= 0))]).size:
+                raise ValueError(f"learning_rates: expected finite numbers >= 0, got {bad[0]}")
     return records, rates
 
 

@@ -69,13 +69,15 @@ def over_clients(function: Callable[[Any, Any], Any], state: Any, batches: Any) 
     if (rows := size(CLIENTS)) == 1:
         return function(state, batches)
     _check_rows(batches, rows)
-    gathered = jax.shard_map(
+    sharded = jax.shard_map(
         function,
         in_specs=(PartitionSpec(), PartitionSpec(CLIENTS)),
         out_specs=PartitionSpec(CLIENTS),
         axis_names={CLIENTS},
         check_vma=False,
-    )(state, batches)
+    )
+    # Over some of a mesh's axes only inside jit.
+    gathered = jax.jit(sharded, inline=True)(state, batches)
     everywhere = lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec())  # noqa: E731
     return jax.tree.map(everywhere, gathered)
 

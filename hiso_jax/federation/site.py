@@ -92,7 +92,7 @@ class Site:
         self.folder = None if folder is None else Path(folder) / self.run.hex()
         options = exact.compiler_options()
         self._advance = jax.jit(algorithm.advance, compiler_options=options)
-        self._probe = jax.jit(algorithm.probe, static_argnums=2, compiler_options=options)
+        self._probe = jax.jit(algorithm.probe, compiler_options=options)
         self._measured: tuple[tuple[int, int], np.ndarray] | None = None
         if self.folder is not None:
             state = snapshots.latest(self.folder, algorithm, state)
