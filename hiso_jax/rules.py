@@ -118,8 +118,8 @@ def hiso(decay: Number = 0.95, epsilon: Number = 1e-8, update_steps: str = "last
       update_steps: ``"last"``: only the round's last local step enters H (the authors'
         default); ``"all"``: every local step does, in order.
     """
-    checks.number("decay", decay, 0, 1)
-    checks.number("epsilon", epsilon, 0)
+    decay = checks.number("decay", decay, 0, 1)
+    epsilon = checks.number("epsilon", epsilon, 0)
     checks.choice("update_steps", update_steps, ("last", "all"))
 
     def update(
@@ -158,10 +158,10 @@ class ScaleState(NamedTuple):
 def _normalized(
     square: Callable[[Float[Array, "P"]], Float[Array, ""]],
     decay: Number,
-    config: Mapping[str, Any],
+    name: str,
 ) -> Rule:
     """Divide the step by the root of a running average of a number made of the scalars."""
-    checks.number("decay", decay, 0, 1, below=True)
+    decay = checks.number("decay", decay, 0, 1, below=True)
 
     def update(
         state: ScaleState, delta: Leaves, scalars: Float[Array, "P"], last: Bool[Array, ""]
@@ -179,7 +179,7 @@ def _normalized(
         return {n: exact.mul(scale, d) for n, d in delta.items()}, state
 
     init = lambda leaves: ScaleState(_zero(), _zero())  # noqa: E731
-    return Rule(init, lambda state, u: u, update, config)
+    return Rule(init, lambda state, u: u, update, dict(rule=name, decay=decay))
 
 
 def rms(decay: Number = 0.99) -> Rule:
@@ -196,7 +196,7 @@ def rms(decay: Number = 0.99) -> Rule:
     def square(scalars: Float[Array, "P"]) -> Float[Array, ""]:
         return exact.mul(exact.total(exact.mul(scalars, scalars)), 1 / scalars.shape[0])
 
-    return _normalized(square, decay, dict(rule="rms", decay=decay))
+    return _normalized(square, decay, "rms")
 
 
 def meazo(decay: Number = 0.99) -> Rule:
@@ -214,7 +214,7 @@ def meazo(decay: Number = 0.99) -> Rule:
         mean = exact.mul(exact.total(scalars), 1 / scalars.shape[0])
         return exact.mul(mean, mean)
 
-    return _normalized(square, decay, dict(rule="meazo", decay=decay))
+    return _normalized(square, decay, "meazo")
 
 
 def fzoo() -> Rule:
@@ -253,7 +253,7 @@ def hizoo(decay: Number = 1 - 1e-6) -> Rule:
     Args:
       decay: weight of the old H, in [0, 1]; 1 less the paper's smoothing alpha.
     """
-    checks.number("decay", decay, 0, 1)
+    decay = checks.number("decay", decay, 0, 1)
 
     def update(
         state: HisoState,
@@ -286,7 +286,7 @@ def momentum(decay: Number = 0.9) -> Rule:
     Args:
       decay: weight of the old sum, in [0, 1].
     """
-    checks.number("decay", decay, 0, 1)
+    decay = checks.number("decay", decay, 0, 1)
 
     def update(
         state: MomentumState, delta: Leaves, scalars: Float[Array, "P"], last: Bool[Array, ""]
@@ -320,9 +320,9 @@ def adam(b1: Number = 0.9, b2: Number = 0.999, epsilon: Number = 1e-8) -> Rule:
       b1, b2: weights of the old moments, in [0, 1).
       epsilon: in the denominator, > 0.
     """
-    checks.number("b1", b1, 0, 1, below=True)
-    checks.number("b2", b2, 0, 1, below=True)
-    checks.number("epsilon", epsilon, 0, above=True)
+    b1 = checks.number("b1", b1, 0, 1, below=True)
+    b2 = checks.number("b2", b2, 0, 1, below=True)
+    epsilon = checks.number("epsilon", epsilon, 0, above=True)
 
     def update(
         state: AdamState, delta: Leaves, scalars: Float[Array, "P"], last: Bool[Array, ""]

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from transformers import LlamaConfig
 
 import hiso_jax as hj
-from hiso_jax import rules
+from hiso_jax import models, privacy, rules
 from hiso_jax.ledger import digests, replay
-from hiso_jax.models import subsets
+from hiso_jax.models import efficientnet, layers, subsets
 from tests.helpers import assert_same_bits, replay_in_blocks
 
 RNG = np.random.default_rng(0)
@@ -125,6 +126,53 @@ def test_an_update_of_float64_is_the_plain_product():
 def test_a_numpy_float64_leaf_without_64_bits_is_float32():
     alg = hj.decomfl(mixed_loss, 0.1)
     assert alg.init({"w": np.ones(3)}, root()).params["w"].dtype == jnp.float32
+
+
+def test_numbers_of_arrays_are_plain_ones():
+    """As arguments they are of no type of their own, and can be hashed and written down."""
+    for rate in (jnp.float32(0.1), np.float32(0.1), np.array(0.1, np.float32)):
+        alg = hj.decomfl(mixed_loss, rate)  # pyright: ignore
+        assert float(jax.jit(alg.learning_rate)(0)) == alg.config["learning_rate"]
+        assert type(alg.config["learning_rate"]) is float
+    start = {"w": jnp.ones(3)}
+    for make in (rules.adam, rules.hiso):
+        ends = []
+        for epsilon in (1e-8, np.float64(1e-8)):
+            with jax.enable_x64(True):
+                alg = hj.scalar_algorithm(mixed_loss, 0.1, rule=make(epsilon=epsilon))
+                state = alg.init(start, root())
+                ends.append(alg.advance(state, np.ones((1, 5), np.float32)))
+        assert_same_bits(*ends)
+
+
+def test_clients_add_the_same_noise():
+    scalars = np.ones((1, 2, 5), np.float32)
+    how: Any = dict(clip=np.float64(2.0), noise_multiplier=np.float64(3.0))
+    narrow = privacy.privatize(scalars, root(), **how)
+    with jax.enable_x64(True):
+        assert_same_bits(privacy.privatize(scalars, root(), **how), narrow)
+
+
+def test_models_of_float64():
+    """As they are asked for, and a prefix before their tokens."""
+    config = LlamaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                         max_position_embeddings=16, intermediate_size=8)  # fmt: skip
+    ids = np.full((2, 6), 5, np.int32)
+    with jax.enable_x64(True):
+        model = models.from_config(config, root(), "float64")
+        assert {x.dtype for x in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.float64)}
+        prefix = model.prefix(model.params, ids[0])
+        assert model.hidden(model.params, ids, np.ones_like(ids), prefix).shape == (2, 6, 8)
+        norm = layers.RMSNorm(8, 1e-6)
+        x = RNG.normal(size=(2, 8))
+        found = norm(jnp.asarray(x))
+        shape = jax.eval_shape(
+            lambda x: efficientnet._depthwise({"weight": jnp.ones((2, 1, 3, 3), x.dtype)}, x, 1),
+            jax.ShapeDtypeStruct((1, 4, 4, 2), jnp.float32),
+        )
+    wanted = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(np.asarray(found), wanted, rtol=1e-12)
+    assert shape.dtype == jnp.float32
 
 
 FLAGS: dict[str, Callable[[], Any]] = {

@@ -180,7 +180,7 @@ def _depthwise(own: Any, x: jax.Array, stride: int) -> jax.Array:
         max((n - 1) * stride + side - size, 0) for n, size in zip(sizes, x.shape[1:3], strict=True)
     ]
     x = jnp.pad(x, [(0, 0), *((lack // 2, lack - lack // 2) for lack in lacks), (0, 0)])
-    (high, wide), total = ((n - 1) * stride + 1 for n in sizes), jnp.zeros(())
+    (high, wide), total = ((n - 1) * stride + 1 for n in sizes), jnp.zeros((), x.dtype)
     for i in range(side):
         for j in range(side):
             part = x[:, i : i + high : stride, j : j + wide : stride]

@@ -148,7 +148,7 @@ def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
     Args:
       config: a transformers config.
       key: PRNG key.
-      dtype: of the parameters: float32, bfloat16 or float16.
+      dtype: of the parameters: float32, bfloat16 or float16; float64 with 64-bit types.
 
     Raises:
       ValueError: another dtype, or a config of something that is not supported, by name.
@@ -164,18 +164,20 @@ def from_config(config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Model:
     """
     graph, shapes = _build(config)
     dtype = _dtype(dtype)
+    drawn = jnp.dtype(jnp.float32) if dtype == jnp.float64 else dtype
     spread = getattr(config, "initializer_range", None) or config.init_std
 
     def draw(path: Any, like: Any) -> jax.Array:
         name = trees.leaf_name(path)
         if name.endswith(_DRAWN):
             own = jax.random.fold_in(key, np.uint32(trees.leaf_hash(name)))
-            return _normal(own, spread, like.shape, dtype)
+            return _normal(own, spread, like.shape, drawn)
         offset = config.model_type == "gemma3_text"
-        return jnp.full(like.shape, 0 if name.endswith("bias") or offset else 1, dtype)
+        return jnp.full(like.shape, 0 if name.endswith("bias") or offset else 1, drawn)
 
     with exact.usual_types():
         params = jax.tree_util.tree_map_with_path(draw, shapes)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     return _model(config, graph, params)
 
 

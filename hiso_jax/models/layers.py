@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hiso_jax._engine import exact
 from hiso_jax.models import attention
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -60,12 +61,12 @@ class RMSNorm(nnx.Module):
         self.epsilon, self.offset = epsilon, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalize the last axis, in float32."""
-        wide = x.astype(jnp.float32)
+        """Normalize the last axis, in float32 at least."""
+        wide = exact.wide(x)
         wide = wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.epsilon)
         weight = self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
         if self.offset:
-            return (wide * (self.offset + weight.astype(jnp.float32))).astype(x.dtype)
+            return (wide * (self.offset + exact.wide(weight))).astype(x.dtype)
         return weight * wide.astype(x.dtype)
 
 

@@ -33,15 +33,15 @@ def privatize(
       >>> sent.tolist()
       [[1.0, 1.0, 1.0, 1.0]]
     """
-    checks.number("clip", clip, 0, above=True)
-    checks.number("noise_multiplier", noise_multiplier, 0)
+    clip = checks.number("clip", clip, 0, above=True)
+    noise_multiplier = checks.number("noise_multiplier", noise_multiplier, 0)
     scalars = jnp.asarray(scalars, jnp.float32)
     if scalars.ndim not in (2, 3):
         raise ValueError(f"scalars: expected [K, P] or [C, K, P], got shape {scalars.shape}")
     norm = jnp.sqrt((scalars**2).sum((-2, -1), keepdims=True))
     clipped = scalars * jnp.minimum(1, clip / jnp.maximum(norm, 1e-30))
     # Drawn flat: the same numbers, for a quarter of the compile time.
-    noise = jax.random.normal(key, (scalars.size,)).reshape(scalars.shape)
+    noise = jax.random.normal(key, (scalars.size,), jnp.float32).reshape(scalars.shape)
     return clipped + clip * noise_multiplier * noise
 
 
