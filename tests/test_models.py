@@ -14,11 +14,19 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from transformers import BertConfig, Gemma3TextConfig, LlamaConfig, OPTConfig, RobertaConfig
+from transformers import (
+    BertConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    OPTConfig,
+    RobertaConfig,
+    SmolLM3Config,
+    ViTConfig,
+)
 
 from hiso_jax import models
 from hiso_jax._engine import trees
-from hiso_jax.models import layers, subsets, torchfile
+from hiso_jax.models import attention, layers, subsets, torchfile
 from hiso_jax.train import finetune
 from tests.helpers import random_folder
 
@@ -350,6 +358,39 @@ def test_prefixes_and_new_tokens_need_positions_too():
     with pytest.raises(ValueError, match="generate: only decoders have it, not bert"):
         bert.generate(bert.params, ids, mask, 1)
     assert m.has_head and not bert.has_head
+
+
+def test_layers_that_a_model_lacks():
+    ids, mask = np.full((1, 6), 5, np.int32), np.ones((1, 6), np.int32)
+    vision = ViTConfig(**SMALL | {"image_size": 4, "patch_size": 2}, intermediate_size=8)
+    for config, given in (
+        (SORTS["Llama"], (ids, mask)), (SORTS["BERT"], (ids, mask)),
+        (vision, (np.ones((1, 4, 4, 3), np.float32),)),
+    ):  # fmt: skip
+        m = models.from_config(config, jax.random.key(0))
+        stream = jnp.zeros((1, 5 if config is vision else 6, 8))
+        for end, begin in ((-1, 0), (2, 0), (0, 1), (1, 2), (1, -1)):
+            with pytest.raises(ValueError, match=f"begin={begin} and end={end}: .* <= 1, the"):
+                m.lower(m.params, *given, end, stream=stream, begin=begin)
+        for begin in (-1, 2):
+            with pytest.raises(ValueError, match=f"begin={begin}: expected"):
+                m.hidden(m.params, *given, stream=stream, begin=begin)
+        for call in (lambda *x: m.hidden(*x, begin=1), lambda *x: m.lower(*x, 1, begin=1)):
+            with pytest.raises(ValueError, match="needs the stream that enters layer 1"):
+                call(m.params, *given)
+    m = models.from_config(SORTS["Llama"], jax.random.key(0))
+    with pytest.raises(ValueError, match="prefix: expected none with a stream"):
+        prefix = (jnp.zeros((1, 6, 2, 4)),) * 2
+        m.hidden(m.params, ids, mask, prefix, stream=jnp.zeros((1, 6, 8)))
+
+
+def test_only_smollm3_has_layers_without_rotary_positions():
+    """Of its list the first count, as transformers reads it."""
+    small: dict[str, Any] = dict(num_hidden_layers=2, hidden_size=16, num_attention_heads=2)
+    configs = [kind(**small, no_rope_layers=[0, 1, 1]) for kind in (LlamaConfig, SmolLM3Config)]
+    llama, smol = (attention.layer_configs(config)[0] for config in configs)
+    assert llama is not None and smol is not None
+    assert llama.all() and not smol[0].any() and smol[1].all()
 
 
 def test_fields_that_a_family_does_not_read_change_nothing():

@@ -38,7 +38,9 @@ def layer_configs(config: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
     kinds = kinds or ["full_attention"] * count
     if others := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"config: layer_types {sorted(others)} are not supported")
-    used = getattr(config, "no_rope_layers", None) or [1] * count
+    # SmolLM3's own field, which may have more layers than the model.
+    own = config.no_rope_layers[:count] if config.model_type == "smollm3" else None
+    used = own or [1] * count
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies = np.stack(
         [_frequencies(config, kind, width) * bool(on) for kind, on in zip(kinds, used, strict=True)]

@@ -186,6 +186,7 @@ class Bert(nnx.Module):
         self, input_ids: jax.Array, attention_mask: jax.Array, stream: Any = None, begin: int = 0
     ) -> jax.Array:
         """The same; with a `stream`, which `lower` gave, from layer `begin` on."""
+        inputs.check_layers(self.config, stream, begin)
         ids, attention_mask = inputs.check(self.config, input_ids, attention_mask)
         valid = attention_mask > 0
         mask = valid[:, None, None, :]
@@ -202,6 +203,7 @@ class Bert(nnx.Module):
         begin: int = 0,
     ) -> jax.Array:
         """Input [B, T, D] of layer `end`: all below it, or from the input of layer `begin` on."""
+        inputs.check_layers(self.config, stream, begin, end)
         ids, attention_mask = inputs.check(self.config, input_ids, attention_mask)
         valid = attention_mask > 0
         x = self.embeddings(ids, valid) if stream is None else stream

@@ -158,6 +158,7 @@ class Decoder(nnx.Module):
         `prefix` is keys and values [L, n, kv heads, head width] that come before every row. With
         a `stream`, which `lower` gave, from layer `begin` on; not with a prefix.
         """
+        inputs.check_layers(self.body.config, stream, begin, None, prefix)
         before = 0 if prefix is None else prefix[0].shape[1]
         ids, attention_mask = inputs.check(self.body.config, input_ids, attention_mask, before)
         positions, valid = _places(attention_mask)
@@ -179,6 +180,7 @@ class Decoder(nnx.Module):
         begin: int = 0,
     ) -> jax.Array:
         """Input [B, T, D] of layer `end`: all below it, or from the input of layer `begin` on."""
+        inputs.check_layers(self.body.config, stream, begin, end)
         ids, attention_mask = inputs.check(self.body.config, input_ids, attention_mask)
         positions, valid = _places(attention_mask)
         x = self.body.embed(ids, positions, valid) if stream is None else stream
@@ -206,7 +208,7 @@ class Decoder(nnx.Module):
         if prefix is None:
             return Cache(zeros, zeros, places, valid), 0
         every = lambda x: jnp.repeat(x[:, None].astype(zeros.dtype), batch, 1)  # noqa: E731
-        first = jnp.broadcast_to(jnp.arange(count)[None], (batch, count))
+        first = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], (batch, count))
         return Cache(
             jnp.concatenate([every(prefix[0]), zeros], 2),
             jnp.concatenate([every(prefix[1]), zeros], 2),

@@ -93,6 +93,31 @@ def check(
     return jnp.asarray(ids).astype(jnp.int32), jnp.asarray(mask)
 
 
+def check_layers(
+    config: Any, stream: Any, begin: int, end: int | None = None, prefix: Any = None
+) -> None:
+    """Raise unless layers `begin` to `end` of a model can be run.
+
+    Args:
+      config: a transformers config.
+      stream: the input of layer `begin`; None: the model begins with its input.
+      begin: in 0 to L, 0 without a stream.
+      end: in `begin` to L; None: L.
+      prefix: keys and values before every row, or None; not with a stream.
+
+    Raises:
+      ValueError: otherwise.
+    """
+    count = config.num_hidden_layers
+    if not 0 <= begin <= (count if end is None else end) <= count:
+        text = f"begin={begin}" if end is None else f"begin={begin} and end={end}"
+        raise ValueError(f"{text}: expected 0 <= begin <= end <= {count}, the model's layers")
+    if stream is None and begin:
+        raise ValueError(f"begin: needs the stream that enters layer {begin}")
+    if stream is not None and prefix is not None:
+        raise ValueError("prefix: expected none with a stream")
+
+
 def safe(input_ids: jax.Array, valid: jax.Array, rows: int) -> jax.Array:
     """Ids int32 [B, T] for a table of so many rows, in which padding is always there.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hiso_jax._engine import lazy
-from hiso_jax.models import attention
+from hiso_jax.models import attention, inputs
 from hiso_jax.models.layers import layer_norm, stack_of
 
 
@@ -164,11 +164,13 @@ class ViT(nnx.Module):
 
         With a `stream`, which `lower` gave, from layer `begin` on.
         """
+        inputs.check_layers(self.config, stream, begin)
         x = self._embedded(pixels) if stream is None else stream
         return self.vit.layernorm(self.vit.encoder(x, begin))
 
     def lower(self, pixels: Any, end: int, stream: Any = None, begin: int = 0) -> jax.Array:
         """Input [B, T, D] of layer `end`: all below it, or from the input of layer `begin` on."""
+        inputs.check_layers(self.config, stream, begin, end)
         return self.vit.encoder(self._embedded(pixels) if stream is None else stream, begin, end)
 
     def head(self, hidden: jax.Array) -> jax.Array:
