@@ -54,3 +54,8 @@ def test_bad_arguments_are_named():
         privacy.privatize(jnp.ones(3), key, clip=1, noise_multiplier=1)
     with pytest.raises(ValueError, match="delta"):
         privacy.epsilon(1.0, 1, 0.0)
+    for call in (lambda: privacy.epsilon(1.0, 1, 1.0), lambda: privacy.Accountant(1),
+                 lambda: privacy.calibrate(8.0, 1.0, rounds=1, clients=2, asked=1),
+                 lambda: privacy.Terms(delta=1.0)):  # fmt: skip
+        with pytest.raises(ValueError, match="delta: .*< 1, got 1"):
+            call()

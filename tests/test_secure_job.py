@@ -159,6 +159,7 @@ def test_a_budget_that_is_spent_ends_a_job(
     (("--clip", "8"), "--epsilon: needed, for --epsilon and --clip go together"),
     (("--epsilon", "8", "--clip", "0"), "--clip: expected a finite number > 0"),
     (("--epsilon", "8", "--clip", "1", "--delta", "2"), "--delta: expected"),
+    (("--epsilon", "8", "--clip", "1", "--delta", "1"), "--delta: expected"),
     (("--epsilon", "8", "--clip", "1", "--upper-directions", "auto"), "--upper-directions: auto"),
     (("--epsilon", "8", "--clip", "1", "--method", "fedavg", "--learning-rate", "0.1"),
      "--epsilon: fedavg sends models"),

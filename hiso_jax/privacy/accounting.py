@@ -70,7 +70,7 @@ def epsilon_of(rounds: Mapping[tuple[float, float], int], delta: float) -> float
       >>> round(epsilon_of({(11.6, 1.0): 100}, 1e-5), 1), epsilon_of({}, 1e-5)
       (4.0, 0.0)
     """
-    checks.number("delta", delta, 0, 1, above=True)
+    checks.number("delta", delta, 0, 1, above=True, below=True)
     if not rounds:
         return 0.0
     library = _library()
@@ -115,7 +115,7 @@ class Accountant:
     """
 
     def __init__(self, delta: float = 1e-5):
-        self.delta = float(checks.number("delta", delta, 0, 1, above=True))
+        self.delta = float(checks.number("delta", delta, 0, 1, above=True, below=True))
         self._own: dict[str, History] = {}
         self._lived: Counter[History] = Counter()  # how many clients have each
         self._all: History = frozenset()
@@ -220,7 +220,7 @@ def calibrate(
       [2.5, 0.9]
     """
     checks.number("epsilon", epsilon, 0, above=True)
-    checks.number("delta", delta, 0, 1, above=True)
+    checks.number("delta", delta, 0, 1, above=True, below=True)
     for name, value in (("rounds", rounds), ("clients", clients), ("asked", asked)):
         checks.count(name, value)
     if asked > clients:

@@ -166,7 +166,7 @@ class Terms:
     delta: float = 1e-5
 
     def __post_init__(self) -> None:
-        checks.number("delta", self.delta, 0, 1, above=True)
+        checks.number("delta", self.delta, 0, 1, above=True, below=True)
         mechanism = self.mechanism
         if self.epsilon is not None:
             checks.number("epsilon", self.epsilon, 0, above=True)

@@ -337,7 +337,7 @@ def _check_private(options: Options) -> None:
             if getattr(options, name) is None:
                 raise ValueError(f"--{name}: needed, for --epsilon and --clip go together")
             checks.number(f"--{name}", getattr(options, name), 0, above=True)
-        checks.number("--delta", options.delta, 0, 1, above=True)
+        checks.number("--delta", options.delta, 0, 1, above=True, below=True)
         if options.upper_directions == "auto":
             raise ValueError("--upper-directions: auto looks at clients' data before a run, which "
                              "no noise hides; with --epsilon give numbers")  # fmt: skip
