@@ -156,9 +156,7 @@ class ScaleState(NamedTuple):
 
 
 def _normalized(
-    square: Callable[[Float[Array, "P"]], Float[Array, ""]],
-    decay: Number,
-    name: str,
+    square: Callable[[Float[Array, "P"]], Float[Array, ""]], decay: Number, name: str
 ) -> Rule:
     """Divide the step by the root of a running average of a number made of the scalars."""
     decay = checks.number("decay", decay, 0, 1, below=True)

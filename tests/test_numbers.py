@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from transformers import LlamaConfig
 
 import hiso_jax as hj
@@ -173,6 +175,22 @@ def test_models_of_float64():
     wanted = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(np.asarray(found), wanted, rtol=1e-12)
     assert shape.dtype == jnp.float32
+
+
+def test_a_large_mean_costs_no_digits():
+    """Squares of 3000 have no room for a variance of 1 in float32."""
+    rng = np.random.default_rng(0)
+    x = (3000 + rng.normal(size=(3, 64))).astype(np.float32)
+    wide = x.astype(np.float64)
+    wide = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    found = layers.layer_norm(64, 1e-5, nnx.Rngs(0))(x)
+    np.testing.assert_allclose(found, wide, atol=2e-3)
+
+
+def test_every_layer_norm_is_that_one():
+    folder = Path(layers.__file__).parent
+    found = [p.name for p in folder.glob("*.py") if "nnx.LayerNorm(" in p.read_text()]
+    assert found == ["layers.py"]
 
 
 FLAGS: dict[str, Callable[[], Any]] = {
