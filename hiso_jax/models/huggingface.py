@@ -36,8 +36,9 @@ class Model(NamedTuple):
     """A pretrained model as data and pure functions.
 
     Tokens that its tables have no rows for raise ValueError, and so do more of them than it has
-    positions (`hiso_jax.models.positions`); inside jit only their number is known. What the mask
-    says is padding never matters.
+    positions (`hiso_jax.models.positions`); inside jit only their number is known. So do layers
+    that it lacks, `begin` without a `stream`, and a prefix with one. What the mask says is padding
+    never matters.
 
     A ViT takes ``pixels [B, H, W, C]``, normalized as it was trained, in the place of tokens and
     mask; its `apply` gives logits [B, labels], its `head` those of hidden states [B, T, D].
