@@ -23,6 +23,7 @@ from benchmarks import timing
 from hiso_jax import directions
 from hiso_jax._engine import trees
 from hiso_jax._engine.tensorfile import Tensor, TensorFile
+from hiso_jax.ledger import digests
 from hiso_jax.ledger.replay import Replay, large
 
 
@@ -50,10 +51,10 @@ def ledger_of(options: Options, distribution: str, size: int, rounds: int) -> hj
         lambda params, batch: jnp.float32(0), 1e-3,
         num_perturbations=options.num_perturbations, distribution=distribution,
     )  # fmt: skip
-    ledger = hj.Ledger.create(":memory:", alg, alg.init({"w": jnp.zeros(size)}, jax.random.key(0)))
+    start = alg.init({"w": jnp.zeros(size)}, jax.random.key(0))
+    ledger, digest = hj.Ledger.create(":memory:", alg, start), digests.text(hj.digest(start))
     for round in range(rounds):
-        scalars = np.random.default_rng(round).normal(size=ledger.shape)
-        ledger._append(scalars, float(np.float32(1e-3)), None, "{}")
+        ledger.append(np.random.default_rng(round).normal(size=ledger.shape), digest)
     return ledger
 
 
