@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,19 +129,25 @@ def test_a_crash_at_any_point_of_any_round(
     assert not list(tmp_path.glob("*.sqlite-*"))
 
 
+def interrupt(monkeypatch: pytest.MonkeyPatch, times: int, round: int = 3) -> None:
+    """Press Ctrl-C so many times in a round."""
+    real = hj.Ledger.append
+
+    def append(ledger: hj.Ledger, *given: Any) -> int:
+        if ledger.rounds == round:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return real(ledger, *given)
+
+    monkeypatch.setattr(hj.Ledger, "append", append)
+
+
 def test_ctrl_c_and_on(
     tmp_path: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     """The round is taken to its end, all is left as at the end of a run, and it goes on."""
-    real = hj.Ledger.append
-
-    def append(ledger: hj.Ledger, *given: Any) -> int:
-        if ledger.rounds == 3:
-            signal.raise_signal(signal.SIGINT)
-        return real(ledger, *given)
-
-    monkeypatch.setattr(hj.Ledger, "append", append)
+    interrupt(monkeypatch, 1)
     assert run(tmp_path) == 0
     said = "".join(capsys.readouterr().out.split())
     assert "keepingwhatwasdone" in said and f"--resume{tmp_path}" in said
@@ -150,6 +157,47 @@ def test_ctrl_c_and_on(
     monkeypatch.undo()
     assert go_on(tmp_path, PROBLEM) == 0
     assert all_of(tmp_path) == undisturbed
+
+
+def test_ctrl_c_begins_no_other_method(
+    tmp_path: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    """Of two methods, the second is left for the run that goes on."""
+    interrupt(monkeypatch, 1)
+    assert run(tmp_path, compare=True) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"To go on with it: --resume {tmp_path}" in said and not (tmp_path / "decomfl").exists()
+    monkeypatch.undo()
+    assert run(tmp_path, compare=True, resume=tmp_path) == 0
+    assert "To go on" not in capsys.readouterr().out
+    assert all_of(tmp_path / "hiso") == undisturbed
+    assert json.loads((tmp_path / "decomfl/summary.json").read_text())["rounds"] == ROUNDS
+
+
+def test_ctrl_c_in_the_last_round_of_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    interrupt(monkeypatch, 1, ROUNDS - 1)
+    assert run(tmp_path, compare=True) == 0 and not (tmp_path / "decomfl").exists()
+
+
+def test_ctrl_c_outside_of_the_rounds(
+    tmp_path: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    """Before them nothing is there; and a second one does not wait for the round's end."""
+    out = tmp_path / "my run"
+    monkeypatch.setattr(sys, "argv", ["hiso digits", "--out", str(out)])
+    with pytest.raises(SystemExit) as end:
+        job.main(digits.Options, lambda _: signal.raise_signal(signal.SIGINT), {"hiso": 0.1})  # type: ignore
+    said = capsys.readouterr().out
+    assert end.value.code == 130 and said.endswith("Stopped.\n") and not out.exists()
+    interrupt(monkeypatch, 2)
+    assert run(out) == 130
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Stopped. What was recorded is safe. To go on: --resume '{out}'" in said
+    monkeypatch.undo()
+    assert go_on(out, PROBLEM) == 0
+    assert all_of(out) == undisturbed
 
 
 @pytest.mark.parametrize("kilobytes", [(40,), (60, 100)])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def place(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     csv(tmp_path / FILE, REVIEWS)
     (tmp_path / "model").symlink_to(tiny)
+    (tmp_path / "notes.txt").touch()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/options.json").write_text("{}")
     return tmp_path
@@ -100,7 +102,8 @@ def refused(*options: str) -> str:
     ((*OWN, "--compare", "--method", "rms", "--learning-rate", "1"), "--method: --compare runs"),
     ((*OWN, "--mesh", "900", "1"), "mesh: 900 x 1 devices"), ((*OWN, "--upper-directions", "9"), "--upper-directions"),
     ((*OWN, "--upper-directions", "1", "--upper-layers", "2"), "count: expected 1 to 1 of 2 layers"),
-    ((*OWN, "--out", FILE), "--out: reviews.csv is a file"),
+    ((*OWN, "--out", FILE), "what --data names, reviews.csv"), ((*OWN, "--out", ".."), "what --data names, reviews.csv"),
+    ((*OWN, "--out", "model"), "what --model names, model"), ((*OWN, "--out", "notes.txt"), "--out: notes.txt is a file"),
 ])  # fmt: skip
 def test_options(options: tuple[str, ...], said: str, place: Path):
     some = ("--clients", "9") if "--clients" not in options and "column" not in options else ()
@@ -169,6 +172,23 @@ def test_a_file_of_numbers_for_weights(place: Path):
     with pytest.raises(SystemExit) as end:
         job.run(options, broken, digits.LEARNING_RATES)
     assert end.value.code == 1 and not out.exists()
+
+
+@pytest.mark.parametrize("options, said", [
+    (("--method", "hizo"), "--method: expected one of"), ((), "--learning-rate: none was tuned for hiso"),
+    (("--learning-rate", "1", "--clients-per-round", "41"), "at most 40, for there are 40 clients; got 41"),
+    (("--learning-rate", "1", "--out", "."), "--out: expected a folder of its own"),
+])  # fmt: skip
+def test_options_are_looked_at_before_data_and_model(
+    options: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    from hiso_jax.train import job
+
+    monkeypatch.setattr(sys, "argv", ["hiso digits", *options])
+    with pytest.raises(SystemExit) as end:
+        job.main(digits.Options, lambda _: pytest.fail("they were read"), {})
+    assert end.value.code == 1 and said in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("saved, said", [

@@ -80,9 +80,8 @@ def make_room(out: Path) -> None:
         report.say("The run that was in ", f"{out}/", " is now in ", f"{aside}/")
 
 
-def say_where(out: Path, methods: Sequence[str]) -> None:
-    """Print which files a job has left; of several methods each has a folder of its own."""
-    several = len(methods) > 1
+def say_where(out: Path, methods: Sequence[str], several: bool) -> None:
+    """Print which files methods have left; of `several` each has a folder of its own."""
     for method in methods:
         ledgers = "" if sends_models(method) else "ledger.sqlite, ledger.safetensors, "
         report.say(

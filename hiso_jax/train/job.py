@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from safetensors import SafetensorError
 
 import hiso_jax as hj
 from hiso_jax import federation
@@ -20,6 +19,7 @@ from hiso_jax.ledger import digests, snapshots
 from hiso_jax.tasks.problem import Problem
 from hiso_jax.train import (
     depth,
+    ending,
     folders,
     logs,
     measure,
@@ -103,6 +103,7 @@ class Trained(NamedTuple):
     seconds: list[float]  # of the rounds of this process
     sizes: tuple[int, int]  # bytes of the records, and of the compact ledger
     broken: str  # why the rounds ended early, if a NaN or a budget was the reason
+    stopped: bool  # by Ctrl-C
     epsilon: float | None  # given away, under --epsilon
 
 
@@ -179,7 +180,7 @@ def _rounds(options: Options, problem: Problem, alg: Any, size: int, base: measu
             broken = str(error)
         sizes = ledger.records().nbytes, ledger.export(folder / "ledger.safetensors")
         epsilon = _epsilon(options, ledger)
-    return Trained(state, done, rows, traffic, seconds, sizes, broken, epsilon)
+    return Trained(state, done, rows, traffic, seconds, sizes, broken, stop.is_set(), epsilon)
 
 
 def _epsilon(options: Options, ledger: Any) -> float | None:
@@ -202,7 +203,8 @@ def train(
     """Run one method, or go on with it, and write its folder; return the summary.
 
     The weights are written before anything is measured: what fails then costs a number, not
-    the run. Its reason is in the summary, under ``failed``.
+    the run. Its reason is in the summary, under ``failed``. What is returned has ``rows`` as well,
+    and whether it was ``interrupted`` by Ctrl-C.
     """
     folder, clients, metric = options.out, problem.clients, problem.metric
     base = measure.base_of(problem) if base is None else base
@@ -270,7 +272,7 @@ def train(
         {methods.title(options.method): found.rows}, metric, problem.name, folder / "curve.png"
     )
     page.write(folder)
-    return summary | {"rows": found.rows}
+    return summary | {"rows": found.rows, "interrupted": found.stopped}
 
 
 @contextlib.contextmanager
@@ -309,7 +311,7 @@ def rates_of(options: Options, learning_rates: dict[str, float]) -> dict[str, fl
 def run(options: Options, problem: Problem, learning_rates: dict[str, float]) -> None:
     """Run what the options ask for, print the table, and say where the files are."""
     saved: dict[str, Any] | None = None
-    with report.door():  # nothing is written or moved before all of it holds
+    with report.door(options.resume):  # nothing is written or moved before all of it holds
         if options.resume is None:
             rates = rates_of(options, learning_rates)
         else:
@@ -320,11 +322,8 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
             for name, given in (("secure", options.secure), ("epsilon", options.epsilon)):
                 if given:
                     raise ValueError(f"--{name}: {unmasked[0]} sends models, and it is for scalars")
-        if options.clients_per_round > (there := len(problem.clients)):
-            raise ValueError(
-                f"--clients-per-round: expected at most {there}, for there are {there} clients; "
-                f"got {options.clients_per_round}"
-            )
+        settings.check_out(options)
+        settings.check_clients(options, len(problem.clients))
         options = depth.settle(options, problem)
         problem = selecting.settle(options, problem)
         for method, rate in rates.items():
@@ -346,7 +345,7 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
             raise ValueError(f"--resume {options.out}: {what} not what the run began with")
         base = measure.base_of(problem)
     summaries = []
-    try:
+    with ending.safe(options.out):
         if saved is None:
             folders.make_room(options.out)
         with folders.alone(options.out):
@@ -356,33 +355,15 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
                 out = options.out / method if len(rates) > 1 else options.out
                 own = dataclasses.replace(options, method=method, out=out)
                 summaries.append(train(own, problem, rate, base))
+                if summaries[-1]["interrupted"]:
+                    break  # it was asked to stop, not to begin with the next one
             if len(rates) > 1:
                 curves = {methods.title(s["method"]): s["rows"] for s in summaries}
                 report.draw(curves, problem.metric, problem.name, options.out / "curve.png")
-                bare = [{k: v for k, v in s.items() if k != "rows"} for s in summaries]
+                own = ("rows", "interrupted")
+                bare = [{k: v for k, v in s.items() if k not in own} for s in summaries]
                 report.write_json(options.out / "summary.json", bare)
-    except (OSError, hj.LedgerError, SafetensorError) as error:  # the last: a full disk
-        report.fail(error)
-        if (options.out / "options.json").exists():
-            report.say(f"What was recorded is safe. To go on: --resume {options.out}")
-        sys.exit(1)
-    _say_how_it_ended(options, summaries)
-
-
-def _say_how_it_ended(options: Options, summaries: list[dict[str, Any]]) -> None:
-    """Print the table and where the files are; exit with 1 unless all is as it was asked for."""
-    console.print(report.table(summaries))
-    folders.say_where(options.out, options.methods)
-    broken = [s for s in summaries if s.get("stopped")]
-    for summary in (s for s in summaries if s.get("failed")):
-        report.fail(f"Not measured: {'; '.join(summary['failed'])}. The weights are written.")
-    if broken:
-        why = "NaN" if options.epsilon is None else broken[0]["stopped"]
-        report.fail(f"It ended after {broken[0]['rounds']} of {options.rounds} rounds: {why}.")
-    elif any(s["rounds"] < options.rounds for s in summaries):
-        report.say(f"To go on with it: --resume {options.out}")
-    if broken or any(s.get("failed") for s in summaries):
-        sys.exit(1)
+    ending.say(options, summaries)
 
 
 def main(
@@ -393,8 +374,12 @@ def main(
 
     arguments = settings.modern(sys.argv[1:])
     options = settle(tyro.cli(kind, args=arguments), settings.given(arguments))
-    with report.door():
+    with report.door(options.resume):
         settings.check(options)
+        settings.check_out(options)
+        settings.check_clients(options)  # data and model may take minutes
+        if options.resume is None:
+            rates_of(options, learning_rates)
         report.say("Reading data and model ...")
         problem = build(options).at_most(options.eval_examples)
     run(options, problem, learning_rates)

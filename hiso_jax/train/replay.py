@@ -1,13 +1,11 @@
 """`hiso replay LEDGER BASE OUT`: rebuild a fine-tuned model, and prove that it is the same."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from hiso_jax.ledger import LedgerError
 from hiso_jax.ledger.rebuild import rebuild
 from hiso_jax.rules import Rule
 from hiso_jax.train import methods, report
@@ -71,11 +69,8 @@ def main(
       out: where to write the fine-tuned one; must not exist.
       rule: module:function that makes the rule, if it is one of yours.
     """
-    try:
+    with report.door():
         run(ledger, base, out, rule_of(rule))
-    except (OSError, ValueError, LedgerError) as error:
-        report.fail(error)
-        sys.exit(1)
 
 
 def cli() -> None:

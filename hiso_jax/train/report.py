@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,11 +39,27 @@ def fail(error: BaseException | str) -> None:
     say(" ".join(str(error).split()) or repr(error), style="red")
 
 
+def resuming(folder: Path) -> str:
+    """The option that goes on with the run in a folder, as a shell takes it.
+
+    Example:
+      >>> resuming(Path("runs/job")), resuming(Path("my run"))
+      ('--resume runs/job', "--resume 'my run'")
+    """
+    return f"--resume {shlex.quote(str(folder))}"
+
+
 @contextlib.contextmanager
-def door() -> Iterator[None]:
-    """End with one line and exit code 1 on what was asked for and cannot be had."""
+def door(run: Path | None = None) -> Iterator[None]:
+    """End with one line and exit code 1 on what was asked for and cannot be had.
+
+    Ctrl-C ends with 130, and the way to go on with `run`, if it is one that was to be gone on with.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        say("Stopped." + (f" To go on: {resuming(run)}" if run else ""), style="yellow")
+        sys.exit(130)
     except (OSError, ValueError, TypeError, LedgerError) as error:
         fail(error)
         sys.exit(1)

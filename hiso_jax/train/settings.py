@@ -300,13 +300,43 @@ def check(options: Options) -> None:
         checks.number("--learning-rate", options.learning_rate, 0, 1e38)
     if options.compare and options.method != Options.method:
         raise ValueError(f"--method: --compare runs HiSo and DeComFL, got {options.method}")
-    if options.out.resolve() == Path().resolve():
-        raise ValueError(f"--out: expected a folder of its own, got {str(options.out)!r}")
     logs.check(options.log)
     for size in options.mesh or ():
         checks.count("--mesh", size)
-    if options.out.exists() and not options.out.is_dir():
+
+
+def check_out(options: Options) -> None:
+    """Raise unless the run's folder is its own: what is in it may be moved aside."""
+    out = options.out.resolve()
+    if out == Path().resolve():
+        raise ValueError(f"--out: expected a folder of its own, got {str(options.out)!r}")
+    for name in MOVABLE if options.resume is None else ():
+        value = getattr(options, name, None)
+        if value is not None and os.path.exists(value):  # a model may be on the hub
+            path = Path(value).resolve()
+            if out in (path, *path.parents):
+                raise ValueError(f"--out: expected a folder of its own, got {options.out}, which "
+                                 f"has what --{name} names, {value}")  # fmt: skip
+    if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {options.out} is a file, expected a folder")
+
+
+def check_clients(options: Options, count: int | None = None) -> None:
+    """Raise unless there are as many clients as are asked in a round.
+
+    Args:
+      options: of the job.
+      count: of clients; by default as many as the options make, if not the data tell.
+    """
+    if count is None:
+        own: Any = options
+        docstrings = getattr(own, "task", None) == "docstrings" and own.data is None
+        if docstrings or getattr(own, "split", None) == "column":
+            return
+        count = int(getattr(own, "clients", options.clients_per_round))
+    if options.clients_per_round > count >= 1:  # of fewer than one the job says more
+        raise ValueError(f"--clients-per-round: expected at most {count}, for there are {count} "
+                         f"clients; got {options.clients_per_round}")  # fmt: skip
 
 
 def _check_upper(options: Options) -> None:

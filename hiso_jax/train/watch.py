@@ -209,7 +209,7 @@ def _say_end(part: Part, name: str, folder: Path, options: dict[str, Any]) -> No
     if (summary := part.summary) is None:
         job = options["job"]
         report.say(f"{title(name)} has not ended, and no process works on it. To go on with it: "
-                   f"hiso {job} --resume {folder}", style="yellow")  # fmt: skip
+                   f"hiso {job} {report.resuming(folder)}", style="yellow")  # fmt: skip
         return
     metric = summary["metric"]
     before, after = (report.figure(metric, summary[k]) for k in (f"{metric}_before", metric))
