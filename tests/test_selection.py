@@ -305,6 +305,19 @@ def test_what_fills_up_changes_no_center():
     np.testing.assert_array_equal(large[1][8:], 0)
 
 
+@pytest.mark.parametrize("name", ["active_ft", "vecaf", "vecaf, 4"])
+@pytest.mark.parametrize("zeros", [1, 6, 17, 20])
+def test_features_without_a_direction_spoil_no_pick(name, zeros):
+    """One center of zeros made all centers no numbers, and the picks 0, 1, 2, ..."""
+    x = np.array(FEATURES)
+    x[:zeros] = 0
+    for seed in range(5):
+        picks = SELECTORS[name](x, 5, jax.random.key(seed)).tolist()
+        assert len(set(picks)) == 5 and len([i for i in picks if i >= zeros]) >= 3 * (zeros < 16)
+    with pytest.raises(ValueError, match="out of the finite numbers"):
+        centers.centroids(centers.unit(x), x[None, :5], np.ones(20), temperature=1e-38, steps=3)
+
+
 def test_vecaf_finds_what_has_loss():
     """Two clusters, one learned already: the other gets the budget."""
     rng = np.random.default_rng(0)

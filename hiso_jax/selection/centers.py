@@ -51,8 +51,8 @@ def objective(
     which is -log of the softmax of an example's nearest center against the other centers.
 
     Args:
-      centers: [B, D].
-      features: [N, D], of length 1.
+      centers: [B, D], none of length 0, which has no direction.
+      features: [N, D], of length 1 or 0.
       weights: [N]; p is in proportion to them. 0 for rows that only fill up.
       there: [B], whether a center is one, or only fills up.
       temperature: tau.
@@ -119,14 +119,17 @@ def centroids(
     """Minimize `objective` by Adam, from each of some starts.
 
     Args:
-      features: [N, D], of length 1.
-      begin: [S, B, D], where centers start.
+      features: [N, D], of length 1 or 0.
+      begin: [S, B, D], where centers start; those of length 0 start along the first axis.
       weights: [N].
       kind, temperature, balance: of `objective`.
       learning_rate, steps: of Adam.
 
     Returns:
       Centers [S, B, D], float32, not scaled.
+
+    Raises:
+      ValueError: a center left the finite numbers.
     """
     for name, value in (("temperature", temperature), ("balance", balance)):
         checks.number(name, value, 0, above=True)
@@ -137,12 +140,17 @@ def centroids(
     extra = _room(others, 8) - others
     x = np.pad(np.asarray(features, np.float32), [(0, more), (0, 0)])
     first = np.pad(np.asarray(begin, np.float32), [(0, 0), (0, extra), (0, 0)])
-    first[:, others:, 0] = 1  # of length 1, for there is no direction of zeros
+    # Of length 1, for there is no direction of zeros; so what fills up, too.
+    first[np.linalg.norm(first, axis=-1) == 0, 0] = 1
     found = _optimize(
         first, x, np.pad(weights, (0, more)).astype(np.float32), np.arange(others + extra) < others,
         (temperature, balance, learning_rate), steps, kind,
     )  # fmt: skip
-    return np.asarray(found)[:, :others]
+    centers = np.asarray(found)[:, :others]
+    if not np.isfinite(centers).all():
+        raise ValueError(f"learning_rate: {learning_rate:g} and temperature {temperature:g} take "
+                         "centers out of the finite numbers")  # fmt: skip
+    return centers
 
 
 def active_ft(
@@ -174,8 +182,12 @@ def starts(
     """Draw features [count, B, D] to begin at, in proportion to weights > 0, without repetition.
 
     A center moves with the examples that it is nearest to, so it stays in the part of the pool
-    that it begins in: what weights are to change must be in the draw.
+    that it begins in: what weights are to change must be in the draw. Features of length 0, which
+    have no direction, are in it only if there are too few others.
     """
+    pointing = np.linalg.norm(features, axis=1) > 0
+    if np.count_nonzero(pointing) >= budget:
+        weights = weights * pointing
     rng, chances = generator(key), weights / weights.sum()
     draws = [rng.choice(len(features), budget, False, chances) for _ in range(count)]
     return features[np.array(draws)]
