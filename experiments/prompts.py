@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
 from hiso_jax import models
@@ -106,7 +107,7 @@ def run(options: Options) -> list[dict[str, Any]]:
     with report.progress() as bar:
         task_bar = bar.add_task("candidates", total=len(candidates), status="compiling")
         for done, (candidate, task) in enumerate(zip(candidates, tasks, strict=True), 1):
-            shared, firsts = text.word_tokens(task, tokenizer, rows)
+            shared, firsts = text.word_tokens(task, tokenizer)
             batch = text.words(task, tokenizer, rows, options.length, shared)
             parts = [
                 logits_of(model.params, *(batch[k][i : i + AT_ONCE] for k in
@@ -118,13 +119,17 @@ def run(options: Options) -> list[dict[str, Any]]:
     return sorted(out, key=lambda row: row["loss"])
 
 
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows of `run`; prompts may have brackets, which are no markup."""
+    out = Table("prompt", "words", "accuracy", "calibrated", "loss")
+    for row in rows:
+        out.add_row(
+            escape(repr(row["prompt"])), escape(", ".join(row["verbalizer"])),
+            f"{row['accuracy']:.1%}", f"{row['calibrated']:.1%}", f"{row['loss']:.2f}",
+        )  # fmt: skip
+    return out
+
+
 if __name__ == "__main__":
     with report.door():
-        found = run(tyro.cli(Options))
-        table = Table("prompt", "words", "accuracy", "calibrated", "loss")
-        for row in found:
-            table.add_row(
-                repr(row["prompt"]), ", ".join(row["verbalizer"]), f"{row['accuracy']:.1%}",
-                f"{row['calibrated']:.1%}", f"{row['loss']:.2f}",
-            )  # fmt: skip
-        report.console.print(table)
+        report.console.print(table(run(tyro.cli(Options))))

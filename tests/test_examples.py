@@ -1,5 +1,6 @@
 """What models tell of examples, for clients that choose, and the noise that choosing is to reduce."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments import prompts
 from experiments import selection as script
@@ -86,7 +88,7 @@ def test_prompts_are_scored_as_the_job_does(tiny: Path, tmp_path: Path):
     for part in ("train", "dev", "test"):
         (data / f"{part}.tsv").write_text("sentence\tlabel\n" + lines)
     told = [{"prompt": prompt, "verbalizer": ["down", "up"]}
-            for prompt in ("{sentence} It was", "So {sentence} It was")]  # fmt: skip
+            for prompt in ("{sentence} It was", "[INST] {sentence} [/INST] It was")]  # fmt: skip
     file = tmp_path / "of.toml"
     file.write_text("".join(
         f"[[candidate]]\nprompt = {json.dumps(t['prompt'])}\nverbalizer = {t['verbalizer']}\n"
@@ -95,6 +97,8 @@ def test_prompts_are_scored_as_the_job_does(tiny: Path, tmp_path: Path):
     found = prompts.run(prompts.Options(file, data, model=str(tiny), length=24))
     assert found == sorted(found, key=lambda row: row["loss"])
     assert {row["prompt"] for row in found} == {t["prompt"] for t in told}
+    (shown := Console(file=io.StringIO(), width=200)).print(prompts.table(found))
+    assert "[INST] {sentence} [/INST] It was" in shown.file.getvalue()  # pyright: ignore
     own = finetune.Options(
         model=str(tiny), data=data, task="sst2", clients=2, split="iid", length=24,
         prompt=found[0]["prompt"], verbalizer=("down", "up"),

@@ -142,15 +142,36 @@ def test_prompts_end_in_the_last_column(tokenizer: Any):
     for ids, mask in zip(arrays["input_ids"], arrays["attention_mask"], strict=True):
         assert tokenizer.decode(ids[mask > 0]).endswith("mood:")  # cut at the beginning
         assert (np.diff(mask) >= 0).all()  # padded on the left
-    shared, firsts = text.word_tokens(OWN, tokenizer, ROWS)
+    shared, firsts = text.word_tokens(OWN, tokenizer)
     assert shared == [] and len(set(firsts.tolist())) == 2
     for first, word in zip(firsts, OWN.verbalizer or (), strict=True):
         assert f" {word}".startswith(tokenizer.decode([first]))
     with pytest.raises(ValueError, match="not told apart"):
-        text.word_tokens(OWN._replace(verbalizer=("up", "up")), tokenizer, ROWS)
+        text.word_tokens(OWN._replace(verbalizer=("up", "up")), tokenizer)
     alike = OWN._replace(verbalizer=("upx", "upy"))  # they share their first tokens
-    shared, firsts = text.word_tokens(alike, tokenizer, ROWS)
+    shared, firsts = text.word_tokens(alike, tokenizer)
     assert tokenizer.decode(shared) == " up" and len(set(firsts.tolist())) == 2
+
+
+@pytest.mark.parametrize("prompt", ["Review: {review}", "{review}"])
+def test_white_space_at_the_end_of_a_text_moves_no_word(prompt: str, tokenizer: Any):
+    """Or the words would be measured without the gap before them, at one row or at all."""
+    task = OWN._replace(prompt=prompt)
+    shared, firsts = text.word_tokens(task, tokenizer)
+    for row in ROWS[:5]:
+        for word, first in zip(OWN.verbalizer or (), firsts.tolist(), strict=True):
+            own = text._pair(tokenizer, task.read(row), word)[1]
+            assert own[: len(shared) + 1] == [*shared, first]  # as it stands behind a text
+        others = [row | {"review": row["review"] + end} for end in (" ", "\n", "\u3000\r\n")]
+        many = [row, *others]
+        for arrays in (
+            text.words(task, tokenizer, many, 40),
+            text.prompts(task, tokenizer, many, 40),
+        ):
+            assert len(np.unique(arrays["input_ids"], axis=0)) == 1
+        told = task._replace(verbalizer=None, metric="squad")
+        targets = text.answers(told, tokenizer, many, 40, room=6)
+        assert len(np.unique(targets["input_ids"], axis=0)) == 1
 
 
 def test_answers_are_targets(tokenizer: Any):

@@ -116,7 +116,7 @@ def _language() -> tuple[Any, Any, federation.Clients, str]:
     # Letters, which every tokenizer tells apart: which words they are takes no time.
     task = Task("{text}\nTopic:", verbalizer=tuple("ABCDEF"))
     rows = [e._asdict() for e in examples]
-    shared, firsts = text.word_tokens(task, tokenizer, rows)
+    shared, firsts = text.word_tokens(task, tokenizer)
     columns, words = text.words(task, tokenizer, rows, LENGTH, shared), jnp.asarray(firsts)
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:

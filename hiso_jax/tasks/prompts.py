@@ -89,6 +89,15 @@ class Task(NamedTuple):
         """
         return [column for _, column in _pieces(self.prompt) if column is not None]
 
+    @property
+    def ends_in_column(self) -> bool:
+        """Whether nothing of the prompt is behind its last column.
+
+        Raises:
+          ValueError: the prompt's braces do not match.
+        """
+        return not _pieces(self.prompt)[-1][0]
+
     def read(self, row: Mapping[str, Any]) -> str:
         """The prompt of a row; what is missing in it is empty.
 

@@ -18,6 +18,16 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return ids[:-1] if len(ids) > 1 and ids[-1] in ends else ids
 
 
+def _prompt(task: Task, row: Mapping[str, Any]) -> str:
+    """The prompt of a row, which ends as all of the task do.
+
+    White space at the end of a last column would take the place of the answer's gap, and words
+    without one are other tokens.
+    """
+    whole = task.read(row)
+    return whole.rstrip() if task.ends_in_column else whole
+
+
 def _pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """Tokens of a prompt and of the answer that follows, split where they part."""
     gap = "" if not prompt or prompt[-1].isspace() else " "
@@ -54,8 +64,8 @@ def _padding(tokenizer: Any) -> int:
     return next(token for token in known if token is not None)
 
 
-def word_tokens(task: Task, tokenizer: Any, rows: Rows) -> tuple[list[int], np.ndarray]:
-    """Tokens by which the label words differ after a prompt.
+def word_tokens(task: Task, tokenizer: Any) -> tuple[list[int], np.ndarray]:
+    """Tokens by which the label words differ after a prompt, whatever is in its columns.
 
     Returns:
       Tokens that all words begin with (most often none), and the next one of each, int32 [labels].
@@ -65,7 +75,7 @@ def word_tokens(task: Task, tokenizer: Any, rows: Rows) -> tuple[list[int], np.n
     """
     if not all(word.strip() for word in task.verbalizer or ()):
         raise ValueError(f"verbalizer: expected none to be empty, got {task.verbalizer}")
-    prompt = task.read(rows[0])
+    prompt = task.read(dict.fromkeys(task.columns, "text"))  # so that all sites have the same
     tokens = [_pair(tokenizer, prompt, word)[1] for word in task.verbalizer or ()]
     shared = 0
     while all(len(own) > shared for own in tokens) and len({own[shared] for own in tokens}) == 1:
@@ -95,7 +105,7 @@ def words(
     """
     word = (task.verbalizer or ("",))[0]
     prompts = [
-        _fit([*_pair(tokenizer, task.read(row), word)[0], *shared], length, _first(tokenizer))
+        _fit([*_pair(tokenizer, _prompt(task, row), word)[0], *shared], length, _first(tokenizer))
         for row in rows
     ]
     labels = np.array([task.label_of(row) for row in rows], np.int32)
@@ -125,7 +135,9 @@ def masked(task: Task, tokenizer: Any, rows: Rows, length: int) -> Arrays:
 def prompts(task: Task, tokenizer: Any, rows: Rows, length: int) -> Arrays:
     """Prompts alone, to generate from: ``input_ids`` and ``attention_mask``, int32 [N, length]."""
     own = [
-        _fit(_pair(tokenizer, task.read(row), task.answers(row)[0])[0], length, _first(tokenizer))
+        _fit(
+            _pair(tokenizer, _prompt(task, row), task.answers(row)[0])[0], length, _first(tokenizer)
+        )
         for row in rows
     ]
     return pad(own, length, _padding(tokenizer))
@@ -152,7 +164,7 @@ def answers(task: Task, tokenizer: Any, rows: Rows, length: int, room: int) -> A
     sequences, sizes = [], []
     stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for row in rows:
-        prompt, answer = _pair(tokenizer, task.read(row), task.answers(row)[0])
+        prompt, answer = _pair(tokenizer, _prompt(task, row), task.answers(row)[0])
         answer = (answer + stop)[:room]
         sequences.append(_fit(prompt, length - len(answer), _first(tokenizer)) + answer)
         sizes.append(len(answer))

@@ -285,8 +285,7 @@ def decoder_problem(
 
     stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     if task.verbalizer is not None:
-        # Told once, by the training rows: the same for every split.
-        shared, firsts = text.word_tokens(task, tokenizer, rows["train"])
+        shared, firsts = text.word_tokens(task, tokenizer)
         tokens = jnp.asarray(firsts)
 
         def losses(begin: int) -> tuple[Any, Any, Any]:
