@@ -249,12 +249,24 @@ def test_minus_one_is_a_label_where_train_has_it():
     ({"text": ["a", "b"]}, r"row 3: text: expected text, got \['a', 'b'\]"),
     ({"text": b"a"}, "row 3: text: expected text"), ({"text": "\ud800"}, "row 3: text: half of a pair"),
     ({"y": [1]}, r"row 3: y: expected text, a number or a truth value, got \[1\]"),
+    ({"y": "\ud800"}, "row 3: y: half of a pair"), ({"who": ["x"]}, "row 3: who: expected text"),
+    ({"y": 2}, r"row 3: column 'y': expected one of \(0, 1\), got 2"),
 ])  # fmt: skip
 def test_rows_that_no_model_can_read(change: dict[str, Any], said: str):
+    """Of the rows as they were given: the first two are left out, others go to other splits."""
     rows = [dict(row) for row in ROWS]
+    for row in rows[:2]:
+        row["y"] = None
     rows[2] |= change
-    with pytest.raises(ValueError, match=said):
-        data.read(TASK, {"train": rows})
+    with pytest.raises(ValueError, match=f"data: train, {said}"):
+        data.read(TASK._replace(values=(0, 1)), {"train": rows}, names=("who",))
+
+
+def test_a_column_that_unicode_writes_in_two_ways():
+    rows = [{"texte e\u0301crit": row["text"], "y": row["y"]} for row in ROWS]
+    task = TASK._replace(prompt="{texte \u00e9crit}")
+    found = data.read(task, {"train": rows}).parts
+    assert all(task.read(row).startswith("film") for part in found.values() for row in part)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])

@@ -134,6 +134,17 @@ def test_splits_are_found_by_all_their_names(
     ] == ([True] if note else [])
 
 
+def test_folders_whose_names_unicode_writes_in_two_ways(tmp_path: Path):
+    """As systems do that write accents apart; and names that are no text at all."""
+    found = images.read(tree(tmp_path, "train/caf\u00e9 train/dog dev/cafe\u0301 dev/dog"), 8)
+    assert found.classes == ("caf\u00e9", "dog")
+    (tmp_path / "train" / "\udcc4pfel").mkdir()
+    with pytest.raises(
+        ValueError, match=r"train: the name of a folder: .*not UTF-8, in '.udcc4pfel"
+    ):
+        images.read(tmp_path, 8)
+
+
 def test_split_or_class(tmp_path: Path):
     """What is called as a split and holds images is a class; two of one split are refused."""
     found = images.read(tree(tmp_path / "a", "bus car train"), 8)

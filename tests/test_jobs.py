@@ -1,7 +1,9 @@
 """What people see of the jobs: how they end, and their help. As real processes: `test_resume`."""
 
+import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 from flax import nnx
 
 from hiso_jax.models import cnn
-from hiso_jax.train import cli, digits
+from hiso_jax.train import cli, digits, report
+from hiso_jax.train import job as jobs
 from tests.helpers import assert_same_bits, finish, here, refuse, start
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -66,3 +69,35 @@ def test_the_command_is_no_place_for_advice_about_torch(monkeypatch: pytest.Monk
     with pytest.raises(SystemExit):
         cli.main()
     assert os.environ.pop("TRANSFORMERS_NO_ADVISORY_WARNINGS") == "1"
+
+
+def test_the_command_prints_any_name_and_ends_at_ctrl_c(monkeypatch: pytest.MonkeyPatch):
+    """In any terminal: names of files are bytes, and encodings lack most signs."""
+    out = io.TextIOWrapper(io.BytesIO(), "latin-1")
+
+    def job() -> None:
+        report.say("not read: \u65e5\u672c, r\udce9sum\xe9.docx")
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(digits, "cli", job)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["hiso", "digits"])
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = out.buffer.getvalue().decode("latin-1")  # type: ignore
+    assert end.value.code == 130 and "\\u65e5\\u672c, r\\udce9sum\xe9.docx" in said
+
+
+def test_names_that_no_picture_can_have_end_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    problem = digits.digits(5)
+    options = digits.Options(out=tmp_path)
+
+    def refuse(*given: object) -> None:
+        raise TypeError("no str")
+
+    monkeypatch.setattr(jobs.report, "draw_split", refuse)
+    jobs._picture_split(options, problem)
+    assert "Not drawn: split.png: no str" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hiso_jax._engine import checks
 from hiso_jax.tasks import labels, metrics, prompts, splits
 from hiso_jax.tasks.prompts import TASKS, Task
 
@@ -121,9 +122,23 @@ def test_natural_clients_are_who_they_are_called(names: list[Any]):
         return
     found = splits.natural(names)
     texts = [labels.spell(name) for name in names]
-    assert list(found) == list(dict.fromkeys(texts))
-    assert all([texts[i] for i in own] == [name] * len(own) for name, own in found.items())
+    keys = [text and checks.nfc(text) for text in texts]
+    assert [checks.nfc(name) for name in found] == list(dict.fromkeys(keys))
+    assert all({keys[i] for i in own} == {checks.nfc(name)} for name, own in found.items())
+    assert all(texts[own[0]] == name for name, own in found.items())
     assert sorted(i for own in found.values() for i in own) == list(range(len(names)))
+
+
+def test_one_text_that_unicode_writes_in_two_ways():
+    """Composed and decomposed; the first spelling is shown. What only looks alike is told."""
+    one, two = "Caf\u00e9", "Cafe\u0301"
+    assert labels.classes([two, one, "tea"]) == (two, "tea")
+    assert labels.find(one, (two, "tea")) == labels.find(two, (one, "tea")) == 0
+    assert splits.natural([one, "x", two])[one].tolist() == [0, 2]
+    assert labels.alike(["pos", "neg", one]) == []
+    for other in ("pos\u200b", "POS", "\uff50os"):
+        (note,) = labels.alike(["pos", "neg", other])
+        assert "'pos' and" in note and "two classes" in note
 
 
 def test_many_clients_take_time_in_proportion():

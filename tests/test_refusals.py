@@ -104,6 +104,7 @@ def refused(*options: str) -> str:
     ((*OWN, "--upper-directions", "1", "--upper-layers", "2"), "count: expected 1 to 1 of 2 layers"),
     ((*OWN, "--out", FILE), "what --data names, reviews.csv"), ((*OWN, "--out", ".."), "what --data names, reviews.csv"),
     ((*OWN, "--out", "model"), "what --model names, model"), ((*OWN, "--out", "notes.txt"), "--out: notes.txt is a file"),
+    ((*OWN, "--data", "r\udce9.csv"), "--data: half of a pair of UTF-16, or bytes that are not UTF-8"),
 ])  # fmt: skip
 def test_options(options: tuple[str, ...], said: str, place: Path):
     some = ("--clients", "9") if "--clients" not in options and "column" not in options else ()
@@ -126,6 +127,8 @@ def test_options_that_would_be_passed_over(options: tuple[str, ...], place: Path
     ([row | {"mood": ""} for row in REVIEWS], OWN, "no row of train has a label, column 'mood'"),
     ([row | {"review": " "} for row in REVIEWS], OWN, "no row of train has a text, column 'review'"),
     (REVIEWS[:2], OWN, "2 rows with labels are too few"),
+    ([row | {"mood": "" if i < 30 else 2 * (i == 60) or i % 2} for i, row in enumerate(REVIEWS)],
+     ("--task", "sst2", "--text", "review", "--label", "mood"), "other.csv: train, row 61: column 'mood'"),
     ([row | {"who": ""} for row in REVIEWS],
      (*OWN, "--split", "column", "--client-column", "who"), "column 'who' is empty in all rows"),
     ([row | {"review": "x"} for row in REVIEWS], ("--task", "lm", "--text", "review"), "no client has a text of two tokens"),

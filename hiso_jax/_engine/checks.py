@@ -3,6 +3,7 @@
 import math
 import operator
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -79,6 +80,16 @@ def is_missing(value: Any) -> bool:
         return not isinstance(value, np.ndarray)
 
 
+def nfc(text: str) -> str:
+    """A text as texts are compared: what is one sign to a reader may be several to Unicode.
+
+    Example:
+      >>> nfc("e" + chr(0x301)) == chr(0xE9)
+      True
+    """
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
 def spell(value: Any) -> str | None:
     """The text of a label or name in data, without white space around it; None if it is missing.
 
@@ -143,10 +154,11 @@ def groups(argument: str, names: Iterable[Any]) -> dict[str, np.ndarray]:
       ValueError: an example has no name, or one that is no text, number or truth value.
     """
     own: dict[str, list[int]] = {}
+    first: dict[str, str] = {}
     for number, value in enumerate(names):
         if (name := spell(value)) is None:
             raise ValueError(f"{argument}: example {number} has none, got {value!r}")
-        own.setdefault(name, []).append(number)
+        own.setdefault(first.setdefault(nfc(name), name), []).append(number)
     return {name: np.array(numbers) for name, numbers in own.items()}
 
 

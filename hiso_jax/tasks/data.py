@@ -54,6 +54,7 @@ def read(
     path: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     columns: Sequence[str] = (),
     seed: int = 0,
+    names: Sequence[str] = (),
 ) -> Data:
     """Read a task's rows; ``docs/data.md`` has the rules.
 
@@ -67,10 +68,12 @@ def read(
         rows; None: the hub.
       columns: names, for CSV and TSV without a header line.
       seed: of random splits.
+      names: other columns whose values are text where they are there, such as clients' names.
 
     Raises:
       FileNotFoundError: nothing there.
-      ValueError: a column is missing, two files are of one split, or rows do not fit.
+      ValueError: a column is missing, two files are of one split, or rows do not fit; rows are
+        counted as they were given, whichever were left out or go to another split.
 
     Example:
       >>> rows = [{"text": f"film {i}", "y": i % 2} for i in range(20)] + [{"text": "?", "y": None}]
@@ -97,17 +100,23 @@ def read(
             )
     if "train" not in parts:
         raise ValueError(f"{where}: expected a split 'train', got {list(parts)}")
+    wanted = [*task.columns, task.label, *names]
+    parts = {name: _renamed(rows, wanted) for name, rows in parts.items()}
     for name, rows in parts.items():
         _check_columns(f"{where}: {name}", rows, task, name)
     missing = _missing_label(task, parts["train"])
     for name, rows in list(parts.items()):
-        kept = [row for i, row in enumerate(rows) if not missing(f"{where}: {name}", i, row)]
+        kept = []
+        for number, row in enumerate(rows, 1):
+            place = f"{where}: {name}, row {number}"
+            if not missing(place, row):
+                _check_row(place, row, task, names)
+                kept.append(row)
         if gone := len(rows) - len(kept):
             if not kept and name != "test":
                 raise ValueError(f"{where}: no row of {name} has a label, column {task.label!r}")
             what = f"rows {'has' if gone == 1 else 'have'} no {task.label}, left out"
             notes.append(f"{name}: {gone} of {len(rows)} {what}")
-        _check_rows(f"{where}: {name}", kept, task)
         read_by = task.columns if kept else []
         if read_by and all(_is_empty(row[c]) for row in kept for c in read_by):
             columns = ", ".join(map(repr, read_by))
@@ -190,6 +199,15 @@ def _joined(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
     return [row for rows in parts for row in rows]
 
 
+def _renamed(rows: Rows, wanted: Sequence[str]) -> Rows:
+    """The rows with columns as they are asked for, whichever way Unicode writes their accents."""
+    if not rows or all(column in rows[0] for column in wanted):
+        return rows
+    there = {checks.nfc(column): column for column in rows[0]}
+    new = {there.get(checks.nfc(c)): c for c in wanted if c not in rows[0]}
+    return [{new.get(column, column): value for column, value in row.items()} for row in rows]
+
+
 def _check_columns(where: str, rows: Rows, task: Task, name: str) -> None:
     if not rows:
         raise ValueError(f"{where} has no rows")
@@ -198,22 +216,23 @@ def _check_columns(where: str, rows: Rows, task: Task, name: str) -> None:
         raise ValueError(f"{where} lacks columns {missing}; it has {list(rows[0])}")
 
 
-def _missing_label(task: Task, train: Rows) -> Callable[[str, int, dict[str, Any]], bool]:
-    """A function (where, number, row) -> whether the row's label is missing.
+def _missing_label(task: Task, train: Rows) -> Callable[[str, dict[str, Any]], bool]:
+    """A function (place, row) -> whether the row's label is missing.
 
     -1 is how the hub writes a hidden label; it is one only if the task, or train, has it.
     """
     known = task.classes or [row[task.label] for row in train]
     minus = any(str(value).strip() in ("-1", "-1.0") for value in known)
 
-    def missing(where: str, number: int, row: dict[str, Any]) -> bool:
+    def missing(place: str, row: dict[str, Any]) -> bool:
         value = row.get(task.label)
         if not task.is_class:
             return checks.is_missing(value) or (not task.prompt and not str(value).strip())
         try:
             text = labels.spell(value)
         except ValueError as error:
-            raise ValueError(f"{where}, row {number + 1}: {task.label}: {error}") from None
+            raise ValueError(f"{place}: {task.label}: {error}") from None
+        check_text(f"{place}: {task.label}", text)
         return text is None or (text == "-1" and not minus)
 
     return missing
@@ -227,29 +246,36 @@ def check_text(where: str, value: Any) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{where}: half of a pair of UTF-16 in {value!r:.60}") from None
+            raise ValueError(f"{where}: half of a pair of UTF-16, or bytes that are not UTF-8, in "
+                             f"{value!r:.60}") from None  # fmt: skip
 
 
 def _is_empty(value: Any) -> bool:
     return checks.is_missing(value) or not str(value).strip()
 
 
-def _check_rows(where: str, rows: Rows, task: Task) -> None:
-    for number, row in enumerate(rows, 1):
-        for column in task.columns:
-            check_text(f"{where}, row {number}: {column}", row[column])
-        if task.is_class or task.label not in row:
-            continue
-        place = f"{where}, row {number}: {task.label}"
-        if task.metric == "perplexity":
-            check_text(place, row[task.label])
-            continue
-        try:
-            answers = answers_in(row[task.label])
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-        for answer in answers:
-            check_text(place, answer)
+def _check_row(place: str, row: dict[str, Any], task: Task, names: Sequence[str]) -> None:
+    for column in (*task.columns, *(name for name in names if name in row)):
+        check_text(f"{place}: {column}", row[column])
+    if task.is_class:
+        if task.values or task.label_descriptions or task.hub:  # else its labels are the data's
+            try:
+                task.label_of(row)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+        return
+    if task.label not in row:
+        return
+    place = f"{place}: {task.label}"
+    if task.metric == "perplexity":
+        check_text(place, row[task.label])
+        return
+    try:
+        answers = answers_in(row[task.label])
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    for answer in answers:
+        check_text(place, answer)
 
 
 def _complete(where: str, parts: dict[str, Rows], seed: int, notes: list[str]) -> dict[str, Rows]:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hiso_jax._engine import checks
 from hiso_jax.federation import Arrays
-from hiso_jax.tasks.data import SPELLINGS
+from hiso_jax.tasks.data import SPELLINGS, check_text
 
 DEV = 2_000
 """Training images at most that are held out for dev, where a data set has no dev split."""
@@ -201,8 +202,11 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name.lower() not in left)
 
 
-def _classes_of(folder: Path, notes: list[str]) -> dict[str, list[Path]]:
-    """The image files of each folder in a folder; deeper ones count for the one above."""
+def _classes_of(folder: Path, notes: list[str], names: dict[str, str]) -> dict[str, list[Path]]:
+    """The image files of each folder in a folder; deeper ones count for the one above.
+
+    Unicode writes one name in several ways: each is as it first was, which `names` remembers.
+    """
     entries = _visible(folder)
     if loose := [p.name for p in entries if p.is_file() and p.suffix.lower() in KINDS]:
         raise ValueError(
@@ -212,7 +216,9 @@ def _classes_of(folder: Path, notes: list[str]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     others: collections.Counter[str] = collections.Counter()
     for entry in filter(Path.is_dir, entries):
-        own, todo = [], [entry]
+        check_text(f"--data: {folder}: the name of a folder", entry.name)
+        name = names.setdefault(checks.nfc(entry.name), entry.name)
+        own, todo = found.get(name, []), [entry]
         while todo:
             for path in _visible(todo.pop()):
                 if path.is_dir() and not path.is_symlink():
@@ -221,7 +227,7 @@ def _classes_of(folder: Path, notes: list[str]) -> dict[str, list[Path]]:
                     own.append(path)
                 else:
                     others[path.suffix.lower() or path.name] += 1
-        found[entry.name] = sorted(own)
+        found[name] = sorted(own)
     if others:
         shown = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(4))
         notes.append(f"{folder.name}: files that are no images were not read: {shown}")
@@ -239,7 +245,9 @@ def of_folders(folder: Path, size: int) -> Images:
     """
     notes: list[str] = []
     where = _splits(folder, notes) or {"train": folder}
-    found = {part: _classes_of(path, notes) for part, path in where.items()}
+    names: dict[str, str] = {}
+    order = sorted(where, key=lambda part: part != "train")  # whose names are the classes
+    found = {part: _classes_of(where[part], notes, names) for part in order}
     classes = sorted(found["train"], key=_natural)
     if len(classes) < 2:
         what = f"only {classes[0]!r}" if classes else "none"

@@ -6,18 +6,22 @@ the same label here. Text stays text: "01" is not "1", and "NA" or "null" in a f
 
 import functools
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-from hiso_jax._engine.checks import spell
+from hiso_jax._engine.checks import nfc, spell
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 
 
 def key(text: str) -> str:
-    """By what labels are compared: their text, but True, true and TRUE are one."""
+    """By what labels are compared: their text, but True, true and TRUE are one.
+
+    So are the ways in which Unicode writes a letter with its accents.
+    """
     low = text.casefold()
-    return low if low in ("true", "false") else text
+    return low if low in ("true", "false") else nfc(text)
 
 
 def order(text: str) -> tuple[bool, float, str]:
@@ -43,6 +47,23 @@ def classes(values: Iterable[Any]) -> tuple[str, ...]:
         if (text := spell(value)) is not None:
             found.setdefault(key(text), text)
     return tuple(sorted(found.values(), key=order))
+
+
+def alike(known: Iterable[str]) -> list[str]:
+    r"""Notes on labels that differ in capitals, in signs that are not seen, or in form only.
+
+    Example:
+      >>> alike(["pos", "neg", "pos\u200b"])
+      ["labels 'pos' and 'pos\\u200b' are two classes, and look alike"]
+    """
+    first: dict[str, str] = {}
+    notes = []
+    for text in known:
+        bare = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+        bare = "".join(sign for sign in bare if unicodedata.category(sign) != "Cf").strip()
+        if (other := first.setdefault(bare, text)) != text:
+            notes.append(f"labels {other!r} and {text!r} are two classes, and look alike")
+    return notes
 
 
 @functools.lru_cache(64)

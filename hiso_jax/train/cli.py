@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import io
 import os
 import sys
 
@@ -44,8 +45,11 @@ def choose(program: str, commands: dict[str, str], more: str) -> list[str] | Non
     return [name, *rest]
 
 
-def main() -> None:
-    """Run the command that is named; each has its own --help."""
+def _run() -> None:
+    """Run the command that is named."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names need not be in the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     if sys.argv[1:] == ["--version"]:
         print("hiso_jax", importlib.metadata.version("hiso-jax"))
         return
@@ -65,3 +69,16 @@ def main() -> None:
         sys.exit(extras.needs(f"hiso {name}", str(error.name), "train"))
     sys.argv = [f"hiso {name}", *rest]
     job.cli()
+
+
+def main() -> None:
+    """Run the command that is named; each has its own --help.
+
+    Raises:
+      SystemExit: how it ended; 130 after Ctrl-C.
+    """
+    try:
+        _run()
+    except KeyboardInterrupt:  # before the command was there, or where it has nothing to say
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)

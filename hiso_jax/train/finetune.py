@@ -234,8 +234,6 @@ def _clients_of(options: Options, task: Task, rows: data.Rows) -> tuple[Any, lis
             raise ValueError(
                 f"--client-column: train has no column {column!r}, only {list(rows[0])}"
             )
-        for i, row in enumerate(rows):
-            data.check_text(f"--client-column: row {i + 1} of train", row[column])
         named = [i for i, row in enumerate(rows) if labels.spell(row[column]) is not None]
         if not named:
             raise ValueError(f"--client-column: column {column!r} is empty in all rows of train")
@@ -282,17 +280,15 @@ def _examples(options: Options, values: Sequence[Any] | None, rows: Any) -> _Exa
         # All modules in their own order, those without a training example left out.
         return _Examples(task, rows, splits.natural([r["client"] for r in rows["train"]]), [])
     metrics.check(task.metric)
-    found = data.read(task, options.data if rows is None else rows(task), options.columns, seed=0)
+    by = (options.client_column,) if options.split == "column" else ()
+    given = options.data if rows is None else rows(task)
+    found = data.read(task, given, options.columns, seed=0, names=by)
+    alike = []
     if task.is_class:
         task = _labels(task, *found.parts.values())
-        for name, rows in found.parts.items():
-            for i, row in enumerate(rows):
-                try:
-                    task.label_of(row)
-                except ValueError as error:
-                    raise ValueError(f"{name}, row {i + 1}: {error}") from None
+        alike = labels.alike(map(str, task.classes))
     own, told = _clients_of(options, task, found.parts["train"])
-    return _Examples(task, found.parts, own, [*found.notes, *told])
+    return _Examples(task, found.parts, own, [*found.notes, *alike, *told])
 
 
 def _length(options: Options, task: Task, model: models.Model) -> int:

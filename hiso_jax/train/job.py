@@ -291,7 +291,10 @@ def _picture_split(options: Options, problem: Problem) -> None:
         report.write_json(options.out / "labels.json", report.counts(problem))
     if not path.exists():
         labels = {n: clients[n]["label"] for n in clients.names if "label" in clients[n]}
-        report.draw_split(labels, clients.sizes, path, problem.classes)
+        try:
+            report.draw_split(labels, clients.sizes, path, problem.classes)
+        except (TypeError, ValueError) as error:  # names that no picture can have
+            report.fail(f"Not drawn: split.png: {error}")
 
 
 def rates_of(options: Options, learning_rates: dict[str, float]) -> dict[str, float]:

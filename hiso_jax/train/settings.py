@@ -15,6 +15,7 @@ import jax
 
 from hiso_jax import directions
 from hiso_jax._engine import checks, extras
+from hiso_jax.tasks.data import check_text
 from hiso_jax.train import logs, report, selecting
 from hiso_jax.train.report import console
 
@@ -306,10 +307,16 @@ def check(options: Options) -> None:
 
 
 def check_out(options: Options) -> None:
-    """Raise unless the run's folder is its own: what is in it may be moved aside."""
+    """Raise unless the run's folder is its own: what is in it may be moved aside.
+
+    Raises:
+      ValueError: it is not; or a path is no text, for it was written in bytes that are not UTF-8.
+    """
     out = options.out.resolve()
     if out == Path().resolve():
         raise ValueError(f"--out: expected a folder of its own, got {str(options.out)!r}")
+    for name in ("out", *MOVABLE):
+        check_text(f"--{name}", str(getattr(options, name, "")))  # pictures and pages have it
     for name in MOVABLE if options.resume is None else ():
         value = getattr(options, name, None)
         if value is not None and os.path.exists(value):  # a model may be on the hub
