@@ -126,6 +126,13 @@ def test_a_loss_that_nobody_is_told_is_not_drawn(run: Path):
     assert [page.rounds_of(x).count("<svg") for x in (rows, untold)] == [2, 1]
 
 
+def test_many_clients_are_drawn_as_one():
+    """Ten have bars and names; of thousands, all that were asked alike are one step."""
+    few, many = ([{"clients": range(n)}, {"clients": range(n // 2)}] for n in (10, 20_000))
+    assert page.participation(few).count("clip-path") > 10
+    assert len(page.participation(many)) < 50_000
+
+
 def test_without_what_not_every_run_has(run: Path):
     for name in ("labels.json", "answers.json", "split.png"):
         (run / name).unlink()

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from hiso_jax.tasks import text_problem
 from hiso_jax.tasks.prompts import TASKS, Task
-from hiso_jax.train import digits, finetune, notes, report
+from hiso_jax.train import digits, finetune, images, llm, notes, report
 from hiso_jax.train import settings as kept
 from tests.helpers import REVIEWS, refuse
 
@@ -164,17 +164,18 @@ def test_a_tokenizer_of_another_model(place: Path, tiny: Path):
     assert "the model has 300 rows" in refused("--data", FILE, *OWN, "--clients", "9")
 
 
-def test_a_file_of_numbers_for_weights(place: Path):
-    """Weights that overflow say so before a run, instead of an accuracy."""
+def test_a_file_of_numbers_for_weights(place: Path, capsys: pytest.CaptureFixture[str]):
+    """Weights that overflow say so before a run, instead of an accuracy; notes come before that."""
     problem = digits.digits(5)
     broken = problem._replace(params=jax.tree.map(lambda x: x * np.nan, problem.params))
     out = place / "new[1]"
-    options = digits.Options(out=out, rounds=2, clients=5, clients_per_round=2)
+    options = digits.Options(out=out, rounds=2, clients=5, clients_per_round=2, delta=1e-6)
     from hiso_jax.train import job
 
     with pytest.raises(SystemExit) as end:
         job.run(options, broken, digits.LEARNING_RATES)
     assert end.value.code == 1 and not out.exists()
+    assert "Note: --delta is used with --epsilon only" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options, said", [
@@ -315,6 +316,15 @@ def test_what_has_no_effect_is_said():
         "--alpha is used with --split dirichlet only", "--lora-rank is used with --train lora only",
     ]  # fmt: skip
     assert notes.not_used(finetune.Options(alpha=0.3, train="lora", lora_rank=2)) == []
+    for options, names in (
+        (digits.Options(delta=1e-6, upper_layers=(2,), alpha=0.3, clients=5), "upper-layers delta"),
+        (finetune.Options(clients=5, split="column", data=Path("x")), "clients"),
+        (images.Options(lora_rank=3, lora_alpha=5.0), "lora-rank lora-alpha"),
+        (llm.Options(beside="fedavg", compare=True), "beside"),
+        (llm.Options(beside="fedavg", upper_directions=(3,), upper_layers=(2,)), ""),
+    ):
+        assert [note.split()[0][2:] for note in notes.not_used(options)] == names.split()
+    assert len(notes.not_used_by_encoders(finetune.Options(answers=5, room=16))) == 2
 
 
 def test_many_clients_of_a_column_take_time_in_proportion(monkeypatch: pytest.MonkeyPatch):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
-from hiso_jax.train import digits, folders, logs, report, settings, watch
+from hiso_jax.train import digits, folders, logs, progress, report, settings, watch
 from tests.helpers import here, refuse
 from tests.helpers import rows as rows_of
 
@@ -253,3 +253,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, what: str):
 def test_a_loss_that_nobody_is_told_is_unknown(tmp_path: Path):
     line = watch.line(watch.Part(tmp_path, rows(2)), {"rounds": 8})
     assert "round 2/8  loss unknown  dev 20.0%" in line and "None" not in line
+
+
+@pytest.mark.parametrize("width, most", [(40, 3), (80, 3), (200, 1)])
+def test_figures_beside_a_bar_are_read_in_any_terminal(width: int, most: int):
+    """In a narrow one there is no bar: beside it figures were a column of four letters."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=True)
+    bar = progress.progress(console)
+    status = "loss 0.650  dev 76.9%  32.7 rounds/s  up 16.0 kB  down 144.2 kB"
+    bar.add_task("DeComFL", total=300, completed=100, status=status)
+    lines = console.render_lines(bar.get_renderable())  # pyright: ignore
+    assert len(lines) <= most

@@ -370,7 +370,8 @@ def build(
     if task.metric != "perplexity":  # whose text is dealt out in pieces, none is lost
         lost = "end" if encoder and not masked else "beginning"
         told = [*told, *notes.cut(built.clients.columns, length, lost)]
-    told = [*notes.beside(model.source), *notes.not_used(options), *told]
+    unused = notes.not_used_by_encoders(options) if encoder else []
+    told = [*notes.beside(model.source), *unused, *told]
     return built._replace(notes=(*told, *built.notes), classes=classes)
 
 

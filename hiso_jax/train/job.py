@@ -327,6 +327,7 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
                     raise ValueError(f"--{name}: {unmasked[0]} sends models, and it is for scalars")
         settings.check_out(options)
         settings.check_clients(options, len(problem.clients))
+        unused = notes.not_used(options) if saved is None else []
         options = depth.settle(options, problem)
         problem = selecting.settle(options, problem)
         for method, rate in rates.items():
@@ -340,7 +341,7 @@ def run(options: Options, problem: Problem, learning_rates: dict[str, float]) ->
         for name in methods.not_used(options):
             title, option = methods.title(options.method), name.replace("_", "-")
             report.say(f"Note: {title} does not use --{option}", style="yellow")
-        for note in notes.untuned(options):
+        for note in (*unused, *notes.untuned(options)):
             report.say(f"Note: {note}", style="yellow")
         made_of = resume.made_of(problem)
         if saved and (other := [k for k, v in made_of.items() if saved.get(k, v) != v]):

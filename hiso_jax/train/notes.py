@@ -1,24 +1,45 @@
 """What people are told of a fine-tuning before it begins: what of data and options is not used."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_WITH = {"alpha": ("split", "dirichlet")} | {
-    f"lora_{name}": ("train", "lora") for name in ("rank", "alpha", "targets")
-}
-"""Options that are used where another has a value."""
+_LORA = ("with --train lora only", lambda options: options.train == "lora")
+_USED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    # A job that does not ask how examples are split does it by alpha.
+    "alpha": ("with --split dirichlet only",
+              lambda options: getattr(options, "split", "dirichlet") == "dirichlet"),
+    "clients": ("without --split column only",
+                lambda options: getattr(options, "split", None) != "column"),
+    "lora_rank": _LORA,
+    "lora_alpha": _LORA,
+    "lora_targets": _LORA,
+    "upper_layers": ("with --upper-directions only",
+                     lambda options: options.upper_directions not in ((), "auto")),
+    "delta": ("with --epsilon only", lambda options: options.epsilon is not None),
+    "beside": ("without --compare only", lambda options: not options.compare),
+}  # fmt: skip
+"""Options of all jobs that have no effect everywhere: how, and where they have."""
+_WRITES = ("answers", "room")
+"""Options that have none where the model is an encoder."""
 
 
 def not_used(options: Any) -> list[str]:
-    """Notes on options that are not the job's defaults and change nothing."""
-    default = type(options)()
-    return [
-        f"--{name.replace('_', '-')} is used with --{other} {value} only"
-        for name, (other, value) in _WITH.items()
-        if getattr(options, name) != getattr(default, name) and getattr(options, other) != value
-    ]
+    """Notes on options, of any job, that are not its defaults and change nothing."""
+    return [f"--{name.replace('_', '-')} is used {how}" for name, (how, is_used) in _USED.items()
+            if _given(options, name) and not is_used(options)]  # fmt: skip
+
+
+def not_used_by_encoders(options: Any) -> list[str]:
+    """The same where the model does not write."""
+    return [f"--{name} is used by models that write, and an encoder does not"
+            for name in _WRITES if _given(options, name)]  # fmt: skip
+
+
+def _given(options: Any, name: str) -> bool:
+    return getattr(options, name, None) != getattr(type(options)(), name, None)
 
 
 def untuned(options: Any) -> list[str]:

@@ -118,10 +118,15 @@ def participation(rows: Sequence[Mapping[str, Any]]) -> str:
     names = sorted(asked, key=lambda name: (-asked[name], name))
     picture = report.blank(12, 2.6)
     axis = picture.subplots()
-    axis.bar(range(len(names)), [asked[name] for name in names])
     if len(names) <= CLIENTS:
+        axis.bar(range(len(names)), [asked[name] for name in names])
         shown = [name if len(name) < 15 else f"{name[:12]}..." for name in names]
         axis.set_xticks(range(len(names)), shown, rotation=90, fontsize=6, parse_math=False)
+    else:  # a step for all that were asked alike: bars of many clients take minutes, and megabytes
+        alike = Counter(asked.values())
+        heights = sorted(alike, reverse=True)
+        ends = np.cumsum([0, *(alike[height] for height in heights)])
+        axis.stairs(heights, ends - 0.5, fill=True)
     axis.set(xlabel=f"{len(names)} clients", ylabel="rounds asked")
     return svg(report.framed(picture))
 

@@ -10,6 +10,8 @@ from rich.table import Column
 
 EVERY = 10.0
 """Seconds between lines."""
+WIDE = 80
+"""Columns of a terminal that has room for a bar and the time that is left, beside the figures."""
 
 
 def duration(seconds: float) -> str:
@@ -110,12 +112,13 @@ def progress(console: Console, count: str = "{task.completed}/{task.total}") -> 
     """A bar that keeps a line of figures beside it; lines where there is no terminal."""
     if not console.is_terminal:
         return Lines(console)
+    wide = console.width >= WIDE
     return Progress(
         TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(bar_width=20),
+        *([BarColumn(bar_width=20)] if wide else []),
         TextColumn(count),
-        # On a narrow terminal the figures are continued on the next line.
+        # What does not fit is continued on the next line.
         TextColumn("{task.fields[status]}", markup=False, table_column=Column(overflow="fold")),
-        TimeRemainingColumn(),
+        *([TimeRemainingColumn()] if wide else []),
         console=console,
     )
