@@ -166,9 +166,10 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: Any, capsys: pytest.Ca
 
     assert "site prepare a machine's startup kit" in hiso()
     assert "expected one of site, job, run, got 'jbo'" in hiso("jbo")
-    out = tmp_path / "job"
+    out = tmp_path / "a job"
     given = ("--text", "review", "--labels", "down", "up", "--out", str(out), "--rounds", "4")
-    assert "exit 0" in hiso("job", *given, "--model", "MODEL") and out.is_dir()
+    said = hiso("job", *given, "--model", "MODEL")
+    assert f"hiso nvflare run '{out}' KIT exit 0" in said and out.is_dir()
     assert "exists; nothing is written over exit 1" in hiso("job", *given)
     kit = tmp_path / "kit"
     assert "no startup kit of NVFlare" in hiso("site", str(kit))

@@ -223,7 +223,7 @@ def test_upper_directions_with_a_new_classifier(small_vit: Path):
 
 
 def test_options_that_do_not_fit_are_refused(idx: Path, small_vit: Path, tmp_path: Path):
-    data = ("--data", str(idx))
+    data = ("--data", str(idx), "--learning-rate", "1e-3")
     for arguments, text in (
         (("--train", "top"), "--train: expected all, head, norms, biases, lora or last-N, got 'top'"),
         (("--train", "head"), "--train: the small network has nothing pretrained"),
@@ -234,7 +234,7 @@ def test_options_that_do_not_fit_are_refused(idx: Path, small_vit: Path, tmp_pat
         (("--model", str(small_vit), "--train", "last-9"), "--train: expected last-1 to last-4"),
         (("--model", str(small_vit), "--train", "lora", "--lora-targets", "q_proj"),
          "--train lora: targets: expected some of"),
-        (("--learning-rate", "1e-3", "--method", "sgd"), "--method"),
+        (("--method", "sgd"), "--method"),
     ):  # fmt: skip
         said = refuse("images", *data, *arguments, "--out", str(tmp_path / "run"))
         assert text in said and "exit 1" in said, said

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -199,4 +200,5 @@ def cli() -> None:
     options = tyro.cli(Options, args=settings.modern(rest))
     with report.door():
         out = write(options)
-    report.say("Written to ", f"{out}/", ". To run it: hiso nvflare run ", f"{out}", " KIT")
+    command = shlex.quote(str(out))
+    report.say("Written to ", f"{out}/", ". To run it: hiso nvflare run ", command, " KIT")
