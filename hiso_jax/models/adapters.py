@@ -54,6 +54,31 @@ def label_embeddings(
     return unit(embed(model.params, tokens(tokenizer, sentences, length)))
 
 
+def trained_beside(model: models.Model, kind: str) -> dict[str, np.ndarray]:
+    """What a run left beside the weights of its model: the arrays of a file called after the kind.
+
+    Raises:
+      FileNotFoundError: the file is not there.
+    """
+    path = Path(model.source or "") / f"{kind}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there, which the run trained beside the weights")
+    return load_file(path)
+
+
+def label_embeddings_of(model: models.Model, count: int) -> jax.Array:
+    """The label embeddings [labels, D] that a run left beside its model.
+
+    Raises:
+      ValueError: they are not of so many labels.
+    """
+    labels = trained_beside(model, "labels")["labels"]
+    if len(labels) != count:
+        raise ValueError(f"{model.source}: labels.safetensors has {len(labels)} labels, expected "
+                         f"{count}")  # fmt: skip
+    return jnp.asarray(labels)
+
+
 class Subset(NamedTuple):
     """What of a decoder is trained."""
 
@@ -66,7 +91,12 @@ class Subset(NamedTuple):
 
 
 def subset_of(
-    model: models.Model, train: str, rank: int, alpha: float, targets: Sequence[str]
+    model: models.Model,
+    train: str,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    tuned: bool = False,
 ) -> Subset:
     """The subset that ``--train`` names.
 
@@ -74,8 +104,10 @@ def subset_of(
       model: a decoder.
       train: ``"all"``, ``"norms"``, ``"biases"``, ``"lora"``, ``"last-N"`` or ``"prefix-N"``.
       rank, alpha, targets: of LoRA.
+      tuned: the model is what a run left: a prefix lies beside it, all else is in its weights.
     """
     kind, _, count = train.partition("-")
+    kind = "all" if tuned and kind != "prefix" else kind
     none = lambda params: None  # noqa: E731
     if kind in subsets.MASKS:
         same = lambda params: params  # noqa: E731
@@ -94,7 +126,11 @@ def subset_of(
         whole = lambda p: subsets.merge_last(p["base"], p["last"])  # noqa: E731
     else:
         adapter["tokens"] = prefix_tokens(model, int(count))
-        start = jax.jit(model.prefix)(model.params, jnp.array(adapter["tokens"], jnp.int32))
+        if tuned:
+            left = trained_beside(model, "prefix")
+            start = jnp.asarray(left["keys"]), jnp.asarray(left["values"])
+        else:
+            start = jax.jit(model.prefix)(model.params, jnp.array(adapter["tokens"], jnp.int32))
         zeros = dict(zip(("keys", "values"), map(jnp.zeros_like, start), strict=True))
         prefix = lambda p: (start[0] + p["prefix"]["keys"], start[1] + p["prefix"]["values"])  # noqa: E731
     params, trainable = {"base": model.params, kind: zeros}, {"base": False, kind: True}

@@ -6,7 +6,6 @@ configuration, which is never sent.
 """
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -238,6 +237,7 @@ def finetune(given: Mapping[str, Any], local: Local) -> Party:
       ValueError: the site has no data in its own file; or what is wrong with data and model.
       PermissionError: the method is a function that this machine does not let jobs name.
     """
+    from hiso_jax.tasks import data
     from hiso_jax.train import finetune as job
     from hiso_jax.train import job as jobs
     from hiso_jax.train import methods, resume, settings
@@ -253,7 +253,7 @@ def finetune(given: Mapping[str, Any], local: Local) -> Party:
     options = job.Options(**own)
     if ":" in (method := methods.parse(options.method)[0]):
         local.check_function(method, "--method")
-    rows = functools.partial(_made_up, count=1) if local.site is None else None
+    rows = data.made_up if local.site is None else None  # the server has none
     problem = job.build(options, labels, rows).at_most(options.eval_examples)
     (rate,) = jobs.rates_of(options, job.LEARNING_RATES).values()
     algorithm: Any = jobs.algorithm(options, problem, rate)
@@ -277,14 +277,6 @@ def finetune(given: Mapping[str, Any], local: Local) -> Party:
     about |= {} if problem.adapter is None else {"train": problem.adapter}
     site = local.site is not None
     return Party(algorithm, begin, batches if site else None, finish, about)
-
-
-def _made_up(task: Any, count: int) -> dict[str, Any]:
-    """Rows for the server, which has no data and computes no loss: one of each label."""
-    words = {column: "some words" for column in task.columns}
-    values = task.classes if task.is_class else ["some words"] * count
-    rows = [words | {task.label: value} for value in values]
-    return {name: rows for name in ("train", "dev", "test")}
 
 
 def _measure(folder: Path, problem: Any, state: State) -> None:

@@ -94,10 +94,7 @@ def read(
         parts = {name: _joined(own, columns) for name, own in files.items()}
     else:
         where, parts = str(path), {"train": read_file(path, columns)}
-        if (part := _SHARD.fullmatch(Path(path).stem)) and int(part[3]) > 1:
-            notes.append(
-                f"{Path(path).name} is one of {int(part[3])} parts, the others are not read"
-            )
+        notes = _one_of_parts(Path(path))
     if "train" not in parts:
         raise ValueError(f"{where}: expected a split 'train', got {list(parts)}")
     wanted = [*task.columns, task.label, *names]
@@ -117,12 +114,71 @@ def read(
                 raise ValueError(f"{where}: no row of {name} has a label, column {task.label!r}")
             what = f"rows {'has' if gone == 1 else 'have'} no {task.label}, left out"
             notes.append(f"{name}: {gone} of {len(rows)} {what}")
-        read_by = task.columns if kept else []
-        if read_by and all(_is_empty(row[c]) for row in kept for c in read_by):
-            columns = ", ".join(map(repr, read_by))
-            raise ValueError(f"{where}: no row of {name} has a text, column {columns}")
+        _check_texts(f"{where}: no row of {name}", kept, task)
         parts[name] = kept
     return Data(_complete(where, parts, seed, notes), tuple(notes))
+
+
+class New(NamedTuple):
+    """Rows to be labeled."""
+
+    rows: Rows
+    numbers: list[int | None]  # of each row's label, None where it has none
+    notes: tuple[str, ...]
+
+
+def read_new(task: Task, path: str | os.PathLike[str], columns: Sequence[str] = ()) -> New:
+    r"""Read the rows of one file to be labeled; they may have labels or not.
+
+    Args:
+      task: with classes; names the columns that must be there.
+      path: of the file, as `read_file` reads it.
+      columns: names, for CSV and TSV without a header line.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      ValueError: a column is missing, rows do not fit, or a label is none of the task's.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "new.jsonl"
+      >>> _ = path.write_text('{"text": "a joy", "y": 1}\n{"text": "a bore", "y": null}')
+      >>> read_new(Task("{text}", label="y", verbalizer=("bad", "good")), path).numbers
+      [1, None]
+    """
+    where, rows = str(path), _renamed(read_file(path, columns), [*task.columns, task.label])
+    _check_columns(where, rows, task, "test")  # of which labels may be missing
+    missing, numbers = _missing_label(task, rows), []
+    for number, row in enumerate(rows, 1):
+        place = f"{where}, row {number}"
+        for column in task.columns:
+            check_text(f"{place}: {column}", row[column])
+        try:
+            numbers.append(None if missing(place, row) else task.label_of(row))
+        except ValueError as error:
+            hint = "without that column no label is looked at"
+            raise ValueError(f"{place}: {error}; {hint}") from None
+    _check_texts(f"{where}: no row", rows, task)
+    return New(rows, numbers, tuple(_one_of_parts(Path(path))))
+
+
+def made_up(task: Task) -> dict[str, Rows]:
+    """Rows of all splits for whoever has no data and computes no loss: one of each label.
+
+    Example:
+      >>> made_up(Task("{text}", label="y", verbalizer=("bad", "good")))["train"]
+      [{'text': 'some words', 'y': 0}, {'text': 'some words', 'y': 1}]
+    """
+    words: dict[str, Any] = {column: "some words" for column in task.columns}
+    values = task.classes if task.is_class else ["some words"]
+    rows = [words | {task.label: value} for value in values]
+    return {name: rows for name in SPELLINGS}
+
+
+def _one_of_parts(path: Path) -> list[str]:
+    """A note if a file is one of several, as the hub writes them."""
+    count = int(part[3]) if (part := _SHARD.fullmatch(path.stem)) else 1
+    return [f"{path.name} is one of {count} parts, the others are not read"] if count > 1 else []
 
 
 def split_files(folder: str | os.PathLike[str]) -> tuple[dict[str, list[Path]], list[str]]:
@@ -276,6 +332,12 @@ def _check_row(place: str, row: dict[str, Any], task: Task, names: Sequence[str]
         raise ValueError(f"{place}: {error}") from None
     for answer in answers:
         check_text(place, answer)
+
+
+def _check_texts(what: str, rows: Rows, task: Task) -> None:
+    read_by = task.columns if rows else []
+    if read_by and all(_is_empty(row[c]) for row in rows for c in read_by):
+        raise ValueError(f"{what} has a text, column {', '.join(map(repr, read_by))}")
 
 
 def _complete(where: str, parts: dict[str, Rows], seed: int, notes: list[str]) -> dict[str, Rows]:

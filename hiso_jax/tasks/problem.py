@@ -54,6 +54,9 @@ class Problem(NamedTuple):
     # (params, batch) -> what `hiso_jax.federation.Select` looks at; the loss of such a problem
     # multiplies each example's by the column ``importance``, where there is one
     examples: Callable[[Any, Any], dict[str, jax.Array]] | None = None
+    # of texts with classes: rows -> columns of a batch, and (params, batch) -> [B, labels]
+    columns: Callable[[list[dict[str, Any]]], Arrays] | None = None
+    logits: Callable[[Any, Any], jax.Array] | None = None
 
     def at_most(self, count: int) -> "Problem":
         """The problem with so many examples of dev and of test, drawn at random; 0: with all."""
@@ -133,19 +136,22 @@ def classification(logits_fn: Callable[[Any, Any], jax.Array]) -> tuple[Any, Any
 
 def by_features(
     features: Callable[[Any, Any], jax.Array], head: Callable[[Any, jax.Array], jax.Array]
-) -> tuple[Any, Any, Any]:
-    """`classification`, and what `Problem.examples` gives, of logits that are made of features.
+) -> tuple[Any, Any, Any, Any]:
+    """`classification` of logits that are made of features, with `Problem.examples` and `logits`.
 
     Args:
       features: ``(params, batch) -> [B, D]``.
       head: ``(params, [B, D]) -> logits [B, labels]``.
     """
 
+    def logits(params: Any, batch: Any) -> jax.Array:
+        return head(params, features(params, batch))
+
     def examples(params: Any, batch: Any) -> dict[str, jax.Array]:
         x = features(params, batch)
         return looked_at(x, head(params, x), batch)
 
-    return *classification(lambda p, batch: head(p, features(p, batch))), examples
+    return *classification(logits), examples, logits
 
 
 def language(

@@ -36,6 +36,7 @@ class Material(NamedTuple):
     model: models.Model
     tokenizer: Any  # the model's
     length: int  # tokens a text is cut to
+    tuned: bool = False  # the model is what a run left, with files beside its weights
 
 
 def upper_of(
@@ -79,7 +80,7 @@ def encoder_problem(material: Material) -> Problem:
     is trained is their difference to the start, so that the run begins at the published
     weights and zeros: whoever has those needs nothing more to replay it.
     """
-    name, task, rows, own, model, tokenizer, length = material
+    name, task, rows, own, model, tokenizer, length, tuned = material
 
     def columns(rows: Rows) -> Arrays:
         labels = np.array([task.label_of(row) for row in rows], np.int32)
@@ -88,9 +89,12 @@ def encoder_problem(material: Material) -> Problem:
 
     embed = functools.partial(adapters.sentence_embedding, model)
     sentences = task.label_descriptions or task.verbalizer or ()
-    labels = adapters.label_embeddings(model, tokenizer, sentences, length)
+    if tuned:
+        labels = adapters.label_embeddings_of(model, len(sentences))
+    else:
+        labels = adapters.label_embeddings(model, tokenizer, sentences, length)
 
-    def logits_fn(params: Any, batch: Any, begin: int) -> jax.Array:
+    def logits_fn(params: Any, batch: Any, begin: int = 0) -> jax.Array:
         return (
             SCALE * unit(embed(params["encoder"], batch, begin)) @ unit(labels + params["labels"]).T
         )
@@ -121,12 +125,14 @@ def encoder_problem(material: Material) -> Problem:
         upper=upper_of(model, lambda params: params["encoder"], losses, "encoder/", ("labels",)),
         adapter={"kind": "labels", "sentences": list(sentences), "length": length},
         examples=examples,
+        columns=columns,
+        logits=logits_fn,
     )
 
 
 def masked_problem(material: Material) -> Problem:
     """Classify by the word that an encoder's own head puts in the place of a mask."""
-    name, task, rows, own, model, tokenizer, length = material
+    name, task, rows, own, model, tokenizer, length, _ = material
     if tokenizer.mask_token_id is None:
         raise ValueError(
             f"{model.source}: its tokenizer has no mask, whose place the word is told by"
@@ -154,7 +160,7 @@ def masked_problem(material: Material) -> Problem:
     losses = lambda begin: problem.by_features(  # noqa: E731
         lambda p, batch: at_mask(p, batch, begin), lambda p, x: model.head(p, x, tokens)
     )
-    loss_fn, score, examples = losses(0)
+    loss_fn, score, examples, logits = losses(0)
     columns = functools.partial(text.masked, task, tokenizer, length=length)
     return Problem(
         name=name,
@@ -170,6 +176,8 @@ def masked_problem(material: Material) -> Problem:
         lazy=True,
         upper=upper_of(model, lambda params: params, losses),
         examples=examples,
+        columns=columns,
+        logits=logits,
     )
 
 
@@ -236,8 +244,8 @@ def decoder_problem(
       rank, alpha, targets: of LoRA.
       shown: test examples that answers are written for, to be looked at.
     """
-    name, task, rows, own, model, tokenizer, length = material
-    subset = adapters.subset_of(model, train, rank, alpha, targets)
+    name, task, rows, own, model, tokenizer, length, tuned = material
+    subset = adapters.subset_of(model, train, rank, alpha, targets, tuned)
     whole, prefix, notes = subset.whole, subset.prefix, []
 
     def hidden(params: Any, batch: Any, begin: int) -> jax.Array:
@@ -288,7 +296,7 @@ def decoder_problem(
         shared, firsts = text.word_tokens(task, tokenizer)
         tokens = jnp.asarray(firsts)
 
-        def losses(begin: int) -> tuple[Any, Any, Any]:
+        def losses(begin: int) -> tuple[Any, Any, Any, Any]:
             states = lambda p, b: hidden(p, b, begin)[:, -1]  # noqa: E731
             return problem.by_features(states, lambda p, x: head(p, x, tokens))
 
@@ -296,12 +304,12 @@ def decoder_problem(
     else:
         last = None if task.metric == "perplexity" else room
 
-        def losses(begin: int) -> tuple[Any, Any, Any]:
-            return problem.language(lambda p, b: hidden(p, b, begin), head, last)
+        def losses(begin: int) -> tuple[Any, Any, Any, Any]:
+            return *problem.language(lambda p, b: hidden(p, b, begin), head, last), None
 
         each = {n: columns([rows["train"][i] for i in picks]) for n, picks in own.items()}
         own_columns = Clients(_with_text(each, task.label, notes))
-    loss_fn, score, examples = losses(0)
+    loss_fn, score, examples, logits = losses(0)
     held = {name: columns(rows[name]) for name in ("dev", "test")}
     if empty := [name for name, arrays in held.items() if not len(arrays["input_ids"])]:
         raise ValueError(f"{task.label}: {empty[0]} has no text of two tokens to measure on")
@@ -324,4 +332,6 @@ def decoder_problem(
         notes=tuple(notes),
         adapter=subset.adapter,
         examples=examples,
+        columns=columns,
+        logits=logits,
     )

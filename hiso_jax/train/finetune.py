@@ -158,8 +158,13 @@ def _check_words(options: Options) -> None:
                          f"got {options.verbalizer}; {instead}")  # fmt: skip
 
 
-def task_of(options: Options) -> Task:
-    """The task that the options name, with their columns, prompt and words in its place."""
+def task_of(options: Options, values: Sequence[Any] | None = None) -> Task:
+    """The task that the options name, with their columns, prompt and words in its place.
+
+    Args:
+      options: of the job.
+      values: of the label, where the task does not know them; None: they come from the data.
+    """
     check(options)
     if options.task == "docstrings" and options.data is None:
         return DOCSTRINGS
@@ -172,7 +177,8 @@ def task_of(options: Options) -> Task:
             )
         label = options.label or "label"
         shown = f"{prompts.field(options.text or '')}\n{prompts.literal(label)}:"
-        task = Task(options.prompt or shown, label=label)
+        known = None if values is None else tuple(values)
+        task = Task(options.prompt or shown, label=label, values=known)
     elif options.task in prompts.TASKS:
         task = prompts.TASKS[options.task]
         if options.verbalizer and len(options.verbalizer) != len(task.classes):
@@ -269,10 +275,8 @@ class _Examples(NamedTuple):
 
 def _examples(options: Options, values: Sequence[Any] | None, rows: Any) -> _Examples:
     """Read the data and give the training rows to clients."""
-    task = task_of(options)
-    if values is not None and task.is_class and not task.hub:
-        task = task._replace(values=tuple(values))
-    if task is DOCSTRINGS:
+    task = task_of(options, values)
+    if task is DOCSTRINGS and rows is None:
         examples = [e._asdict() for e in docstrings.load()]
         parts = splits.train_dev_test(len(examples), seed=0)
         names = ("train", "dev", "test")
@@ -287,7 +291,9 @@ def _examples(options: Options, values: Sequence[Any] | None, rows: Any) -> _Exa
     if task.is_class:
         task = _labels(task, *found.parts.values())
         alike = labels.alike(map(str, task.classes))
-    own, told = _clients_of(options, task, found.parts["train"])
+    train = found.parts["train"]
+    alone = {"client 0": np.arange(len(train))}  # rows that stand in for data are not split
+    own, told = _clients_of(options, task, train) if rows is None else (alone, [])
     return _Examples(task, found.parts, own, [*found.notes, *alike, *told])
 
 
@@ -317,6 +323,7 @@ def build(
     options: Options,
     values: Sequence[Any] | None = None,
     rows: Callable[[Task], Any] | None = None,
+    tuned: Path | None = None,
 ) -> Problem:
     """Read data and model; give the examples to clients.
 
@@ -324,12 +331,14 @@ def build(
       options: of the job.
       values: of the label, for a part of the data that may lack some; by default those there are.
       rows: ``task -> rows`` in place of what ``options.data`` names.
+      tuned: the ``model`` folder that a run left, to predict with: it takes the place of the
+        model, and what lies beside its weights that of what is trained.
 
     Raises:
       OSError, ValueError: what is wrong with options, files or checkpoint, in one line.
     """
     task, parts, own, told = _examples(options, values, rows)
-    folder = Path(options.model) if options.model else bundled_model()
+    folder = tuned or (Path(options.model) if options.model else bundled_model())
     tokenizer = models.load_tokenizer(models.folder_of(folder))
     model = models.from_pretrained(folder, jnp.dtype(options.dtype))
     size = sum(x.size for x in jax.tree.leaves(model.params))
@@ -353,7 +362,9 @@ def build(
             prompt=options.prompt or "{text}\nTopic:",
             verbalizer=options.verbalizer or task.verbalizer,
         )
-    material = text_problem.Material(title, task, parts, own, model, tokenizer, length)
+    material = text_problem.Material(
+        title, task, parts, own, model, tokenizer, length, tuned is not None
+    )
     masked = model.has_head and task.verbalizer is not None
     if encoder and masked:
         built = text_problem.masked_problem(material)

@@ -70,6 +70,12 @@ def alone(folder: Path, patience: float = 0.0) -> Iterator[None]:
         yield
 
 
+def find(folder: Path, name: str) -> Path | None:
+    """A file of a run; where several methods are in one folder, what they share is above."""
+    places = (folder / name, folder.parent / name)
+    return next((path for path in places if path.is_file()), None)
+
+
 def make_room(out: Path) -> None:
     """Move a run that is in the folder aside."""
     if any((out / name).exists() for name in ("options.json", "metrics.jsonl", "ledger.sqlite")):

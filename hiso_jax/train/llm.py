@@ -86,7 +86,7 @@ LEARNING_RATES = {"rms": 1.6e-2, "fedadam": 1.25e-4}
 """By dev loss in experiments/grids/llm.toml, one seed: the best, or 0.01 above it (`rms`)."""
 
 
-def _of_task(options: Options) -> Options:
+def of_task(options: Options) -> Options:
     """The options, without the docstrings' prompt and words if the task is another."""
     if options.task == "docstrings" and options.data is None:
         return options
@@ -97,13 +97,13 @@ def _of_task(options: Options) -> Options:
 
 def check(options: Options) -> None:
     """Raise unless the options fit together; the message names the option."""
-    finetune.check(_of_task(options))
+    finetune.check(of_task(options))
 
 
 def build(options: Options) -> Problem:
     """Read data and model; give the examples to clients."""
     model = options.model or str(bundled_model())
-    return finetune.build(dataclasses.replace(_of_task(options), model=model))
+    return finetune.build(dataclasses.replace(of_task(options), model=model))
 
 
 def cli() -> None:

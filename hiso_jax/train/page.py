@@ -17,6 +17,7 @@ import numpy as np
 
 from hiso_jax._engine import files
 from hiso_jax.train import report
+from hiso_jax.train.folders import find
 from hiso_jax.train.methods import sends_models, title
 
 STYLE = """
@@ -131,12 +132,6 @@ def participation(rows: Sequence[Mapping[str, Any]]) -> str:
     return svg(report.framed(picture))
 
 
-def _of(folder: Path, name: str) -> Path | None:
-    """A file of a run; where several methods are in one folder, what they share is above."""
-    places = (folder / name, folder.parent / name)
-    return next((path for path in places if path.is_file()), None)
-
-
 def _json(path: Path | None) -> Any:
     return json.loads(path.read_text()) if path is not None and path.is_file() else None
 
@@ -199,7 +194,7 @@ def page(folder: Path) -> str:
       OSError, ValueError: there is no such run.
     """
     summary = _json(folder / "summary.json")
-    options = _json(_of(folder, "options.json")) or {"options": {}}
+    options = _json(find(folder, "options.json")) or {"options": {}}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metric, name = summary["metric"], title(summary["method"])
     parts = [f"<h1>{html.escape(name)}: {html.escape(summary['task'])}</h1>",
@@ -214,11 +209,11 @@ def page(folder: Path) -> str:
         "Who took part": participation(rows),
     }
     parts += [f'<h2>{name}</h2><div class="pictures">{x}</div>' for name, x in drawn.items()]
-    if split := _of(folder, "split.png"):
+    if split := find(folder, "split.png"):
         data = base64.b64encode(split.read_bytes()).decode()
         source = f"data:image/png;base64,{data}"
         parts.append(f'<h2>How the data is split</h2><img alt="Examples by client" src="{source}">')
-    if labels := _json(_of(folder, "labels.json")):
+    if labels := _json(find(folder, "labels.json")):
         parts += [table([list(row.values()) for row in labels], list(labels[0]))]
     if answers := _json(folder / "answers.json"):
         columns = ("prompt", "wanted", "before", "written")

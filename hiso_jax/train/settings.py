@@ -194,12 +194,14 @@ def settle(options: SomeOptions, named: Collection[str] = ()) -> SomeOptions:
     saved = read(options.resume)
     if saved["job"] != job_of(options):
         sys.exit(f"{options.resume} is a run of `hiso {saved['job']}`")
-    kept: dict[str, Any] = {
-        name: typed(hint, saved["options"][name])
-        for name, hint in get_type_hints(kind).items()
-        if name in saved["options"]
-    } | changed
+    kept: dict[str, Any] = restored(kind, saved["options"]) | changed
     return kind(**kept, out=options.resume, resume=options.resume)
+
+
+def restored(kind: type[Options], saved: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run, as JSON has them, in the types of a job's."""
+    hints = get_type_hints(kind)
+    return {name: typed(hint, saved[name]) for name, hint in hints.items() if name in saved}
 
 
 def read(folder: Path) -> dict[str, Any]:
