@@ -217,6 +217,53 @@ def tiny_model(path: Path) -> Path:
     return path
 
 
+def tiny_bert(path: Path) -> Path:
+    """A small random encoder without a head, with a tokenizer of its own."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, PreTrainedTokenizerFast
+
+    from hiso_jax import models
+
+    made = BertWordPieceTokenizer()
+    made.train_from_iterator([json.dumps(row) for row in REVIEWS], vocab_size=200)
+    PreTrainedTokenizerFast(
+        tokenizer_object=made._tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
+        unk_token="[UNK]", mask_token="[MASK]",
+    ).save_pretrained(path)  # fmt: skip
+    config = BertConfig(
+        vocab_size=made.get_vocab_size(), hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=48, max_position_embeddings=40, pad_token_id=0,
+    )  # fmt: skip
+    models.save_pretrained(models.from_config(config, jax.random.key(0)), path)
+    return path
+
+
+def tiny_roberta(path: Path) -> Path:
+    """The same with a masked-language-model head."""
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import RobertaProcessing
+    from transformers import PreTrainedTokenizerFast, RobertaConfig
+
+    from hiso_jax import models
+
+    bpe = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    corpus = [json.dumps(row) + " bad good" for row in REVIEWS]
+    bpe.train_from_iterator(corpus, vocab_size=400, special_tokens=special)
+    bpe._tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))  # pyright: ignore
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", cls_token="<s>", eos_token="</s>",
+        sep_token="</s>", pad_token="<pad>", unk_token="<unk>", mask_token="<mask>",
+    ).save_pretrained(path)  # fmt: skip
+    config = RobertaConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=60, type_vocab_size=1,
+        initializer_range=0.2, architectures=["RobertaForMaskedLM"],
+    )  # fmt: skip
+    models.save_pretrained(models.from_config(config, jax.random.key(0)), path)
+    return path
+
+
 RANDOM_BERT = dict(
     vocab_size=99, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=36,
     max_position_embeddings=20, type_vocab_size=2, layer_norm_eps=1e-12,

@@ -22,7 +22,7 @@ from hiso_jax._engine import trees
 from hiso_jax.ledger import rebuild
 from hiso_jax.models import adapters
 from hiso_jax.train import digits, finetune, folders, job
-from tests.helpers import REVIEWS
+from tests.helpers import REVIEWS, tiny_bert
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -152,29 +152,10 @@ def reviews(path: Path) -> Path:
     return path
 
 
-def bert(path: Path) -> Path:
-    """A small random encoder without a head, with a tokenizer of its own."""
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertConfig, PreTrainedTokenizerFast
-
-    made = BertWordPieceTokenizer()
-    made.train_from_iterator([json.dumps(row) for row in REVIEWS], vocab_size=200)
-    PreTrainedTokenizerFast(
-        tokenizer_object=made._tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
-        unk_token="[UNK]", mask_token="[MASK]",
-    ).save_pretrained(path)  # fmt: skip
-    config = BertConfig(
-        vocab_size=made.get_vocab_size(), hidden_size=32, num_hidden_layers=1,
-        num_attention_heads=2, intermediate_size=48, max_position_embeddings=40, pad_token_id=0,
-    )  # fmt: skip
-    models.save_pretrained(models.from_config(config, jax.random.key(0)), path)
-    return path
-
-
 @pytest.mark.parametrize("train", ["lora", "last-1", "prefix-3", "labels"])
 def test_what_is_shipped_is_what_the_run_saved(train: str, tiny: Path, tmp_path: Path):
     """`replay` writes base and differences; joined, they are the run's files to the byte."""
-    base = bert(tmp_path / "bert") if train == "labels" else tiny
+    base = tiny_bert(tmp_path / "bert") if train == "labels" else tiny
     built = finetune.build(finetune.Options(
         model=str(base), data=reviews(tmp_path / "a.csv"), text="review", label="mood",
         clients=3, length=16, train="all" if train == "labels" else train,

@@ -17,7 +17,7 @@ from hiso_jax.tasks import data, problem, splits, text
 from hiso_jax.tasks.prompts import TASKS, Task
 from hiso_jax.train import finetune, methods
 from tests.helpers import REVIEWS as ROWS
-from tests.helpers import finish, here, start
+from tests.helpers import finish, here, start, tiny_roberta
 
 
 @pytest.fixture(scope="module")
@@ -320,25 +320,9 @@ def test_a_decoder_made_on_the_spot(tmp_path: Path):
 @pytest.mark.ci
 def test_an_encoder_tells_words_by_its_mask(tmp_path: Path):
     """RoBERTa with its own head: the word in the place of the mask, padded on the right."""
-    from tokenizers import ByteLevelBPETokenizer
-    from tokenizers.processors import RobertaProcessing
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaConfig
+    from transformers import AutoTokenizer
 
-    folder, bpe = tmp_path / "roberta", ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    corpus = [json.dumps(row) + " bad good" for row in ROWS]
-    bpe.train_from_iterator(corpus, vocab_size=400, special_tokens=special)
-    bpe._tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))  # pyright: ignore
-    PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, bos_token="<s>", cls_token="<s>", eos_token="</s>",
-        sep_token="</s>", pad_token="<pad>", unk_token="<unk>", mask_token="<mask>",
-    ).save_pretrained(folder)  # fmt: skip
-    config = RobertaConfig(
-        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=48, max_position_embeddings=60, type_vocab_size=1,
-        initializer_range=0.2, architectures=["RobertaForMaskedLM"],
-    )  # fmt: skip
-    models.save_pretrained(models.from_config(config, jax.random.key(0)), folder)
+    folder = tiny_roberta(tmp_path / "roberta")
     own = OWN._replace(prompt="{review} It was", verbalizer=("bad", "good"))
     arrays = text.masked(own, AutoTokenizer.from_pretrained(folder), ROWS, 14)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -13,6 +13,7 @@ COMMANDS = {
     "llm": "fine-tune SmolLM2 (134.5 M parameters) like that, with FedAdam beside it",
     "digits": "train a small network on handwritten digits, in twenty seconds",
     "images": "train on MNIST, CIFAR-10 or folders of images: a small CNN, EfficientNet or a ViT",
+    "predict": "label new rows with the model that finetune or llm has left",
     "watch": "the figures of a run in a terminal, as they come",
     "replay": "rebuild a fine-tuned model from its base and a ledger, and prove it",
     "compare": "run a grid of methods, learning rates and seeds",
