@@ -231,8 +231,8 @@ def main(
 ) -> None:
     """Label new rows with the model of a text classification that hiso finetune or llm has run.
 
-    Writes the rows as CSV with two more columns: prediction, the label, and probability, what the
-    model gives it. Where rows have a label, the run's metric is printed, too.
+    Writes the rows as CSV with two more columns: prediction, the label, and probability, the
+    label's among all labels. Where rows have a label already, the run's metric is printed, too.
 
     Args:
       run: the folder of a run; of two methods, that of one.
