@@ -14,7 +14,7 @@ import pytest
 import hiso_jax as hj
 from hiso_jax import federation
 from hiso_jax.nvflare import job, machine, parties, sockets
-from hiso_jax.train import cli
+from hiso_jax.train import cli, predict
 from tests.helpers import REVIEWS, assert_same_bits
 
 OPTIONS = job.Options(text="review", labels=("down", "up"), rounds=4, deadline=30.0)
@@ -295,6 +295,14 @@ def test_a_text_task_on_a_model_with_data_at_the_sites_only(
     assert measured["test_before"]["loss"] != measured["test_after"]["loss"]
     assert not np.array_equal(weights[0], (tiny / "model.safetensors").read_bytes())
     assert ledger.header["about"] == {"task": "docstrings"}
+    named = []
+    for name in ("server", "site-1"):  # both can label rows with it
+        out = tmp_path / f"{name}-labeled.csv"
+        predict.predict(tmp_path / name, reviews["site-1"], out)
+        named.append(out.read_text())
+        assert json.loads((tmp_path / name / "labels.json").read_text())[0]["label"] == "down"
+    assert named[0] == named[1] and len(set(re.findall(r",(down|up),0\.\d{4}\n", named[0]))) >= 1
+    assert "train" not in (tmp_path / "server/labels.json").read_text()  # it counts nobody's rows
 
 
 def test_a_process_counts_what_it_sends():

@@ -270,6 +270,7 @@ def finetune(given: Mapping[str, Any], local: Local) -> Party:
 
     def finish(folder: Path, state: State) -> None:
         problem.save(folder, state.params)
+        _describe(folder, problem, options, rate, counted=local.site is not None)
         if local.site is not None:
             _measure(folder, problem, state)
 
@@ -277,6 +278,22 @@ def finetune(given: Mapping[str, Any], local: Local) -> Party:
     about |= {} if problem.adapter is None else {"train": problem.adapter}
     site = local.site is not None
     return Party(algorithm, begin, batches if site else None, finish, about)
+
+
+def _describe(folder: Path, problem: Any, options: Any, rate: float, counted: bool) -> None:
+    """Write what `hiso predict` reads beside the model: options, and labels with their words.
+
+    Args:
+      folder: with the model.
+      problem, options, rate: of the run.
+      counted: whether the problem's examples are real; the server's are made up.
+    """
+    from hiso_jax.train import report, settings
+
+    settings.write(dataclasses.replace(options, out=folder), {options.method: rate}, {})
+    rows = report.counts(problem)
+    named = [{name: row[name] for name in ("label", "word")} for row in rows]
+    report.write_json(folder / "labels.json", rows if counted else named)
 
 
 def _measure(folder: Path, problem: Any, state: State) -> None:
