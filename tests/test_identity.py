@@ -70,7 +70,8 @@ def as_dict(rule: rules.Rule) -> rules.Rule:
         step, new = rule.update(rules.AdamState(**state), *rest)
         return step, wrap(new)
 
-    return rule._replace(init=lambda leaves: wrap(rule.init(leaves)), update=update)
+    # Its config would be that of a rule of the library, which a ledger would build.
+    return rule._replace(init=lambda leaves: wrap(rule.init(leaves)), update=update, config=None)
 
 
 RULES = {name: build() for name, build in rules.RULES.items()} | {"dict": as_dict(rules.adam())}

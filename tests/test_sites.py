@@ -185,7 +185,7 @@ def test_rounds_close_with_who_answered():
     assert [len(r) for r in net.server.ledger.records().reported] == [2, 0, 2, 0, 3]
 
 
-def test_a_round_that_is_stopped_stays_open_and_arguments_are_checked():
+def test_a_round_that_is_stopped_stays_open_and_arguments_are_checked(tmp_path: Path):
     net = Net(sites())
     for options, text in (
         (dict(deadline=0), "deadline: expected"),
@@ -202,9 +202,11 @@ def test_a_round_that_is_stopped_stays_open_and_arguments_are_checked():
     assert net.server.ledger.rounds == 0
     compact = hj.Ledger.create(":memory:", ALGORITHM, parties.begin(ALGORITHM))
     later = ALGORITHM.advance(parties.begin(ALGORITHM), jnp.ones((1, 2)))
-    compact._append(np.ones((1, 2), np.float32), 0.05, None, "{}")
+    compact.append(np.ones((1, 2)), hj.digest(later))
+    compact.append(np.ones((1, 2)), hj.digest(ALGORITHM.advance(later, jnp.ones((1, 2)))))
+    compact.export(tmp_path / "run.safetensors")  # with the last digest only
     with pytest.raises(ValueError, match="rounds without a digest"):
-        Net(sites(), compact)
+        Net(sites(), hj.Ledger.import_(tmp_path / "run.safetensors"))
     compact = hj.Ledger.create(":memory:", ALGORITHM, parties.begin(ALGORITHM))
     compact.append(np.ones((1, 2)), hj.digest(later))
     with pytest.raises(ValueError, match="base: needed"):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hiso_jax._engine import checks
+from hiso_jax.aggregators import MOST
 from hiso_jax.federation import wire
 from hiso_jax.federation.server import Server
 from hiso_jax.federation.standing import Standing
@@ -344,8 +345,8 @@ class Host:
         self._count(name, payload_up=message.scalars.nbytes + 8)
         weight = self._weights.get(name, 1.0)
         if not self.server.reply(name, message.round, message.scalars, weight):
-            raise ValueError("its scalars do not count: they are NaN or infinite, or of "
-                             "another place in this round")  # fmt: skip
+            raise ValueError("its scalars do not count: they are NaN, infinite or beyond "
+                             f"{MOST:g}, or of another place in this round")  # fmt: skip
         self._done.add(name)
 
     def _fault(self, name: str, why: str) -> None:

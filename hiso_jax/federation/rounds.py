@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from hiso_jax import aggregators
 from hiso_jax import algorithm as algorithms
 from hiso_jax._engine import checks, meshes
 from hiso_jax._engine.exact import compiler_options
@@ -119,9 +120,10 @@ def run(
         stuck = bad and not np.isfinite(np.asarray(metrics.record)).all()
         yield Report(round + 1, state, metrics, names, weights, bad if stuck else [], event)
         if stuck:
+            advice = _advice(algorithm, metrics, round, names, bad)
             raise FloatingPointError(
-                f"round {round}: clients {bad} sent NaN or infinite scalars; the round moved "
-                f"nothing{_advice(algorithm, metrics, round, names, bad)}"
+                f"round {round}: clients {bad} sent scalars that are NaN, infinite or beyond "
+                f"{aggregators.MOST:g}; the round moved nothing{advice}"
             )
 
 

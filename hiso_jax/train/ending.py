@@ -48,7 +48,7 @@ def say(options: Options, summaries: list[dict[str, Any]]) -> None:
     for summary in (s for s in summaries if s.get("failed")):
         report.fail(f"Not measured: {'; '.join(summary['failed'])}. The weights are written.")
     if broken:
-        why = "NaN" if options.epsilon is None else broken[0]["stopped"]
+        why = "see above" if options.epsilon is None else broken[0]["stopped"]
         report.fail(f"It ended after {broken[0]['rounds']} of {options.rounds} rounds: {why}.")
     left = [s for s in summaries if s["rounds"] < options.rounds and not s.get("stopped")]
     if left or len(summaries) < len(options.methods):
