@@ -14,7 +14,7 @@ import pytest
 import hiso_jax as hj
 from hiso_jax import federation
 from hiso_jax.nvflare import job, machine, parties, sockets
-from hiso_jax.train import cli, predict
+from hiso_jax.train import cli, finetune, predict, settings, watch
 from tests.helpers import REVIEWS, assert_same_bits
 
 OPTIONS = job.Options(text="review", labels=("down", "up"), rounds=4, deadline=30.0)
@@ -303,6 +303,12 @@ def test_a_text_task_on_a_model_with_data_at_the_sites_only(
         assert json.loads((tmp_path / name / "labels.json").read_text())[0]["label"] == "down"
     assert named[0] == named[1] and len(set(re.findall(r",(down|up),0\.\d{4}\n", named[0]))) >= 1
     assert "train" not in (tmp_path / "server/labels.json").read_text()  # it counts nobody's rows
+    with pytest.raises(ValueError, match="is of a job of hiso nvflare"):
+        watch.watch(tmp_path / "site-1")
+    with pytest.raises(SystemExit, match="is a run of `hiso nvflare`"):
+        settings.settle(finetune.Options(resume=tmp_path / "site-1"))
+    with pytest.raises(ValueError, match="is no run.*there is one in .*server"):
+        predict.read_run(tmp_path)
 
 
 def test_a_process_counts_what_it_sends():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import hiso_jax as hj
 from hiso_jax import federation, models
 from hiso_jax._engine import trees
-from hiso_jax.tasks import data, problem, splits, text
+from hiso_jax.tasks import data, problem, splits, text, text_problem
 from hiso_jax.tasks.prompts import TASKS, Task
 from hiso_jax.train import finetune, methods
 from tests.helpers import REVIEWS as ROWS
@@ -195,6 +195,21 @@ def test_trim_keeps_every_token_and_few_lengths(sizes: list[int]):
     for n, ids in zip(sizes, cut["input_ids"], strict=True):
         assert ids[-n:].tolist() == list(range(1, n + 1)) and not ids[: length - n].any()
     assert cut["label"] is batch["label"]
+
+
+def test_padding_that_no_text_needs_is_cut():
+    """Of encoders, at either side; a text that takes all of it keeps all of it."""
+    mask = np.zeros((3, 128), np.int32)
+    mask[0, :19], mask[1, :5] = 1, 1
+    parts = {"train": {"input_ids": mask * 7, "attention_mask": mask, "label": np.arange(3)}}
+    parts["dev"] = {name: column[1:] for name, column in parts["train"].items()}
+    cut = text_problem._tight(parts)
+    assert {part["attention_mask"].shape[1] for part in cut.values()} == {24}
+    for name, part in cut.items():
+        assert (part["attention_mask"].sum(1) == parts[name]["attention_mask"].sum(1)).all()
+        assert part["input_ids"].shape[1] == 24 and part["label"] is parts[name]["label"]
+    left = {n: {"attention_mask": p["attention_mask"][:, ::-1]} for n, p in parts.items()}
+    assert text_problem._tight(left)["dev"]["attention_mask"].shape == (2, 128)
 
 
 def test_f1_and_perplexity_are_those_of_the_libraries():

@@ -126,7 +126,9 @@ def _write(
             tensors = {n: t._replace(dtype=types.get((path, n), t.dtype))
                        for n, t in file.tensors.items() if n not in copies}  # fmt: skip
             target = out / _as_safetensors(path) if out.is_dir() else out
-            made = TensorFile.create(target, tensors, file.metadata)
+            # What else a folder's file says of itself, a saved model does not.
+            said = {"format": "pt"} if out.is_dir() else file.metadata
+            made = TensorFile.create(target, tensors, said)
             written[path] = stack.enter_context(made)
             for name, tensor in file.tensors.items():
                 kept = (path, name) not in types and name not in copies

@@ -290,7 +290,9 @@ def _describe(folder: Path, problem: Any, options: Any, rate: float, counted: bo
     """
     from hiso_jax.train import report, settings
 
-    settings.write(dataclasses.replace(options, out=folder), {options.method: rate}, {})
+    # Of no job that can be resumed or watched here.
+    rates, job = {options.method: rate}, {"job": "nvflare"}
+    settings.write(dataclasses.replace(options, out=folder), rates, job)
     rows = report.counts(problem)
     named = [{name: row[name] for name in ("label", "word")} for row in rows]
     report.write_json(folder / "labels.json", rows if counted else named)

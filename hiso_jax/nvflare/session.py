@@ -233,6 +233,8 @@ def _wait_for(
 
 
 def cli(options: Options) -> None:
-    """Run; exit with 1 unless all rounds are done."""
+    """Run, and say where the results are; exit with 1 unless all rounds are done."""
     if not run(options):
         sys.exit(1)
+    print("The model, rounds.jsonl and result.json are in hiso/NAME of the server's kit, the model "
+          "and measured.json in that of each site.")  # fmt: skip

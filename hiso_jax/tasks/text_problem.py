@@ -110,15 +110,15 @@ def encoder_problem(material: Material) -> Problem:
 
     losses = lambda begin: problem.classification(lambda p, b: logits_fn(p, b, begin))  # noqa: E731
     loss_fn, score = losses(0)
-    train = columns(rows["train"])
+    parts = _tight({name: columns(rows[name]) for name in ("train", "dev", "test")})
     return Problem(
         name=name,
         params={"encoder": model.params, "labels": jnp.zeros_like(labels)},
         loss_fn=loss_fn,
         score=score,
-        clients=_clients(train, own),
-        dev=columns(rows["dev"]),
-        test=columns(rows["test"]),
+        clients=_clients(parts["train"], own),
+        dev=parts["dev"],
+        test=parts["test"],
         save=save,
         metric=task.metric,
         lazy=True,
@@ -128,6 +128,18 @@ def encoder_problem(material: Material) -> Problem:
         columns=columns,
         logits=logits_fn,
     )
+
+
+def _tight(parts: dict[str, Arrays]) -> dict[str, Arrays]:
+    """Splits without the columns that are padding in all texts, but for a multiple of eight.
+
+    Encoders compute every column that there is: short texts would cost what long ones do.
+    """
+    masks = [part["attention_mask"] for part in parts.values()]
+    used = np.flatnonzero(np.any([mask.any(0) for mask in masks], 0))
+    kept = -(-(int(used[-1]) + 1) // 8) * 8 if used.size else masks[0].shape[1]
+    return {name: {k: v[:, :kept] if v.ndim == 2 else v for k, v in part.items()}
+            for name, part in parts.items()}  # fmt: skip
 
 
 def masked_problem(material: Material) -> Problem:

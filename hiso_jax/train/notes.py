@@ -56,7 +56,8 @@ def untuned(options: Any) -> list[str]:
     if options.learning_rate is not None or options.resume is not None or not other:
         return []
     return [f"the learning rate was tuned for the job's own model and data, not for {other[0]}; "
-            "hiso compare finds one"]  # fmt: skip
+            "to find one: hiso compare --vary NAME=VALUE (docs/your-model.md, A learning rate)"
+            ]  # fmt: skip
 
 
 def beside(source: Path | None) -> list[str]:

@@ -31,6 +31,7 @@ class Run(NamedTuple):
     task: Task
     values: tuple[str, ...]  # of the label, as labels.json spells them
     model: Path
+    rounds: int | None  # that it has taken, if its summary says so
 
     def problem(self) -> Problem:
         """The run's problem with its fine-tuned model, and no data."""
@@ -54,10 +55,12 @@ def read_run(folder: Path) -> Run:
         methods = list(saved["learning_rates"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         what = "is no run" if folder.exists() else "is not there"
+        below = sorted(str(path.parent) for path in folder.glob("**/options.json"))[:3]
+        hint = f"; there is one in {', '.join(below)}" if below else ""
         raise ValueError(f"RUN: {folder} {what}; expected the folder of a job, which has "
-                         "options.json") from None  # fmt: skip
+                         f"options.json{hint}") from None  # fmt: skip
     wanted = "hiso predict labels texts, with runs of hiso finetune and hiso llm"
-    if job not in ("finetune", "llm"):
+    if job not in ("finetune", "llm", "nvflare"):
         raise ValueError(f"RUN: {folder} is a run of hiso {job}; {wanted}")
     if job == "llm":
         options = llm.of_task(llm.Options(**settings.restored(llm.Options, given)))
@@ -75,7 +78,11 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"RUN: {folder} has no model yet, which a run writes when it ends; to go "
                          f"on with it: hiso {job} --resume {(path or folder).parent}")  # fmt: skip
     values = tuple(str(row["label"]) for row in json.loads(labels.read_text()))
-    return Run(options, finetune.task_of(options, values), values, model)
+    try:
+        rounds = int(json.loads((folder / "summary.json").read_text())["rounds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        rounds = None
+    return Run(options, finetune.task_of(options, values), values, model, rounds)
 
 
 def logits_of(
@@ -188,6 +195,9 @@ def predict(
     if taken := [name for name in ADDED if name in new.rows[0]]:
         raise ValueError(f"{data} has a column {taken[0]!r} already, which is to be added; rename "
                          "it in the file")  # fmt: skip
+    if (done := found.rounds) is not None and done < found.options.rounds:
+        report.say(f"Note: the run was stopped after {done} of {found.options.rounds} rounds",
+                   style="yellow")  # fmt: skip
     report.say("Reading the model ...")
     problem = found.problem()
     # Rows become columns with their labels: those that have none get any.

@@ -33,6 +33,8 @@ def rule_of(text: str | None) -> Rule | None:
 def run(ledger: Path, base: Path, out: Path, rule: Rule | None = None) -> None:
     """Replay with a progress bar and print what was proved."""
     begin = time.perf_counter()
+    if ledger.is_dir():  # of a run, as other commands take it
+        ledger = ledger / "ledger.safetensors"
     with report.progress("{task.percentage:>3.0f}%") as bar:
         tasks = {name: bar.add_task(name, status="", visible=False)
                  for name in ("reading the base", "replaying")}  # fmt: skip
@@ -64,7 +66,7 @@ def main(
     """Rebuild a fine-tuned model from its base and its ledger.
 
     Args:
-      ledger: ledger.sqlite of a run, or the ledger.safetensors that was sent.
+      ledger: ledger.sqlite of a run, the ledger.safetensors that was sent, or a run's folder.
       base: what the run started from: a Hugging Face folder, GGUF or .safetensors file.
       out: where to write the fine-tuned one; must not exist.
       rule: module:function that makes the rule, if it is one of yours.

@@ -94,6 +94,9 @@ def parts_of(folder: Path) -> tuple[dict[str, Any], dict[str, Part]]:
         what = "is no run" if folder.exists() else "is not there"
         raise ValueError(f"RUN: {folder} {what}; expected the folder of a job, which has "
                          "options.json") from None  # fmt: skip
+    if saved["job"] == "nvflare":
+        raise ValueError(f"RUN: {folder} is of a job of hiso nvflare: its rounds are in the "
+                         "server's rounds.jsonl; hiso predict labels rows")  # fmt: skip
     return options, {m: Part(folder / m if len(methods) > 1 else folder) for m in methods}
 
 
