@@ -55,7 +55,9 @@ def read_run(folder: Path) -> Run:
         methods = list(saved["learning_rates"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         what = "is no run" if folder.exists() else "is not there"
-        below = sorted(str(path.parent) for path in folder.glob("**/options.json"))[:3]
+        # As deep as a site's kit has them: a home folder is not searched.
+        near = [path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/options.json")]
+        below = sorted(str(path.parent) for path in near)[:3]
         hint = f"; there is one in {', '.join(below)}" if below else ""
         raise ValueError(f"RUN: {folder} {what}; expected the folder of a job, which has "
                          f"options.json{hint}") from None  # fmt: skip
