@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -246,8 +246,7 @@ def finetune(given: Mapping[str, Any], local: Local) -> Party:
         raise ValueError(f"data: needed in this site's own {FILE}: the file or folder with the "
                          "examples")  # fmt: skip
     labels = given.get("labels") or None
-    hints = get_type_hints(job.Options)
-    own = {k: settings.typed(hints[k], v) for k, v in given.items() if k in hints}
+    own = settings.restored(job.Options, dict(given))
     own |= {"data": local.data or Path("data"), "split": "iid", "clients": 1}
     own["model"] = local.model or own.get("model")
     options = job.Options(**own)

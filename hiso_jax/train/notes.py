@@ -50,9 +50,7 @@ def untuned(options: Any) -> list[str]:
       >>> untuned(Options()), untuned(Options(model="gpt", learning_rate=1e-3))
       ([], [])
     """
-    default = type(options)()
-    other = [f"--{name}" for name in ("model", "task", "data")
-             if getattr(options, name, None) != getattr(default, name, None)]  # fmt: skip
+    other = [f"--{name}" for name in ("model", "task", "data") if _given(options, name)]
     if options.learning_rate is not None or options.resume is not None or not other:
         return []
     return [f"the learning rate was tuned for the job's own model and data, not for {other[0]}; "
